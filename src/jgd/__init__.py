@@ -1,0 +1,18 @@
+"""Per-example gradients for JAX: everything you may ask of them, at about the price of their sum."""
+
+from jgd._gradients import PerExampleGrads as PerExampleGrads
+from jgd._gradients import per_example_grad as per_example_grad
+from jgd._reductions.linear import dot as dot
+from jgd._reductions.linear import materialize as materialize
+from jgd._reductions.linear import mean as mean
+from jgd._reductions.linear import sum as sum
+from jgd._reductions.moments import second_moment as second_moment
+from jgd._reductions.moments import variance as variance
+from jgd._reductions.norms import NoiseScale as NoiseScale
+from jgd._reductions.norms import clipped_sum as clipped_sum
+from jgd._reductions.norms import noise_scale as noise_scale
+from jgd._reductions.norms import norms as norms
+from jgd._reductions.pairs import gram as gram
+from jgd._reductions.pairs import project as project
+
+__version__ = "0.1.0"

@@ -1,0 +1,165 @@
+"""A loss and the arguments of one call: which are parameters, which are shared, which hold the batch.
+
+Everything behind this module sees flat lists of leaves, and the batch on axis 0.
+"""
+
+from collections.abc import Callable, Hashable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_flatten_with_path
+
+from jgd._errors import describe, leaf_name
+
+Loss = Callable[..., Any]
+
+
+@dataclass(frozen=True)
+class Signature:
+    """How flat leaves make up the arguments of the loss; hashable, so that it can key a cache."""
+
+    loss: Loss
+    argnums: int | tuple[int, ...]
+    has_aux: bool
+    treedef: Hashable  # of all the arguments
+    roles: tuple[str, ...]  # of each leaf of them: "params", "shared" or "batch"
+
+    def call(self, params: Sequence[Any], shared: Sequence[Any], example: Sequence[Any]) -> tuple[Any, Any]:
+        """The loss of one example, from leaves: `(value, aux)`, with `aux` None unless `has_aux`."""
+        leaves = {"params": iter(params), "shared": iter(shared), "batch": iter(example)}
+        args = jax.tree.unflatten(self.treedef, [next(leaves[role]) for role in self.roles])
+        out = self.loss(*args)
+        return out if self.has_aux else (out, None)
+
+
+@dataclass(frozen=True)
+class Call:
+    """One call of a loss on a batch: what is static in `signature`, the arrays beside it."""
+
+    signature: Signature
+    params: Any  # the pytree the gradients are shaped like
+    param_leaves: list[Any]
+    shared_leaves: list[Any]
+    batch_leaves: list[Any]  # axis 0 is the batch
+    size: int
+
+
+def bind(
+    loss: Loss, args: Sequence[Any], *, argnums: int | Sequence[int], in_axes: Any, has_aux: bool
+) -> Call:
+    """Sorts the arguments of `loss` into parameters, shared values and a batch, and checks each.
+
+    Raises:
+        TypeError: a leaf of the parameters is not a floating-point array.
+        ValueError: `in_axes` does not fit the arguments, or the leaves of the batch disagree in length.
+    """
+    chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
+    for number in chosen:
+        if not -len(args) <= number < len(args):
+            raise ValueError(f"`argnums`={argnums} names argument {number}, but the loss got {len(args)} arguments")
+    chosen = tuple(number % len(args) for number in chosen)
+    axes = _axes_by_argument(args, chosen, in_axes)
+
+    params = args[chosen[0]] if isinstance(argnums, int) else tuple(args[i] for i in chosen)
+    roles, by_role = [], {"params": [], "shared": [], "batch": []}
+    lengths: list[tuple[str, int]] = []
+    for number, (arg, axis_tree) in enumerate(zip(args, axes, strict=True)):
+        argument = "params" if number in chosen else f"batch[{number - sum(i < number for i in chosen)}]"
+        leaves = tree_flatten_with_path(arg)[0]
+        for (path, leaf), axis in zip(leaves, _leaf_axes(axis_tree, arg, number), strict=True):
+            if number in chosen:
+                role, leaf = "params", _check_param(leaf, argument, path)
+            elif axis is None:
+                role = "shared"
+            else:
+                role, name = "batch", leaf_name(argument, path)
+                leaf = _batch_first(leaf, axis, name)
+                lengths.append((name, leaf.shape[0]))
+            roles.append(role)
+            by_role[role].append(leaf)
+
+    signature = Signature(loss, argnums if isinstance(argnums, int) else tuple(argnums), has_aux,
+                          jax.tree.structure(tuple(args)), tuple(roles))  # fmt: skip
+    if not by_role["params"]:
+        raise ValueError("`params` has no leaves: there is nothing to differentiate with respect to")
+    return Call(signature, params, by_role["params"], by_role["shared"], by_role["batch"], _common_length(lengths))
+
+
+def example_of(batch_leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
+    """Shapes and dtypes of one example, from the leaves of a batch."""
+    return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in batch_leaves]
+
+
+def _axes_by_argument(args: Sequence[Any], chosen: tuple[int, ...], in_axes: Any) -> list[Any]:
+    if in_axes is None:
+        return [None if number in chosen else 0 for number in range(len(args))]
+    if isinstance(in_axes, int):
+        return [None if number in chosen else in_axes for number in range(len(args))]
+    if not isinstance(in_axes, tuple | list) or len(in_axes) != len(args):
+        raise ValueError(
+            f"`in_axes` must be an int or a tuple with one entry for each of the loss's {len(args)} arguments, "
+            f"the parameters' included, got {in_axes!r}"
+        )
+    for number in chosen:
+        if jax.tree.leaves(in_axes[number]):
+            raise ValueError(
+                f"`in_axes[{number}]` is {in_axes[number]!r}, but argument {number} holds the parameters, which "
+                "every example shares: make it None"
+            )
+    return list(in_axes)
+
+
+def _leaf_axes(axis_tree: Any, arg: Any, number: int) -> list[int | None]:
+    is_none = lambda x: x is None
+    try:
+        spread = jax.tree.map(
+            lambda axis, sub: [axis] * len(jax.tree.leaves(sub)), axis_tree, arg, is_leaf=is_none
+        )
+    except ValueError as error:
+        raise ValueError(
+            f"`in_axes[{number}]`={axis_tree!r} is not a prefix of argument {number}, a pytree of structure "
+            f"{jax.tree.structure(arg)}"
+        ) from error
+    return jax.tree.leaves(spread, is_leaf=is_none)
+
+
+def _check_param(leaf: Any, argument: str, path: Any) -> Any:
+    if isinstance(leaf, float):
+        return jnp.asarray(leaf)
+    dtype = getattr(leaf, "dtype", None)
+    if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
+        raise TypeError(
+            f"{leaf_name(argument, path)} is {describe(leaf)}, but a parameter must be a floating-point array. "
+            "Split the model first, with `eqx.partition(model, eqx.is_inexact_array)` or `nnx.split(model, "
+            "nnx.Param, ...)`, and let the loss join the parts"
+        )
+    return leaf
+
+
+def _batch_first(leaf: Any, axis: int, name: str) -> Any:
+    if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
+        leaf = np.asarray(leaf)
+    if not isinstance(leaf, jax.Array) and leaf.dtype == object:
+        raise TypeError(f"{name} is {describe(leaf)}, not an array; give it `in_axes` None, or leave it out")
+    if not -leaf.ndim <= axis < leaf.ndim:
+        raise ValueError(
+            f"{name} is {describe(leaf)} and has no axis {axis} to hold the examples; a leaf that every example "
+            "shares gets None in `in_axes`"
+        )
+    return leaf if axis % leaf.ndim == 0 else jnp.moveaxis(leaf, axis, 0)
+
+
+def _common_length(lengths: list[tuple[str, int]]) -> int:
+    if not lengths:
+        raise ValueError("the loss got no batch: at least one argument beside the parameters must hold examples")
+    first_name, size = lengths[0]
+    for name, length in lengths[1:]:
+        if length != size:
+            raise ValueError(
+                f"the leaves of the batch disagree in length: {first_name} holds {size} examples, {name} {length}; "
+                "a leaf that every example shares gets None in `in_axes`"
+            )
+    return size

@@ -1,0 +1,101 @@
+"""The reference: the gradients as arrays with a leading axis of examples, as `vmap(grad)` returns them."""
+
+import math
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jgd._random import directions
+
+
+def accumulator(dtype: Any) -> Any:
+    """The dtype that sums are kept in: float32, or the array's own where that is wider."""
+    return jnp.promote_types(dtype, jnp.float32)
+
+
+def mask_rows(keep: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` with zeros in the rows that are not kept: unlike a product, it silences nan and inf too."""
+    return jnp.where(keep.reshape(keep.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
+
+
+def scale_rows(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """w_i x_i, accumulated in at least float32; a row of weight 0 is absent, whatever it holds."""
+    wide = accumulator(x.dtype)
+    masked = mask_rows(weights != 0, x).astype(wide)
+    return weights.astype(wide).reshape(weights.shape + (1,) * (x.ndim - 1)) * masked
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Materialized:
+    """B gradients as one `(B, *leaf.shape)` block for each leaf."""
+
+    blocks: list[jax.Array]
+
+    @property
+    def size(self) -> int:
+        """The number of examples, B."""
+        return self.blocks[0].shape[0]
+
+    @property
+    def like(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape and dtype of one gradient's leaves."""
+        return [jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in self.blocks]
+
+    def materialize(self) -> list[jax.Array]:
+        """The blocks themselves."""
+        return self.blocks
+
+    def weighted_sum(self, weights: jax.Array | None, *, keep_wide: bool = False) -> list[jax.Array]:
+        """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'."""
+        if weights is None:
+            sums = [jnp.sum(b, axis=0, dtype=accumulator(b.dtype)) for b in self.blocks]
+        else:
+            sums = [jnp.sum(scale_rows(weights, b), axis=0) for b in self.blocks]
+        return sums if keep_wide else [s.astype(b.dtype) for s, b in zip(sums, self.blocks, strict=True)]
+
+    def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
+        """⟨g_i, v⟩."""
+        total = jnp.zeros(self.size, jnp.float32)
+        for block, v in zip(self.blocks, direction, strict=True):
+            wide = accumulator(jnp.promote_types(block.dtype, v.dtype))
+            total = total + _flat(block).astype(wide) @ v.reshape(-1).astype(wide)
+        return total
+
+    def squared_norms(self) -> list[jax.Array]:
+        """‖g_i‖² of each leaf."""
+        return [jnp.sum(jnp.square(_flat(b).astype(accumulator(b.dtype))), axis=1) for b in self.blocks]
+
+    def gram(self, other: "Materialized") -> jax.Array:
+        """⟨g_i, g'_j⟩."""
+        total = jnp.zeros((self.size, other.size), jnp.float32)
+        for ours, theirs in zip(self.blocks, other.blocks, strict=True):
+            wide = accumulator(jnp.promote_types(ours.dtype, theirs.dtype))
+            total = total + _flat(ours).astype(wide) @ _flat(theirs).astype(wide).T
+        return total
+
+    def squared_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
+        """Σ w_i (g_i − c)², elementwise; `center` None is 0. Leaves in the accumulator's dtype."""
+        sums = []
+        for k, block in enumerate(self.blocks):
+            wide = block.astype(accumulator(block.dtype))
+            deviation = wide if center is None else wide - center[k].astype(wide.dtype)
+            sums.append(jnp.sum(scale_rows(weights, jnp.square(mask_rows(weights != 0, deviation))), axis=0))
+        return sums
+
+    def project(self, key: jax.Array, dim: int) -> jax.Array:
+        """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
+        total = jnp.zeros((self.size, dim), jnp.float32)
+        for k, block in enumerate(self.blocks):
+            rows, columns = directions(key, k, block.shape[1:], dim)
+            wide = accumulator(block.dtype)
+            matrix = block.reshape(self.size, rows.shape[1], columns.shape[1]).astype(wide)
+            total = total + jnp.einsum("brc,kr,kc->bk", matrix, rows.astype(wide), columns.astype(wide))
+        return total / math.sqrt(dim)
+
+
+def _flat(block: jax.Array) -> jax.Array:
+    return block.reshape(block.shape[0], math.prod(block.shape[1:]))

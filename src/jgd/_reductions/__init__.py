@@ -1,0 +1,1 @@
+"""What may be asked of per-example gradients. Each reduction takes `PerExampleGrads` or a plain pytree."""

@@ -1,0 +1,62 @@
+"""The checks that the reductions share, made before anything runs."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jax.tree_util import tree_flatten_with_path
+
+from jgd._errors import describe, is_concrete, leaf_name
+from jgd._gradients import held_form
+
+
+def form_of(grads: Any) -> tuple[Any, Any]:
+    """How gradients are held, and the pytree that they make."""
+    return held_form(grads)
+
+
+def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array | None:
+    """The weights as an array of floats, or None for none.
+
+    Raises:
+        ValueError: they are not `(B,)`; or, where their sum `divides`, there is no example or they are all 0.
+        TypeError: they are not numbers.
+    """
+    if divides and size == 0:
+        raise ValueError("`grads` holds no examples: the mean over an empty batch is not defined")
+    if weights is None:
+        return None
+    try:
+        weights = jnp.asarray(weights)
+    except TypeError as error:
+        raise TypeError(f"`weights` must be an array of {size} numbers, got {describe(weights)}") from error
+    if weights.shape != (size,):
+        raise ValueError(f"`weights` must have shape ({size},), one for each example, got {weights.shape}")
+    if not jnp.issubdtype(weights.dtype, jnp.floating):
+        weights = weights.astype(jnp.float32)
+    if divides and is_concrete(weights) and not bool(jnp.any(weights != 0)):
+        raise ValueError("`weights` are all 0, so every example is absent: their mean is not defined")
+    return weights
+
+
+def direction_of(direction: Any, like: list[Any], treedef: Any) -> list[jax.Array]:
+    """The leaves of `direction`, which must be shaped like one gradient.
+
+    Raises:
+        ValueError: its structure or a leaf's shape differs from the parameters'.
+    """
+    paths, structure = tree_flatten_with_path(direction)
+    if structure != treedef:
+        raise ValueError(f"`direction` must be a pytree like the parameters, {treedef}, got {structure}")
+    for (path, leaf), expected in zip(paths, like, strict=True):
+        if jnp.shape(leaf) != expected.shape:
+            raise ValueError(
+                f"{leaf_name('direction', path)} has shape {jnp.shape(leaf)}, but the parameter's is {expected.shape}"
+            )
+    return [jnp.asarray(leaf) for _, leaf in paths]
+
+
+def at_least_two(size: int, what: str) -> None:
+    """Raises ValueError where there are too few examples for an unbiased estimate."""
+    if size < 2:
+        raise ValueError(f"{what} needs at least two examples, `grads` holds {size}")

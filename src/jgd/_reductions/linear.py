@@ -1,0 +1,98 @@
+"""Linear questions: Jᵀw and Jv, with J the `(B, P)` Jacobian of the per-example losses."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jgd._gradients import PerExampleGrads
+from jgd._reductions.arguments import direction_of, form_of, weights_of
+
+
+def materialize(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> PyTree[Float[Array, "B ..."]]:
+    """The gradients themselves, g_i, as a pytree like the parameters with a leading axis B.
+
+    Returns:
+        For each leaf of shape s, an array `(B, *s)` in the parameters' dtype.
+
+    Cost: B·P numbers, which the other reductions avoid.
+    """
+    form, treedef = form_of(grads)
+    return jax.tree.unflatten(treedef, _materialize(form))
+
+
+def sum(  # noqa: A001
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Float[Array, "B"] | None = None
+) -> PyTree[Float[Array, "..."]]:
+    """The weighted sum Σ w_i g_i; without weights it is `jax.grad` of the summed loss.
+
+    Args:
+        grads: the gradients.
+        weights: `(B,)`. Weight 0 means absent: nothing is contributed, even where the gradient is not finite.
+
+    Returns:
+        A pytree like the parameters, in their dtypes, accumulated in at least float32.
+
+    Raises:
+        ValueError: `weights` is not `(B,)`.
+
+    Cost: the products that make the weights' gradients in the plain backward pass.
+    """
+    form, treedef = form_of(grads)
+    return jax.tree.unflatten(treedef, _weighted_sum(form, weights_of(weights, form.size)))
+
+
+def mean(
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Float[Array, "B"] | None = None
+) -> PyTree[Float[Array, "..."]]:
+    """The weighted mean Σ w_i g_i / Σ w_i; without weights it is `jax.grad` of the mean loss.
+
+    Args and cost as for `jgd.sum`. Under `jit` the weights' values cannot be checked: all 0 gives nan.
+
+    Raises:
+        ValueError: there are no examples, or `weights` is not `(B,)` or is all 0.
+    """
+    form, treedef = form_of(grads)
+    weights = weights_of(weights, form.size, divides=True)
+    return jax.tree.unflatten(treedef, _weighted_mean(form, weights))
+
+
+def dot(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], direction: PyTree[Float[Array, "..."]]) -> Float[Array, "B"]:
+    """The inner product of each gradient with a direction, ⟨g_i, v⟩: the loss's slope along v at each example.
+
+    Args:
+        grads: the gradients.
+        direction: a pytree with the parameters' structure and shapes.
+
+    Returns:
+        `(B,)`, accumulated in at least float32.
+
+    Raises:
+        ValueError: `direction` is of another structure or shape.
+
+    Cost: about a forward pass.
+    """
+    form, treedef = form_of(grads)
+    return _dot(form, direction_of(direction, form.like, treedef))
+
+
+@jax.jit
+def _materialize(form):
+    return form.materialize()
+
+
+@jax.jit
+def _weighted_sum(form, weights):
+    return form.weighted_sum(weights)
+
+
+@jax.jit
+def _weighted_mean(form, weights):
+    if weights is None:
+        weights = jnp.full(form.size, 1 / form.size)
+        return form.weighted_sum(weights)
+    return form.weighted_sum(weights / jnp.sum(weights))
+
+
+@jax.jit
+def _dot(form, direction):
+    return form.dot(direction)

@@ -1,0 +1,67 @@
+"""Elementwise moments of the gradients over the examples."""
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jgd._gradients import PerExampleGrads
+from jgd._reductions.arguments import at_least_two, form_of, weights_of
+
+
+def second_moment(
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Float[Array, "B"] | None = None
+) -> PyTree[Float[Array, "..."]]:
+    """The weighted mean of g_i², elementwise: Σ w_i g_i² / Σ w_i, the diagonal of the empirical Fisher.
+
+    Args:
+        grads: the gradients.
+        weights: `(B,)`; weight 0 means absent.
+
+    Returns:
+        A pytree like the parameters, in their dtypes, accumulated in at least float32.
+
+    Raises:
+        ValueError: there are no examples, or `weights` is not `(B,)` or is all 0.
+    """
+    form, treedef = form_of(grads)
+    return jax.tree.unflatten(treedef, _second_moment(form, weights_of(weights, form.size, divides=True)))
+
+
+def variance(
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Float[Array, "B"] | None = None
+) -> PyTree[Float[Array, "..."]]:
+    """The unbiased variance of the gradients, elementwise: Σ w_i (g_i − ḡ)² / (V₁ − V₂/V₁).
+
+    V₁ = Σ w_i and V₂ = Σ w_i², so that equal weights, and weights of 0 and 1, divide by one less than the
+    number of examples present. The deviations are taken before the squares: nothing large cancels.
+
+    Args:
+        grads: the gradients.
+        weights: `(B,)`; weight 0 means absent.
+
+    Returns:
+        A pytree like the parameters, in their dtypes.
+
+    Raises:
+        ValueError: there are fewer than two examples, or `weights` is not `(B,)` or is all 0.
+    """
+    form, treedef = form_of(grads)
+    at_least_two(form.size, "the variance")
+    return jax.tree.unflatten(treedef, _variance(form, weights_of(weights, form.size, divides=True)))
+
+
+@jax.jit
+def _second_moment(form, weights):
+    weights = jnp.ones(form.size) if weights is None else weights
+    moments = form.squared_deviations(weights / jnp.sum(weights), None)
+    return [m.astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
+
+
+@jax.jit
+def _variance(form, weights):
+    weights = jnp.ones(form.size) if weights is None else weights
+    share = weights / jnp.sum(weights)
+    center = form.weighted_sum(share, keep_wide=True)
+    moments = form.squared_deviations(share, center)
+    unbiased = 1 - jnp.sum(jnp.square(share))
+    return [(m / unbiased).astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]

@@ -1,0 +1,133 @@
+"""Norms, and what needs no more than them: clipped sums and the noise scale."""
+
+import functools
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jgd._errors import is_concrete
+from jgd._gradients import PerExampleGrads
+from jgd._reductions.arguments import at_least_two, form_of, weights_of
+
+
+class NoiseScale(NamedTuple):
+    """The simple noise scale and its two parts, each a scalar.
+
+    Attributes:
+        noise_scale: tr Σ / ‖G‖², in examples: the batch size at which noise and signal are equal.
+        trace_covariance: the unbiased estimate of tr Σ, the summed variance of one example's gradient.
+        squared_norm: the unbiased estimate of ‖G‖², the true gradient's squared norm; it can come out negative.
+    """
+
+    noise_scale: Float[Array, ""]
+    trace_covariance: Float[Array, ""]
+    squared_norm: Float[Array, ""]
+
+
+def norms(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], *, per_leaf: bool = False) -> Any:
+    """The Euclidean norm of each gradient, ‖g_i‖, or of each leaf of it.
+
+    Args:
+        grads: the gradients.
+        per_leaf: whether to give the norms of the leaves apart.
+
+    Returns:
+        `(B,)`; with `per_leaf`, a pytree like the parameters of `(B,)`. At least float32. A gradient that is
+        not finite has a norm that is not finite.
+
+    Cost: below the plain gradient's: it needs no product that makes a weight's gradient where one example
+    meets a parameter once. The derivative of a norm at a zero gradient is taken as 0.
+    """
+    form, treedef = form_of(grads)
+    return jax.tree.unflatten(treedef, _leaf_norms(form)) if per_leaf else _norms(form)
+
+
+def clipped_sum(
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]],
+    max_norm: float | Float[Array, ""],
+    *,
+    weights: Float[Array, "B"] | None = None,
+) -> PyTree[Float[Array, "..."]]:
+    """The sum of the gradients, each scaled down to norm C at most: Σ w_i min(1, C/‖g_i‖) g_i.
+
+    Args:
+        grads: the gradients.
+        max_norm: C, at least 0; inf clips nothing.
+        weights: `(B,)`, applied after the clipping; weight 0 means absent.
+
+    Returns:
+        A pytree like the parameters, in their dtypes. An example whose gradient is not finite contributes
+        nothing. Without weights, one example changes the result by at most C.
+
+    Raises:
+        ValueError: `max_norm` is negative or nan, or `weights` is not `(B,)`.
+
+    Cost: about the plain gradient's in all, with the pass that made `grads`.
+    Source: Abadi et al., "Deep learning with differential privacy", 2016.
+    """
+    if jnp.ndim(max_norm) != 0:
+        raise ValueError(f"`max_norm` must be one number, got an array of shape {jnp.shape(max_norm)}")
+    if is_concrete(max_norm) and not float(max_norm) >= 0:
+        raise ValueError(f"`max_norm` must be at least 0, got {max_norm}")
+    form, treedef = form_of(grads)
+    return jax.tree.unflatten(treedef, _clipped_sum(form, max_norm, weights_of(weights, form.size)))
+
+
+def noise_scale(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> NoiseScale:
+    """Estimates how noisy the gradient is: tr Σ, ‖G‖² and their ratio, the simple noise scale.
+
+    With s the mean of ‖g_i‖² and m = ‖ḡ‖², tr Σ = (s − m)·B/(B − 1) and ‖G‖² = m − tr Σ/B: both unbiased.
+    Their ratio is not; average the two parts over steps before dividing.
+
+    Raises:
+        ValueError: there are fewer than two examples.
+
+    Cost: norms and one sum. Source: McCandlish et al., "An empirical model of large-batch training", 2018.
+    """
+    form, _ = form_of(grads)
+    at_least_two(form.size, "the noise scale")
+    return _noise_scale(form)
+
+
+def _total(parts: list[jax.Array], size: int) -> jax.Array:
+    return functools.reduce(jnp.add, parts, jnp.zeros(size, jnp.float32))
+
+
+def _root(square: jax.Array) -> jax.Array:
+    """√x whose derivative at 0 is 0, so that a penalty on norms trains past a zero gradient."""
+    positive = square > 0
+    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), square)
+
+
+@jax.jit
+def _leaf_norms(form):
+    return [_root(square) for square in form.squared_norms()]
+
+
+@jax.jit
+def _norms(form):
+    return _root(_total(form.squared_norms(), form.size))
+
+
+@jax.jit
+def _clipped_sum(form, max_norm, weights):
+    norm = _root(_total(form.squared_norms(), form.size))
+    inside = norm <= max_norm
+    factor = jnp.where(inside, 1, max_norm / jnp.where(inside, 1, norm))
+    factor = jnp.where(jnp.isfinite(norm), factor, 0)
+    if weights is not None:
+        factor = jnp.where(weights != 0, factor * weights, 0)
+    return form.weighted_sum(factor)
+
+
+@jax.jit
+def _noise_scale(form):
+    size = form.size
+    mean_square = jnp.mean(_total(form.squared_norms(), size))
+    mean = form.weighted_sum(jnp.full(size, 1 / size))
+    square_mean = jnp.sum(jnp.stack([jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in mean]))
+    trace = (mean_square - square_mean) * (size / (size - 1))
+    signal = square_mean - trace / size
+    return NoiseScale(trace / signal, trace, signal)

@@ -1,0 +1,76 @@
+"""Inner products between the gradients of two batches, and their random projections."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+from jaxtyping import Array, Float, PyTree
+
+from jgd._gradients import PerExampleGrads
+from jgd._reductions.arguments import form_of
+
+
+def gram(
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], other: Any = None
+) -> Float[Array, "B C"]:
+    """All inner products ⟨g_i, g'_j⟩ between the gradients of two batches, or of one with itself: JJ'ᵀ.
+
+    Args:
+        grads: the gradients.
+        other: gradients of the same loss and parameters' shapes at another batch; None for `grads` itself.
+
+    Returns:
+        `(B, B')`, accumulated in at least float32.
+
+    Raises:
+        ValueError: `other` is shaped like other parameters.
+    """
+    form, treedef = form_of(grads)
+    if other is None:
+        return _gram(form, form)
+    other_form, other_treedef = form_of(other)
+    if treedef != other_treedef:
+        raise ValueError(f"`grads` and `other` are of different structure: {treedef} and {other_treedef}")
+    for ours, theirs in zip(form.like, other_form.like, strict=True):
+        if ours.shape != theirs.shape:
+            raise ValueError(
+                f"`grads` and `other` belong to parameters of different shapes: {ours.shape} and {theirs.shape}"
+            )
+    return _gram(form, other_form)
+
+
+def project(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], key: jax.Array, dim: int) -> Float[Array, "B dim"]:
+    """A random projection of each gradient that keeps inner products in expectation: E⟨y_i, y_j⟩ = ⟨g_i, g_j⟩.
+
+    Each of the `dim` directions is, leaf by leaf, the outer product of random signs for the rows (every axis but
+    the last) and for the columns (the last axis). The same key gives the same projection, for any batch.
+
+    Args:
+        grads: the gradients.
+        key: a PRNG key.
+        dim: the number of dimensions, at least 1. The error of an inner product falls as 1/√dim.
+
+    Returns:
+        `(B, dim)`, at least float32.
+
+    Raises:
+        ValueError: `dim` is below 1.
+
+    Cost: B·P·dim operations at most, B·T·(rows + columns)·dim where the factors allow it.
+    """
+    if not isinstance(dim, int) or dim < 1:
+        raise ValueError(f"`dim` must be an int of at least 1, got {dim!r}")
+    form, _ = form_of(grads)
+    return _project(form, key, dim)
+
+
+@jax.jit
+def _gram(form, other):
+    return form.gram(other)
+
+
+def _project_form(form, key, dim):
+    return form.project(key, dim)
+
+
+_project = jax.jit(_project_form, static_argnums=2)
