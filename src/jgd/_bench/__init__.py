@@ -1,0 +1,1 @@
+"""Measures `jgd` against the plain gradient and `vmap(grad)` on a suite of models."""

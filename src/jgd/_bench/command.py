@@ -1,0 +1,132 @@
+"""`jgd bench`: the suite from the command line."""
+
+import argparse
+import statistics
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from jgd._bench.measure import BASELINE, Measurement, environment, measure, to_json
+from jgd._bench.models import MODELS, build
+from jgd._bench.quantities import METHODS, QUANTITIES
+
+_DEFAULT_QUANTITIES = ("sum", "norms", "clipped_sum")
+_DEFAULT_METHODS = ("jgd", "vmap(grad)")
+
+
+def add_arguments(parser: argparse.ArgumentParser) -> None:
+    """Adds the options of `jgd bench` to a parser."""
+
+    def some_of(option: str, names: Sequence[str], default: Sequence[str], note: str = "") -> None:
+        usual = "all" if list(default) == list(names) else " ".join(default)
+        text = f"any of {', '.join(names)}{note} (default: {usual})"
+        parser.add_argument(
+            option, nargs="+", choices=names, default=list(default), metavar="NAME", help=text
+        )
+
+    some_of("--models", list(MODELS), list(MODELS))
+    some_of("--quantities", list(QUANTITIES), _DEFAULT_QUANTITIES, "; clipped_sum comes with its norms")
+    some_of("--methods", list(METHODS), _DEFAULT_METHODS)
+    parser.add_argument("--repeats", type=int, default=20, help="runs of each program, at most (default: 20)")
+    parser.add_argument(
+        "--seconds", type=float, default=5.0, help="a program that took this long in all rests (default: 5)"
+    )
+    parser.add_argument(
+        "--small", action="store_true", help="tiny sizes: to see that it works, not to compare"
+    )
+    parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="write every measurement to FILE")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Measures, prints a table, writes the JSON where asked to; the exit status is 0."""
+    if args.repeats < 1:
+        print(f"jgd bench: `--repeats` must be at least 1, got {args.repeats}", file=sys.stderr)
+        return 2
+    if args.json and not args.json.parent.is_dir():
+        print(f"jgd bench: `--json` names a folder that is not there: {args.json.parent}", file=sys.stderr)
+        return 2
+    found: list[Measurement] = []
+    for name in args.models:
+        model = build(name, small=args.small)
+        found += measure(
+            model, args.quantities, args.methods, repeats=args.repeats, seconds=args.seconds, say=_say
+        )
+    _say("")
+    if args.json:
+        settings = {"repeats": args.repeats, "seconds": args.seconds, "small": args.small}
+        args.json.write_text(to_json(found, **settings))
+    rows = table(found)
+    print(_markdown(rows) if args.markdown else _columns(rows))
+    print(f"\nTime (fastest run), temporary memory; both relative to the plain gradient's. {_where()}")
+    return 0
+
+
+def _say(text: str) -> None:
+    """One line of progress, written over the last one; nothing where no one watches."""
+    if sys.stderr.isatty():
+        print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
+
+
+def _where() -> str:
+    facts = environment()
+    return f"{facts['device']}, {facts['cores']} cores, jax {facts['jax']}, jgd {facts['jgd']}"
+
+
+def table(found: Sequence[Measurement]) -> list[list[str]]:
+    """A row for each quantity and method: time and memory ratio on each model, then their geometric means.
+
+    Returns:
+        Rows of cells, the header first; the next one has the plain gradient's milliseconds and MiB.
+    """
+    models = list(dict.fromkeys(m.model for m in found))
+    cells = {(m.quantity, m.method, m.model): m for m in found}
+    base = [cells["sum", BASELINE, model] for model in models]
+    rows = [["quantity", "by", *models, "mean"]]
+    absolute = [f"{m.minimum_seconds * 1e3:.2f} ms, {m.temporary_bytes / 2**20:.1f} MiB" for m in base]
+    rows.append(["", BASELINE, *absolute, ""])
+    for quantity, method in dict.fromkeys((m.quantity, m.method) for m in found if m.method != BASELINE):
+        row = [cells[quantity, method, model] for model in models]
+        times, memories = [m.time_ratio for m in row], [m.memory_ratio for m in row]
+        body = [_ratios(time, memory) for time, memory in zip(times, memories, strict=True)]
+        rows.append([quantity, method, *body, _ratios(_geometric_mean(times), _geometric_mean(memories))])
+    return rows
+
+
+def _geometric_mean(ratios: Sequence[float]) -> float:
+    return statistics.geometric_mean([max(ratio, 1e-3) for ratio in ratios])
+
+
+def _ratios(time: float, memory: float) -> str:
+    return f"{_short(time)}×, {_short(memory)}×"
+
+
+def _short(ratio: float) -> str:
+    return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def _columns(rows: list[list[str]]) -> str:
+    """The rows as text in columns, the first two to the left, the others to the right."""
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = []
+    for row in rows:
+        named = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
+        measured = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
+        lines.append("  ".join([*named, *measured]).rstrip())
+    return "\n".join(lines)
+
+
+def _markdown(rows: list[list[str]]) -> str:
+    lines = [" | ".join(row) for row in (rows[0], ["---"] * len(rows[0]), *rows[1:])]
+    return "\n".join(f"| {line} |" for line in lines)
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """`python -m jgd._bench.command`."""
+    parser = argparse.ArgumentParser(prog="jgd bench", description=__doc__)
+    add_arguments(parser)
+    return run(parser.parse_args(argv))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

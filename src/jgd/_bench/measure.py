@@ -1,0 +1,219 @@
+"""The clock: programs measured side by side in one process, and what XLA says of their memory."""
+
+import json
+import os
+import platform
+import random
+import statistics
+import time
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import jax
+
+import jgd
+from jgd._bench.models import Model
+from jgd._bench.quantities import METHODS, plain
+
+BASELINE = "plain gradient"
+
+
+@dataclass(frozen=True)
+class Program:
+    """A compiled function with the arguments it is run on.
+
+    Attributes:
+        run: runs it and waits for the result, which it returns.
+        temporary_bytes: what XLA allocates beside arguments and results while it runs.
+        output_bytes: the results.
+        flops: XLA's count for the compiled program; it counts the body of a loop once.
+        trace_seconds: tracing and lowering.
+        compile_seconds: XLA's compilation.
+    """
+
+    run: Callable[[], Any]
+    temporary_bytes: int
+    output_bytes: int
+    flops: float
+    trace_seconds: float
+    compile_seconds: float
+
+    @property
+    def peak_bytes(self) -> int:
+        """What it needs beside its arguments."""
+        return self.temporary_bytes + self.output_bytes
+
+
+@dataclass(frozen=True)
+class Measurement:
+    """One program's time and memory, and both relative to the baseline measured beside it."""
+
+    model: str
+    quantity: str
+    method: str
+    minimum_seconds: float
+    median_seconds: float
+    runs: int
+    temporary_bytes: int
+    output_bytes: int
+    flops: float
+    trace_seconds: float
+    compile_seconds: float
+    time_ratio: float  # of minima
+    median_ratio: float
+    memory_ratio: float  # of temporary bytes
+    peak_ratio: float  # of temporary and output bytes
+
+
+def compile_program(function: Callable[..., Any], *args: Any) -> Program:
+    """Compiles a function for its arguments, and asks XLA what it will need."""
+    start = time.perf_counter()
+    lowered = jax.jit(function).lower(*args)
+    traced = time.perf_counter()
+    compiled = lowered.compile()
+    done = time.perf_counter()
+    memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
+    return Program(
+        run=lambda: jax.block_until_ready(compiled(*args)),
+        temporary_bytes=int(getattr(memory, "temp_size_in_bytes", 0)),
+        output_bytes=int(getattr(memory, "output_size_in_bytes", 0)),
+        flops=float((cost or {}).get("flops", float("nan"))),
+        trace_seconds=traced - start,
+        compile_seconds=done - traced,
+    )
+
+
+def time_interleaved(
+    programs: Mapping[Any, Callable[[], Any]], *, repeats: int = 20, seconds: float = 5.0
+) -> dict[Any, list[float]]:
+    """The seconds of each run of each program, after one that warms up.
+
+    The programs take turns, in an order that changes from round to round, so that what else the machine does
+    falls on all of them alike.
+
+    Args:
+        programs: what to run; a program returns when its result is there.
+        repeats: runs of each, at most.
+        seconds: a program that has taken this long in all runs no more; each runs at least three times.
+
+    Raises:
+        ValueError: `repeats` is below 1.
+    """
+    if repeats < 1:
+        raise ValueError(f"`repeats` must be at least 1, got {repeats}")
+    times: dict[Any, list[float]] = {name: [] for name in programs}
+    for run in programs.values():
+        run()
+    order, shuffle = list(programs), random.Random(0).shuffle
+    for _ in range(repeats):
+        shuffle(order)
+        for name in order:
+            if len(times[name]) >= 3 and sum(times[name]) > seconds:
+                continue
+            start = time.perf_counter()
+            programs[name]()
+            times[name].append(time.perf_counter() - start)
+    return times
+
+
+def measure(
+    model: Model,
+    quantities: Sequence[str],
+    methods: Sequence[str],
+    *,
+    repeats: int = 20,
+    seconds: float = 5.0,
+    say: Callable[[str], None] = lambda _: None,
+) -> list[Measurement]:
+    """Measures every method's every quantity on one model, beside the plain gradient.
+
+    Args:
+        model: the loss, its parameters and its batch.
+        quantities: names out of `quantities.QUANTITIES`.
+        methods: names out of `quantities.METHODS`.
+        repeats: as for `time_interleaved`, like `seconds`.
+        say: told what is being compiled.
+
+    Returns:
+        A measurement for the plain gradient, then one for each method and quantity that it has.
+    """
+    functions: dict[tuple[str, str], Callable[..., Any]] = {("sum", BASELINE): plain(model)}
+    for quantity in quantities:
+        for method in methods:
+            function = METHODS[method](model, quantity)
+            if function is not None:
+                functions[quantity, method] = function
+    args = jax.device_put((model.params, *model.batch))
+    programs = {}
+    for (quantity, method), function in functions.items():
+        say(f"{model.name}: compiling {quantity} by {method}")
+        programs[quantity, method] = compile_program(function, *args)
+    say(f"{model.name}: measuring {len(programs)} programs")
+    runs = {name: program.run for name, program in programs.items()}
+    times = time_interleaved(runs, repeats=repeats, seconds=seconds)
+    baseline = ("sum", BASELINE)
+    return [
+        _measurement(
+            model.name,
+            quantity,
+            method,
+            program,
+            times[quantity, method],
+            programs[baseline],
+            times[baseline],
+        )
+        for (quantity, method), program in programs.items()
+    ]
+
+
+def _measurement(
+    model: str,
+    quantity: str,
+    method: str,
+    program: Program,
+    times: list[float],
+    base: Program,
+    base_times: list[float],
+) -> Measurement:
+    return Measurement(
+        model=model,
+        quantity=quantity,
+        method=method,
+        minimum_seconds=min(times),
+        median_seconds=statistics.median(times),
+        runs=len(times),
+        temporary_bytes=program.temporary_bytes,
+        output_bytes=program.output_bytes,
+        flops=program.flops,
+        trace_seconds=program.trace_seconds,
+        compile_seconds=program.compile_seconds,
+        time_ratio=min(times) / min(base_times),
+        median_ratio=statistics.median(times) / statistics.median(base_times),
+        memory_ratio=program.temporary_bytes / max(base.temporary_bytes, 1),
+        peak_ratio=program.peak_bytes / max(base.peak_bytes, 1),
+    )
+
+
+def environment() -> dict[str, Any]:
+    """What the figures belong to: the device, the versions."""
+    device = jax.devices()[0]
+    return {
+        "device": device.device_kind,
+        "platform": device.platform,
+        "cores": os.cpu_count(),
+        "machine": platform.machine(),
+        "python": platform.python_version(),
+        "jax": jax.__version__,
+        "jgd": jgd.__version__,
+    }
+
+
+def to_json(measurements: Sequence[Measurement], **settings: Any) -> str:
+    """The measurements with their environment and settings, as JSON."""
+    record = {
+        "environment": environment(),
+        "settings": settings,
+        "measurements": [asdict(m) for m in measurements],
+    }
+    return json.dumps(record, indent=1) + "\n"
