@@ -2,6 +2,12 @@
 
 from jgd._gradients import PerExampleGrads as PerExampleGrads
 from jgd._gradients import per_example_grad as per_example_grad
+from jgd._methods.descent import ascent as ascent
+from jgd._methods.descent import descent as descent
+from jgd._methods.descent import descent_ascent as descent_ascent
+from jgd._methods.method import Method as Method
+from jgd._methods.method import MethodState as MethodState
+from jgd._methods.method import StepInfo as StepInfo
 from jgd._reductions.linear import dot as dot
 from jgd._reductions.linear import materialize as materialize
 from jgd._reductions.linear import mean as mean

@@ -1,0 +1,170 @@
+"""How the gradient of a batch is computed: the part of a method that can be exchanged.
+
+Every derivative is a function of `(params, *batch)` to an `Evaluation`; the step that follows is the same.
+"""
+
+from collections.abc import Callable
+from typing import Any, Literal, NamedTuple, get_args
+
+import jax
+import jax.numpy as jnp
+from jax.flatten_util import ravel_pytree
+
+from jgd._engine.program import trace
+from jgd._gradients import per_example_grad
+from jgd._loss import Loss, bind
+from jgd._reductions.linear import mean
+from jgd._reductions.linear import sum as sum_
+
+Named = Literal["reverse", "forward", "finite_difference"]
+Derivative = Named | Callable[..., Any]
+
+# Coordinates that are differentiated at once: a compromise between memory, so many times the objective's, and speed.
+_COORDINATES_AT_ONCE = 32
+
+
+class Evaluation(NamedTuple):
+    """A batch's objective at one point: its value and gradient there, and the objective itself."""
+
+    value: jax.Array
+    gradient: Any
+    aux: Any
+    value_fn: Callable[[Any], jax.Array]  # the objective as a function of the parameters, for line searches
+
+
+Evaluate = Callable[..., Evaluation]
+
+
+def evaluation_by(
+    derivative: Derivative, loss: Loss, *, reduce: Any, in_axes: Any, has_aux: bool
+) -> Evaluate:
+    """The function that evaluates a batch by the derivative chosen.
+
+    Raises:
+        ValueError: the derivative is unknown, or knows only the batch's gradient and was given a `reduce`.
+        TypeError: `loss` or `reduce` is not callable.
+    """
+    if not callable(loss):
+        raise TypeError(
+            f"the loss must be a function `loss(params, *example)`, got {type(loss).__name__} {loss!r}"
+        )
+    if not callable(reduce):
+        raise TypeError(f"`reduce` must be a function from per-example gradients to a pytree, got {reduce!r}")
+    if not callable(derivative) and derivative not in get_args(Named):
+        raise ValueError(
+            f"`derivative` must be one of {', '.join(map(repr, get_args(Named)))} or a function like "
+            f"`jax.value_and_grad(batch_loss)`, got {derivative!r}"
+        )
+    if derivative != "reverse" and reduce is not mean:
+        raise ValueError(
+            f"`reduce` needs the gradient of each example, but `derivative`={derivative!r} knows only the batch's; "
+            "leave `reduce` out, or use derivative='reverse'"
+        )
+    if callable(derivative):
+        return _by_callable(derivative, has_aux)
+    objective = _objective(loss, in_axes, has_aux, jnp.sum if reduce is sum_ else jnp.mean)
+    if derivative == "reverse":
+        return _by_reverse(loss, objective, reduce, in_axes, has_aux)
+    return _by_coordinates(objective, _forward if derivative == "forward" else _central_difference)
+
+
+Objective = Callable[..., tuple[jax.Array, Any]]
+
+
+def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Callable[[jax.Array], jax.Array]) -> Objective:
+    """The objective of a batch: the mean of its losses, or their sum, and the examples' aux."""
+
+    def objective(params: Any, *batch: Any) -> tuple[jax.Array, Any]:
+        call = bind(loss, (params, *batch), argnums=0, in_axes=in_axes, has_aux=has_aux)
+        if call.size == 0:
+            raise ValueError("the batch holds no examples: its mean loss is not defined")
+        program = trace(call)
+        constants = program.constants(call.shared_leaves)
+        run = lambda example: program.run(call.param_leaves, constants, example)
+        values, aux = jax.vmap(run)(call.batch_leaves)
+        return total(_wide(values)), jax.tree.unflatten(program.aux_treedef, aux)
+
+    return objective
+
+
+def _by_reverse(loss: Loss, objective: Objective, reduce: Any, in_axes: Any, has_aux: bool) -> Evaluate:
+    per_example = per_example_grad(loss, in_axes=in_axes, has_aux=has_aux)
+    total = jnp.sum if reduce is sum_ else jnp.mean
+
+    def evaluate(params: Any, *batch: Any) -> Evaluation:
+        grads = per_example(params, *batch)
+        gradient = reduce(grads)
+        return Evaluation(total(_wide(grads.values)), gradient, grads.aux, lambda p: objective(p, *batch)[0])
+
+    return evaluate
+
+
+def _by_callable(derivative: Callable[..., Any], has_aux: bool) -> Evaluate:
+    def value_and_aux(params: Any, *batch: Any) -> tuple[Any, Any, Any]:
+        try:
+            out, gradient = derivative(params, *batch)
+            value, aux = out if has_aux else (out, None)
+        except (TypeError, ValueError) as error:
+            if "unpack" not in str(error):
+                raise
+            pair = "((value, aux), gradient)" if has_aux else "(value, gradient)"
+            raise TypeError(f"`derivative` must return {pair}, as `jax.value_and_grad` does") from error
+        if jnp.shape(value) != ():
+            raise TypeError(f"`derivative` must return a scalar value, got one of shape {jnp.shape(value)}")
+        return jnp.asarray(value), gradient, aux
+
+    def evaluate(params: Any, *batch: Any) -> Evaluation:
+        value, gradient, aux = value_and_aux(params, *batch)
+        return Evaluation(_wide(value), gradient, aux, lambda p: _wide(value_and_aux(p, *batch)[0]))
+
+    return evaluate
+
+
+Slopes = Callable[[Callable[[Any], jax.Array], Any], Any]
+
+
+def _by_coordinates(objective: Objective, slopes: Slopes) -> Evaluate:
+    def evaluate(params: Any, *batch: Any) -> Evaluation:
+        value_fn = lambda p: objective(p, *batch)[0]
+        value, aux = objective(params, *batch)
+        return Evaluation(value, slopes(value_fn, params), aux, value_fn)
+
+    return evaluate
+
+
+def _forward(function: Callable[[Any], jax.Array], params: Any) -> Any:
+    """One Jacobian-vector product for each parameter."""
+    flat, unravel = ravel_pytree(params)
+
+    def slope(k: jax.Array) -> jax.Array:
+        direction = unravel(jnp.zeros_like(flat).at[k].set(1))
+        return jax.jvp(function, (params,), (direction,))[1]
+
+    return unravel(_each_coordinate(slope, flat))
+
+
+def _central_difference(function: Callable[[Any], jax.Array], params: Any) -> Any:
+    """(f(x + h) - f(x - h)) / 2h along each parameter, with h = ε^(1/3) max(1, |x|) for the parameter's ε.
+
+    That h balances the error of the formula, h², against that of rounding, ε/h.
+    """
+    flat, unravel = ravel_pytree(params)
+    width = lambda x: jnp.finfo(x.dtype).eps ** (1 / 3) * jnp.maximum(1, jnp.abs(x))
+    widths, _ = ravel_pytree(jax.tree.map(lambda x: width(jnp.asarray(x)), params))
+
+    def slope(k: jax.Array) -> jax.Array:
+        above, below = (unravel(flat.at[k].add(sign * widths[k])) for sign in (1, -1))
+        # The points are rounded to the parameters' dtype, so the distance is measured and not taken as 2h.
+        distance = ravel_pytree(above)[0][k] - ravel_pytree(below)[0][k]
+        return (function(above) - function(below)) / distance
+
+    return unravel(_each_coordinate(slope, flat))
+
+
+def _each_coordinate(slope: Callable[[jax.Array], jax.Array], flat: jax.Array) -> jax.Array:
+    slopes = jax.lax.map(slope, jnp.arange(flat.size), batch_size=_COORDINATES_AT_ONCE)
+    return slopes.astype(flat.dtype)
+
+
+def _wide(values: jax.Array) -> jax.Array:
+    return values.astype(jnp.promote_types(values.dtype, jnp.float32))

@@ -1,0 +1,150 @@
+"""A method: how a batch changes the parameters. State goes in, state comes out."""
+
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+import optax
+from jax.tree_util import tree_flatten_with_path
+from jaxtyping import Array, Float, Int
+
+from jgd._errors import describe, leaf_name
+from jgd._methods.derivatives import Evaluate
+
+
+class MethodState(NamedTuple):
+    """Where a run stands.
+
+    Attributes:
+        params: the parameters.
+        opt_state: the optimizer's state.
+        step: the number of updates made, an int32 scalar.
+    """
+
+    params: Any
+    opt_state: Any
+    step: Int[Array, ""]
+
+
+class StepInfo(NamedTuple):
+    """What one update saw, at the parameters before it.
+
+    Attributes:
+        value: the objective of the batch: the mean of its losses, or their sum under `reduce=jgd.sum`.
+        grad_norm: the Euclidean norm of the gradient that the optimizer was given.
+        aux: what the loss returned beside its value, with a leading axis B; None without `has_aux`.
+    """
+
+    value: Float[Array, ""]
+    grad_norm: Float[Array, ""]
+    aux: Any
+
+
+@dataclass(frozen=True, eq=False)
+class Method:
+    """Descent, ascent or both, made by `jgd.descent`, `jgd.ascent` and `jgd.descent_ascent`.
+
+    Compared by identity: each method compiles its step once for each shape of a batch.
+    """
+
+    evaluate: Evaluate = field(repr=False)
+    optimizer: optax.GradientTransformationExtraArgs = field(
+        repr=False
+    )  # minimises; ascent is folded into it
+    in_axes: Any = None
+
+    def init(self, params: Any) -> MethodState:
+        """The state to start from.
+
+        Args:
+            params: a pytree of floating-point arrays.
+
+        Raises:
+            TypeError: a leaf is not floating-point.
+        """
+        for path, leaf in tree_flatten_with_path(params)[0]:
+            if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
+                raise TypeError(
+                    f"{leaf_name('params', path)} is {describe(leaf)}, but a parameter must be a floating-point "
+                    "array. Split the model first, with `eqx.partition(model, eqx.is_inexact_array)` or "
+                    "`nnx.split(model, nnx.Param, ...)`, and let the loss join the parts"
+                )
+        params = _strongly_typed(params)
+        return MethodState(params, _strongly_typed(self.optimizer.init(params)), jnp.zeros((), jnp.int32))
+
+    def step(self, state: MethodState, *batch: Any) -> tuple[MethodState, StepInfo]:
+        """One update from one batch; compiled at the first call with its shapes.
+
+        Args:
+            state: what `init` or the last step returned. It is left intact, so it can be kept or stepped from
+                again; `jgd.fit`, which owns its states, updates in place.
+            batch: the arguments of the loss after the parameters, with a leading axis B.
+
+        Returns:
+            The new state, and what this update saw at the old one.
+
+        Raises:
+            TypeError: `state` is not a `MethodState`.
+            ValueError: `state` does not belong to this method's optimizer, or the batch does not fit the loss.
+        """
+        if not isinstance(state, MethodState):
+            raise TypeError(
+                f"`state` must be the MethodState that `method.init(params)` returned, got {type(state).__name__}"
+            )
+        return _step(self, state, batch)
+
+
+def _update(method: Method, state: MethodState, batch: tuple[Any, ...]) -> tuple[MethodState, StepInfo]:
+    _check_state(method, state)
+    at = method.evaluate(state.params, *batch)
+    _check_gradient(at.gradient, state.params)
+    updates, opt_state = method.optimizer.update(
+        at.gradient, state.opt_state, state.params, value=at.value, grad=at.gradient, value_fn=at.value_fn
+    )
+    params = optax.apply_updates(state.params, updates)
+    info = StepInfo(at.value, _norm(at.gradient), at.aux)
+    return MethodState(params, _typed_like(opt_state, state.opt_state), state.step + 1), info
+
+
+_step = jax.jit(_update, static_argnums=0)
+
+
+def _strongly_typed(tree: Any) -> Any:
+    """Arrays whose types do not give way: a weak type that the first update hardens would compile the step twice."""
+    is_weak = lambda x: not hasattr(x, "dtype") or getattr(x, "weak_type", False)
+    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)) if is_weak(x) else jnp.asarray(x), tree)
+
+
+def _typed_like(tree: Any, like: Any) -> Any:
+    """The optimizer's state in the types that it had: a scan carries it, and some transformations widen theirs."""
+    cast = lambda new, old: new if getattr(new, "dtype", None) == old.dtype else jnp.asarray(new, old.dtype)
+    return _strongly_typed(jax.tree.map(cast, tree, like))
+
+
+def _norm(tree: Any) -> jax.Array:
+    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
+    return optax.tree.norm(jax.tree.map(wide, tree))
+
+
+def _check_state(method: Method, state: MethodState) -> None:
+    expected = jax.eval_shape(method.optimizer.init, state.params)
+    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
+    if shapes(expected) != shapes(state.opt_state):
+        raise ValueError(
+            "`state.opt_state` is not what this method's optimizer keeps for `state.params`; start from "
+            f"`method.init(params)`. It needs {shapes(expected)}, got {shapes(state.opt_state)}"
+        )
+
+
+def _check_gradient(gradient: Any, params: Any) -> None:
+    source = "the gradient that `reduce` or `derivative` returned"
+    structure, expected = jax.tree.structure(gradient), jax.tree.structure(params)
+    if structure != expected:
+        raise ValueError(f"{source} must be a pytree like the parameters, {expected}, got {structure}")
+    for (path, leaf), param in zip(tree_flatten_with_path(gradient)[0], jax.tree.leaves(params), strict=True):
+        if jnp.shape(leaf) != param.shape:
+            raise ValueError(
+                f"{source} has {leaf_name('gradient', path)} of shape {jnp.shape(leaf)}, but the parameter's is "
+                f"{param.shape}"
+            )
