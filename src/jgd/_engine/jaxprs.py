@@ -11,7 +11,7 @@ import jax
 from jax.extend.core import Literal, Var
 from jax.extend.core import primitives as prim
 
-__all__ = ["Literal", "Scan", "Var", "aval_of", "bind", "evaluate", "inner_jaxpr", "prim", "scan_of", "trace_jaxpr"]
+__all__ = ["Literal", "Scan", "Var", "aval_of", "bind", "evaluate", "inner_jaxpr", "prim", "scan_of", "split_p", "trace_jaxpr"]
 
 
 def trace_jaxpr(fun: Callable[..., Any], *args: Any) -> tuple[Any, list[Any], Any]:
@@ -62,6 +62,15 @@ class Scan(NamedTuple):
     length: int
     reverse: bool
     unroll: Any
+
+
+def _primitive_of(fun: Callable[..., Any], *shapes: tuple[int, ...]) -> Any:
+    """The primitive that `fun` is, for those that `jax.extend` has no name for."""
+    jaxpr = open_jaxpr(jax.make_jaxpr(fun)(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)))
+    return jaxpr.eqns[0].primitive
+
+
+split_p = _primitive_of(lambda x: jax.lax.split(x, (1, 1)), (2,))
 
 
 def scan_of(eqn: Any) -> Scan:

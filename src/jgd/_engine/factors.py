@@ -1,0 +1,194 @@
+"""The gradient of one example with respect to a part of one leaf, as factors.
+
+A *part* is a set of the leaf's elements: an offset and axes, in the leaf's memory. In it the gradient is
+
+    G[n, p, q] = Σ_t left[n, t, p] · right[n, t, q]
+
+where n are block axes, t summed positions, p and q the two groups of axes that the sum leaves apart. Three kinds
+of factors say it: `Outer` has both, `Rows` has the row's number in the place of `left` (a one-hot that is never
+built), and `Full` is the gradient itself, flat, in the order of the leaf's memory.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jgd._engine.views import Axis, View, merge_axes
+
+
+class Shape(NamedTuple):
+    """Where the axes n, p and q of a part lie in the leaf's memory; each group in order of falling stride."""
+
+    n: tuple[Axis, ...]
+    p: tuple[Axis, ...]
+    q: tuple[Axis, ...]
+
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """All axes in the order of memory."""
+        return merge_axes(sorted((*self.n, *self.p, *self.q), key=_falling))
+
+    def merged(self) -> "Shape":
+        """The same, written in the one way that can be compared."""
+        return Shape(merge_axes(self.n), merge_axes(self.p), merge_axes(self.q))
+
+    def swapped(self) -> "Shape":
+        """With p and q exchanged."""
+        return Shape(self.n, self.q, self.p)
+
+    def sizes(self) -> tuple[int, int, int]:
+        """N, P and Q."""
+        return product(self.n), product(self.p), product(self.q)
+
+    def flatten(self, block: jax.Array) -> jax.Array:
+        """A `(N, P, Q)` block in the order of the leaf's memory, flat."""
+        axes = (*self.n, *self.p, *self.q)
+        order = sorted(range(len(axes)), key=lambda i: _falling(axes[i]))
+        return block.reshape([size for size, _ in axes]).transpose(order).reshape(-1)
+
+    def unflatten(self, flat: jax.Array) -> jax.Array:
+        """What `flatten` undoes."""
+        axes = (*self.n, *self.p, *self.q)
+        order = sorted(range(len(axes)), key=lambda i: _falling(axes[i]))
+        back = sorted(range(len(axes)), key=order.__getitem__)
+        return flat.reshape([axes[i][0] for i in order]).transpose(back).reshape(self.sizes())
+
+
+def product(axes: Sequence[Axis]) -> int:
+    """The number of elements that axes span."""
+    total = 1
+    for size, _ in axes:
+        total *= size
+    return total
+
+
+def _falling(axis: Axis) -> int:
+    return -abs(axis[1])
+
+
+@dataclass(frozen=True)
+class Arrangement:
+    """How an array becomes a factor: which axes are summed away, and which make up each of its own."""
+
+    summed: tuple[int, ...]
+    groups: tuple[tuple[int, ...], ...]
+
+    def __call__(self, array: jax.Array) -> jax.Array:
+        """The array with one axis for each group."""
+        if self.summed:
+            wide = jnp.promote_types(array.dtype, jnp.float32)
+            array = jnp.sum(array, axis=self.summed, dtype=wide, keepdims=True)
+        order = [axis for group in self.groups for axis in group]
+        rest = [axis for axis in range(array.ndim) if axis not in order]
+        sizes = []
+        for group in self.groups:
+            size = 1
+            for axis in group:
+                size *= array.shape[axis]
+            sizes.append(size)
+        return array.transpose(*order, *rest).reshape(sizes)
+
+
+class Outer(NamedTuple):
+    """G[n, p, q] = Σ_t left[n, t, p] right[n, t, q]."""
+
+    left: jax.Array
+    right: jax.Array
+
+
+class Rows(NamedTuple):
+    """G[0, index[t], q] += right[0, t, q]: the rows that were looked up."""
+
+    index: jax.Array  # (T,), out of range for a lookup that met no row
+    right: jax.Array  # (1, T, Q)
+
+
+class Full(NamedTuple):
+    """The gradient itself, flat, in the order of the leaf's memory."""
+
+    flat: jax.Array
+
+
+Factor = Outer | Rows | Full
+
+
+def wide(x: jax.Array) -> Any:
+    """The dtype that sums over `x` are kept in."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def concatenate(factors: Sequence[Factor]) -> Factor:
+    """The sum of factors of one kind and shape, as one: positions add up."""
+    first = factors[0]
+    if len(factors) == 1:
+        return first
+    if isinstance(first, Full):
+        total = first.flat.astype(wide(first.flat))
+        for factor in factors[1:]:
+            total = total + factor.flat
+        return Full(total)
+    join = lambda arrays, axis: jnp.concatenate(arrays, axis)
+    if isinstance(first, Rows):
+        return Rows(join([f.index for f in factors], 0), join([f.right for f in factors], 1))
+    return Outer(join([f.left for f in factors], 1), join([f.right for f in factors], 1))
+
+
+def block(factor: Factor, shape: Shape) -> jax.Array:
+    """The `(N, P, Q)` gradient that a factor stands for."""
+    if isinstance(factor, Full):
+        return shape.unflatten(factor.flat)
+    if isinstance(factor, Rows):
+        _, p, q = shape.sizes()
+        empty = jnp.zeros((1, p, q), wide(factor.right))
+        return empty.at[:, factor.index].add(factor.right.astype(empty.dtype), mode="drop")
+    return contract("ntp,ntq->npq", factor.left, factor.right)
+
+
+def inner(a: Factor, b: Factor) -> jax.Array:
+    """⟨G, G'⟩ of two factors of one shape, from T² small products."""
+    if isinstance(a, Outer) and isinstance(b, Outer):
+        rows = contract("ntp,nsp->nts", a.left, b.left)
+        return jnp.sum(rows * contract("ntq,nsq->nts", a.right, b.right))
+    if isinstance(a, Rows) and isinstance(b, Rows):
+        same = a.index[:, None] == b.index[None, :]
+        return jnp.sum(jnp.where(same, contract("ntq,nsq->ts", a.right, b.right), 0))
+    if isinstance(a, Outer):
+        a, b = b, a
+    assert isinstance(a, Rows) and isinstance(b, Outer)
+    picked = jnp.take(b.left[0], a.index, axis=1, mode="fill", fill_value=0)  # (s, t)
+    return jnp.sum(picked * contract("nsq,ntq->st", b.right, a.right))
+
+
+def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+    """An einsum of two arrays that accumulates in at least float32."""
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+
+
+def place(flat: jax.Array, offset: int, axes: Sequence[Axis], leaf: jax.Array) -> jax.Array:
+    """Adds a part, flat in the order of memory, to a leaf."""
+    if not axes or (len(axes) == 1 and axes[0] == (leaf.size, 1)):
+        if leaf.size == flat.size:
+            return leaf + flat.reshape(leaf.shape)
+    index: Any = offset
+    for size, stride in axes:
+        index = jnp.expand_dims(index, -1) + jnp.arange(size) * stride
+    return leaf.reshape(-1).at[jnp.reshape(index, -1)].add(flat, unique_indices=True).reshape(leaf.shape)
+
+
+def split_axes(view: View, loops: Sequence[tuple[int, int]]) -> tuple[list[Axis], tuple[Axis, ...]]:
+    """The axes that the loops around a site have in a view (stride 0 where it does not step), and the operand's own."""
+    around = []
+    for number, length in loops:
+        axis = view.loop_axis(number)
+        around.append((length, 0) if axis is None else axis)
+    return around, view.axes
+
+
+def group(axes: Sequence[tuple[int, Axis]]) -> tuple[tuple[int, ...], tuple[Axis, ...]]:
+    """Array axes and their places in memory, in order of falling stride."""
+    ordered = sorted(axes, key=lambda pair: _falling(pair[1]))
+    return tuple(i for i, _ in ordered), tuple(axis for _, axis in ordered)

@@ -1,0 +1,163 @@
+"""Which uses make up which part of which leaf, and how each part's norms are best computed."""
+
+import functools
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+import jax
+
+from jgd._engine import factors
+from jgd._engine.factors import Factor, Full, Outer, Shape
+from jgd._engine.program import Program
+from jgd._engine.regions import Nested, Region, Side, Site, Value, read_regions
+from jgd._engine.rules import use_of
+from jgd._engine.uses import SiteData, Use
+from jgd._engine.views import Axis, overlap, whole
+
+Method = Literal["pairs", "block"]
+
+
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A set of one leaf's elements, with all the uses that meet it and no other use.
+
+    `shape` is the one that all factored uses have, where they agree: then inner products can be taken pair by
+    pair. `swaps` says which of them have p and q exchanged.
+    """
+
+    leaf: int
+    offset: int
+    axes: tuple[Axis, ...]
+    uses: tuple[Use, ...]
+    shape: Shape | None
+    swaps: tuple[bool, ...]
+    method: Method
+
+    @property
+    def size(self) -> int:
+        """The number of elements."""
+        return factors.product(self.axes)
+
+    @property
+    def positions(self) -> int:
+        """T, over all uses."""
+        return sum(use.positions for use in self.uses)
+
+    def factors(self, data: dict[int, SiteData]) -> list[Factor]:
+        """One example's factors, those of a kind joined into one; needs `shape`."""
+        kinds: dict[type, list[Factor]] = {}
+        for use, swap in zip(self.uses, self.swaps, strict=True):
+            factor = use.factor(data[id(use.site)])
+            if swap:
+                assert isinstance(factor, Outer)
+                factor = Outer(factor.right, factor.left)
+            kinds.setdefault(type(factor), []).append(factor)
+        return [factors.concatenate(same) for same in kinds.values()]
+
+    def gradient(self, data: dict[int, SiteData]) -> jax.Array:
+        """One example's gradient in this part, flat, in the order of the leaf's memory."""
+        return factors.concatenate([Full(use.gradient(data[id(use.site)])) for use in self.uses]).flat
+
+
+@dataclass(frozen=True, eq=False)
+class Plan:
+    """Everything the engine decided about a program before any number was seen."""
+
+    program: Program
+    region: Region
+    parts: tuple[Part, ...]
+    whole_leaves: frozenset[int]  # leaves whose path cannot be followed: taken by `vjp`, one block each
+
+    def bumped(self, site: Site, position: int) -> bool:
+        """Whether a part asks for the gradient at this operand."""
+        return (id(site), position) in self._bumped
+
+    @property
+    def _bumped(self) -> set[tuple[int, int]]:
+        return {(id(u.site), u.position) for part in self.parts for u in part.uses if u.needs_operand_grad}
+
+
+@functools.lru_cache(maxsize=256)
+def plan_of(program: Program) -> Plan:
+    """Reads a program's sites and sorts their uses of each leaf into parts."""
+    jaxpr, n = program.jaxpr, len(program.param_avals)
+    constants = [Value(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype), Side.CONST) for v in jaxpr.constvars]
+    inputs = []
+    for k, var in enumerate(jaxpr.invars):
+        aval = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+        if k < n:
+            inputs.append(Value(aval, Side.PARAM, frozenset([k]), whole(k, aval.shape)))
+        else:
+            inputs.append(Value(aval, Side.CONST if k < n + program.num_shared else Side.DATA))
+    region = read_regions(jaxpr, constants, inputs)
+
+    operands = [(site, i) for site in _sites(region) for i in site.params]
+    lost = frozenset(
+        leaf for site, i in operands if site.inputs[i].view is None for leaf in site.inputs[i].leaves
+    )
+    by_leaf: dict[int, list[Use]] = {}
+    for site, i in operands:
+        view = site.inputs[i].view
+        if view is not None and view.leaf not in lost:
+            by_leaf.setdefault(view.leaf, []).append(use_of(site, i, view))
+    parts: list[Part] = []
+    whole_leaves = set(lost)
+    for leaf, uses in by_leaf.items():
+        found = _parts(leaf, uses)
+        if found is None:
+            whole_leaves.add(leaf)
+        else:
+            parts += found
+    return Plan(program, region, tuple(parts), frozenset(whole_leaves))
+
+
+def _sites(region: Region) -> list[Site]:
+    sites: list[Site] = []
+    for op in region.ops:
+        if isinstance(op, Nested):
+            sites += [site for inner in op.regions for site in _sites(inner)]
+        elif isinstance(op, Site):
+            sites.append(op)
+    return sites
+
+
+def _parts(leaf: int, uses: Sequence[Use]) -> list[Part] | None:
+    """The parts of one leaf; None where its uses overlap without being the same."""
+    places: dict[tuple[int, tuple[Axis, ...]], list[Use]] = {}
+    for use in uses:
+        places.setdefault((use.offset, use.axes), []).append(use)
+    keys = list(places)
+    if len(keys) > _MANY or any(overlap(a, b) for i, a in enumerate(keys) for b in keys[:i]):
+        return None
+    return [_part(leaf, *key, tuple(same)) for key, same in places.items()]
+
+
+_MANY = 64  # parts of one leaf beyond which looking at every pair of them, and a program for each, is too much
+
+
+def _part(leaf: int, offset: int, axes: tuple[Axis, ...], uses: tuple[Use, ...]) -> Part:
+    if any(use.shape is None for use in uses):
+        return Part(leaf, offset, axes, uses, None, (False,) * len(uses), "block")
+    lookups = [use for use in uses if use.rule == "lookup"]
+    shape = (lookups or uses)[0].shape
+    assert shape is not None
+    swaps = []
+    for use in uses:
+        assert use.shape is not None
+        same, swapped = use.shape.merged() == shape.merged(), use.shape.swapped().merged() == shape.merged()
+        if not same and not (swapped and use.rule != "lookup"):
+            return Part(leaf, offset, axes, uses, None, (False,) * len(uses), "block")
+        swaps.append(not same)
+    return Part(leaf, offset, axes, uses, shape, tuple(swaps), _method(uses, shape))
+
+
+def _method(uses: Sequence[Use], shape: Shape) -> Method:
+    """Pairs of positions or the block itself, by the operations that the norm of one example takes."""
+    n, p, q = shape.sizes()
+    if all(use.rule == "lookup" for use in uses):
+        return "pairs"
+    t = sum(use.positions for use in uses)
+    pairs = p + q if t == 1 else t * t * (p + q)
+    return "pairs" if pairs < t * p * q else "block"
+

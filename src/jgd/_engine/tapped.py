@@ -1,0 +1,220 @@
+"""The forward pass of one example with a tap at each site, and the replay of the sites alone.
+
+`run` evaluates a region as it stands; each site's output passes through a tap, whose derivative is the
+site's δ, and the DATA operands that the sites need come out beside the result: the records.
+`replay` evaluates the sites once more from the parameters, the records standing in for all that came before:
+its `vjp` at the δ's is the example's gradient, its `jvp` the products with a direction.
+
+Records and taps are trees alike: what a region has, then, for each of its nested operations, a tree for each
+region of that. What lies inside a scan has the steps as a leading axis.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jgd._engine.jaxprs import bind, prim, scan_of
+from jgd._engine.regions import Nested, Op, Region, Side, Site, Value, recorded
+
+Tree = tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]
+
+
+@jax.custom_jvp
+def _tap(x: jax.Array, tap: jax.Array) -> jax.Array:
+    # Not `x + tap`: that would turn −0 into 0, and a scan would carry the zeros through memory.
+    return x
+
+
+@_tap.defjvp
+def _tap_jvp(primals: Any, tangents: Any) -> Any:
+    return primals[0], tangents[0] + tangents[1]
+
+
+def taps_of(region: Region) -> list[Value]:
+    """The values that a region taps: each site's floating-point outputs."""
+    return [op.outputs[i] for op in region.ops if isinstance(op, Site) for i in op.tapped]
+
+
+def zeros(region: Region, of: Callable[[Region], Sequence[Value]], lead: tuple[int, ...] = ()) -> Tree:
+    """A tree of zeros for what each region has of values."""
+    own = tuple(_zero(value.aval, lead) for value in of(region))
+    inner = tuple(
+        tuple(zeros(r, of, lead if op.loop is None else (*lead, op.loop[1])) for r in op.regions)
+        for op in region.ops
+        if isinstance(op, Nested)
+    )
+    return own, inner
+
+
+def _zero(aval: jax.ShapeDtypeStruct, lead: tuple[int, ...]) -> jax.Array:
+    shape = (*lead, *aval.shape)
+    if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
+        return jnp.broadcast_to(jax.random.key(0, impl=str(jax.random.key_impl(aval))), shape)
+    return jnp.zeros(shape, aval.dtype)
+
+
+def run(region: Region, inputs: Sequence[Any], taps: Tree) -> tuple[list[Any], Tree]:
+    """One example's forward pass: the region's outputs and its records."""
+    env, tap, inner_taps = _Environment(region.inputs, inputs), iter(taps[0]), iter(taps[1])
+    inner_records = []
+    for op in region.ops:
+        operands = [env[x] for x in op.inputs]
+        if isinstance(op, Nested):
+            outputs, records = _run_nested(op, operands, next(inner_taps))
+            inner_records.append(records)
+        else:
+            outputs = operands if op.eqn is None else bind(op.eqn, operands)
+        if isinstance(op, Site):
+            outputs = list(outputs)
+            for i in op.tapped:
+                outputs[i] = _tap(outputs[i], next(tap))
+        env.set(op.outputs, outputs)
+    return [env[x] for x in region.outputs], (tuple(env[x] for x in region.records), tuple(inner_records))
+
+
+class _Environment:
+    """The values at hand, by identity; a literal is its own."""
+
+    def __init__(self, values: Sequence[Value], arrays: Sequence[Any]):
+        self._arrays: dict[int, Any] = {}
+        self.set(values, arrays)
+
+    def set(self, values: Sequence[Value], arrays: Sequence[Any]) -> None:
+        self._arrays.update((id(value), array) for value, array in zip(values, arrays, strict=True))
+
+    def __getitem__(self, value: Value) -> Any:
+        return self._arrays[id(value)] if value.literal is None else value.literal
+
+
+def _run_nested(op: Nested, operands: list[Any], taps: Any) -> tuple[Sequence[Any], Any]:
+    if op.eqn.primitive is prim.scan_p:
+        return _run_scan(op, operands, taps[0])
+    if op.eqn.primitive is prim.remat_p:
+        again = jax.checkpoint(
+            lambda inputs, taps: run(op.regions[0], inputs, taps),
+            policy=op.eqn.params["policy"],
+            prevent_cse=op.eqn.params["prevent_cse"],
+        )
+        outputs, records = again(operands, taps[0])
+        return outputs, (records,)
+
+    def branch(number: int) -> Callable[..., Any]:
+        def run_branch(inputs: list[Any], taps: Any) -> Any:
+            outputs, own = run(op.regions[number], inputs, taps[number])
+            blank = [zeros(region, lambda r: r.records) for region in op.regions]
+            return outputs, (*blank[:number], own, *blank[number + 1 :])
+
+        return run_branch
+
+    return jax.lax.switch(operands[0], [branch(k) for k in range(len(op.regions))], operands[1:], taps)
+
+
+def _run_scan(op: Nested, operands: list[Any], taps: Tree) -> tuple[Sequence[Any], Any]:
+    scan = scan_of(op.eqn)
+    ends = scan.num_consts, scan.num_consts + scan.num_carry
+    consts, xs = operands[: ends[0]], operands[ends[1] :]
+    carry = [jnp.asarray(x, v.aval.dtype) for x, v in _arrays(operands, op.inputs)[ends[0] : ends[1]]]
+
+    def body(carry: list[Any], step: Any) -> Any:
+        outputs, records = run(op.regions[0], [*consts, *carry, *step[0]], step[1])
+        return outputs[: scan.num_carry], (outputs[scan.num_carry :], records)
+
+    carry, (ys, records) = jax.lax.scan(
+        body, carry, (xs, taps), length=scan.length, reverse=scan.reverse, unroll=scan.unroll
+    )
+    return [*carry, *ys], (records,)
+
+
+def _arrays(operands: list[Any], values: Sequence[Value]) -> list[tuple[Any, Value]]:
+    return list(zip(operands, values, strict=True))
+
+
+def replay(
+    region: Region, known: Sequence[Any], records: Tree, wanted: Callable[[Op], bool], bumps: Tree | None = None
+) -> list[Any]:
+    """The tapped outputs of the wanted sites, from the known inputs and the records of one example.
+
+    Args:
+        region: the region.
+        known: its inputs; what stands at the places of DATA inputs is not looked at.
+        records: its records.
+        wanted: which sites, and which nested operations, to replay.
+        bumps: what to add to the sites' parameter operands, see `bumps_of`.
+    """
+    env, kept = _Environment(region.inputs, known), _Environment(region.records, records[0])
+    inner = iter(records[1])
+    bump, inner_bumps = (None, None) if bumps is None else (iter(bumps[0]), iter(bumps[1]))
+    outputs: list[Any] = []
+    for op in region.ops:
+        if isinstance(op, Nested):
+            parts = next(inner), None if inner_bumps is None else next(inner_bumps)
+            if wanted(op):
+                operands = [None if x.side == Side.DATA else env[x] for x in op.inputs]
+                outputs += _replay_nested(op, operands, parts, wanted)
+        elif isinstance(op, Site):
+            added = {i: None if bump is None else next(bump) for i in op.params}
+            if wanted(op):
+                outputs += _replay_site(op, env, kept, added)
+        elif op.known:
+            env.set(op.outputs, bind(op.eqn, [env[x] for x in op.inputs]))
+    return outputs
+
+
+def bumps_of(region: Region, chosen: Callable[[Site, int], bool], lead: tuple[int, ...] = ()) -> Tree:
+    """A tree of zeros to add to each chosen parameter operand of a site; None for those not chosen."""
+    own = tuple(
+        _zero(op.inputs[i].aval, lead) if chosen(op, i) else None
+        for op in region.ops
+        if isinstance(op, Site)
+        for i in op.params
+    )
+    inner = tuple(
+        tuple(bumps_of(r, chosen, lead if op.loop is None else (*lead, op.loop[1])) for r in op.regions)
+        for op in region.ops
+        if isinstance(op, Nested)
+    )
+    return own, inner
+
+
+def _replay_site(site: Site, env: _Environment, records: _Environment, bumps: dict[int, Any]) -> list[Any]:
+    kept = {id(x) for x in recorded(site)}
+    operands = []
+    for position, x in enumerate(site.inputs):
+        if x.side != Side.DATA:
+            bump = bumps.get(position)
+            operands.append(env[x] if bump is None else env[x] + bump)
+        else:  # where the site only adds, the operand's value makes no difference
+            operands.append(records[x] if id(x) in kept else jnp.zeros(x.aval.shape, x.aval.dtype))
+    outputs = operands if site.eqn is None else bind(site.eqn, operands)
+    return [outputs[i] for i in site.tapped]
+
+
+def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], wanted: Any) -> list[Any]:
+    records, bumps = parts
+    bumps = [None] * len(op.regions) if bumps is None else bumps
+    if op.eqn.primitive is not prim.scan_p:
+        inputs = operands[1:] if op.eqn.primitive is prim.cond_p else operands
+        each = [replay(r, inputs, rec, wanted, b) for r, rec, b in zip(op.regions, records, bumps, strict=True)]
+        return [x for outputs in each for x in outputs]
+    # What the carry held is recorded, so the steps do not wait for each other: they are one more batch axis.
+    scan = scan_of(op.eqn)
+    first = scan.num_consts + scan.num_carry
+    axes = [None if i < first or x is None else 0 for i, x in enumerate(operands)]
+    step = lambda operands, records, bumps: replay(op.regions[0], operands, records, wanted, bumps)
+    return jax.vmap(step, in_axes=(axes, 0, 0), axis_size=scan.length)(operands, records[0], bumps[0])
+
+
+def picked(region: Region, tree: Tree, wanted: Callable[[Op], bool]) -> list[Any]:
+    """From a tree like the taps, what belongs to the wanted sites, in the order in which `replay` returns them."""
+    own, inner, found = iter(tree[0]), iter(tree[1]), []
+    for op in region.ops:
+        if isinstance(op, Nested):
+            parts = next(inner)
+            if wanted(op):
+                found += [x for r, part in zip(op.regions, parts, strict=True) for x in picked(r, part, wanted)]
+        elif isinstance(op, Site):
+            mine = [next(own) for _ in op.tapped]
+            found += mine if wanted(op) else []
+    return found

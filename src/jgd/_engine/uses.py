@@ -1,0 +1,67 @@
+"""One use of a leaf: a site's operand, where it lies in the leaf, and how its gradient is factored."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+
+from jgd._engine.factors import Arrangement, Factor, Full, Shape, block, group, split_axes
+from jgd._engine.regions import Site
+from jgd._engine.views import Axis, View, merge_axes
+
+
+@dataclass(frozen=True)
+class SiteData:
+    """What one example left at a site; the loops around the site are the leading axes of every array."""
+
+    values: dict[int, jax.Array]  # the recorded operands, by position
+    deltas: list[jax.Array]  # the loss's derivative with respect to each tapped output
+    operand_grads: dict[int, jax.Array]  # the gradient at an operand, for the uses that ask for it
+
+
+@dataclass(frozen=True, eq=False)
+class Use:
+    """One operand of one site, as a use of one leaf.
+
+    `shape` says where n, p and q lie in the leaf; None where the gradient is not factored. `factor` makes the
+    factors of one example, `block` its `(N, P, Q)` gradient where there is a better way than the factors'.
+    """
+
+    rule: str
+    site: Site
+    position: int
+    leaf: int
+    offset: int
+    axes: tuple[Axis, ...]
+    shape: Shape | None
+    positions: int  # T
+    factor: Callable[[SiteData], Factor]
+    block: Callable[[SiteData], jax.Array] | None = None
+
+    @property
+    def needs_operand_grad(self) -> bool:
+        """Whether the gradient at the operand has to be computed by the equation's own `vjp`."""
+        return self.shape is None
+
+    def gradient(self, data: SiteData) -> jax.Array:
+        """One example's gradient in this part, flat, in the order of the leaf's memory."""
+        if self.shape is None:
+            factor = self.factor(data)
+            assert isinstance(factor, Full)
+            return factor.flat
+        made = self.block(data) if self.block is not None else block(self.factor(data), self.shape)
+        return self.shape.flatten(made)
+
+
+def opaque(site: Site, position: int, view: View) -> Use:
+    """The use that is always right: the gradient at the operand, by the equation's own `vjp`, put where it belongs."""
+    around, own = split_axes(view, site.loops)
+    axes = list(enumerate([*around, *own]))
+    spread = [(i, axis) for i, axis in axes if axis[1] == 0 and axis[0] > 1]
+    order, places = group([pair for pair in axes if pair not in spread])
+    arrange = Arrangement(tuple(i for i, _ in spread), (order,))
+    return Use(
+        "opaque", site, position, view.leaf, view.offset, merge_axes(places), None, 1,
+        lambda data: Full(arrange(data.operand_grads[position])),
+    )  # fmt: skip
