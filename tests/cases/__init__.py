@@ -18,6 +18,17 @@ import numpy as np
 
 B = 5  # examples in a batch
 
+_SUBJECTS = (
+    "dense",
+    "parameters",
+    "convolutions",
+    "lookups",
+    "sequences",
+    "derivatives",
+    "numerics",
+    "models",
+)
+
 
 @dataclass(frozen=True)
 class Problem:
@@ -53,8 +64,12 @@ class Draw:
     def integers(self, high: int, *shape: int) -> np.ndarray:
         return self.rng.integers(high, size=shape)
 
+    @property
+    def key(self) -> jax.Array:
+        return jax.random.key(self.seed)
+
     def keys(self, number: int) -> jax.Array:
-        return jax.random.split(jax.random.key(self.seed), number)
+        return jax.random.split(self.key, number)
 
 
 CASES: dict[str, Callable[[Draw], Any]] = {}
@@ -75,16 +90,19 @@ def problem(name: str, dtype: Any = None, *, batch_seed: int | None = None) -> P
     Another `batch_seed` gives the same loss and parameters with other examples of the same shapes.
     """
     dtype = dtype or jnp.result_type(float)
-    cast = lambda x: jnp.asarray(x, dtype) if _is_floating(x) else jnp.asarray(x)
     loss, params, batch, *options = CASES[name](Draw(zlib.crc32(name.encode())))
     if batch_seed is not None:
         _, _, batch, *_ = CASES[name](Draw(batch_seed))
-    return Problem(loss, jax.tree.map(cast, params), jax.tree.map(cast, tuple(batch)), *options)
+    return Problem(loss, _cast(params, dtype), _cast(tuple(batch), dtype), *options)
 
 
-def _is_floating(x: Any) -> bool:
-    return jnp.issubdtype(jnp.result_type(x), jnp.floating) if not isinstance(x, float) else True
+def _cast(tree: Any, dtype: Any) -> Any:
+    def leaf(x):
+        x = jnp.asarray(x)
+        return x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+
+    return jax.tree.map(leaf, tree)
 
 
-for _subject in ("dense",):
+for _subject in _SUBJECTS:
     import_module(f"cases.{_subject}")
