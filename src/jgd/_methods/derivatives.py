@@ -3,6 +3,7 @@
 Every derivative is a function of `(params, *batch)` to an `Evaluation`; the step that follows is the same.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -19,7 +20,7 @@ from jgd._reductions.linear import sum as sum_
 Named = Literal["reverse", "forward", "finite_difference"]
 Derivative = Named | Callable[..., Any]
 
-# Coordinates that are differentiated at once: a compromise between memory, so many times the objective's, and speed.
+# Coordinates differentiated at once: memory is so many times the objective's.
 _COORDINATES_AT_ONCE = 32
 
 
@@ -57,8 +58,8 @@ def evaluation_by(
         )
     if derivative != "reverse" and reduce is not mean:
         raise ValueError(
-            f"`reduce` needs the gradient of each example, but `derivative`={derivative!r} knows only the batch's; "
-            "leave `reduce` out, or use derivative='reverse'"
+            f"`reduce` needs the gradient of each example, but `derivative`={derivative!r} knows only the "
+            "batch's; leave `reduce` out, or use derivative='reverse'"
         )
     if callable(derivative):
         return _by_callable(derivative, has_aux)
@@ -80,8 +81,9 @@ def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Callable[[jax.Arr
             raise ValueError("the batch holds no examples: its mean loss is not defined")
         program = trace(call)
         constants = program.constants(call.shared_leaves)
-        run = lambda example: program.run(call.param_leaves, constants, example)
-        values, aux = jax.vmap(run)(call.batch_leaves)
+        values, aux = jax.vmap(functools.partial(program.run, call.param_leaves, constants))(
+            call.batch_leaves
+        )
         return total(_wide(values)), jax.tree.unflatten(program.aux_treedef, aux)
 
     return objective
@@ -125,7 +127,9 @@ Slopes = Callable[[Callable[[Any], jax.Array], Any], Any]
 
 def _by_coordinates(objective: Objective, slopes: Slopes) -> Evaluate:
     def evaluate(params: Any, *batch: Any) -> Evaluation:
-        value_fn = lambda p: objective(p, *batch)[0]
+        def value_fn(params: Any) -> jax.Array:
+            return objective(params, *batch)[0]
+
         value, aux = objective(params, *batch)
         return Evaluation(value, slopes(value_fn, params), aux, value_fn)
 
@@ -149,8 +153,9 @@ def _central_difference(function: Callable[[Any], jax.Array], params: Any) -> An
     That h balances the error of the formula, h², against that of rounding, ε/h.
     """
     flat, unravel = ravel_pytree(params)
-    width = lambda x: jnp.finfo(x.dtype).eps ** (1 / 3) * jnp.maximum(1, jnp.abs(x))
-    widths, _ = ravel_pytree(jax.tree.map(lambda x: width(jnp.asarray(x)), params))
+    widths, _ = ravel_pytree(
+        jax.tree.map(lambda x: jnp.finfo(x.dtype).eps ** (1 / 3) * jnp.maximum(1, jnp.abs(x)), params)
+    )
 
     def slope(k: jax.Array) -> jax.Array:
         above, below = (unravel(flat.at[k].add(sign * widths[k])) for sign in (1, -1))

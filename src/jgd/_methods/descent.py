@@ -25,16 +25,16 @@ def descent(
 
     Args:
         loss: `loss(params, *example)`, a scalar for ONE example, or `(scalar, aux)` with `has_aux`.
-        optimizer: any optax transformation. It is passed `value`, `grad` and `value_fn` (the batch's objective as
-            a function of the parameters), which `optax.lbfgs` and `optax.contrib.reduce_on_plateau` need.
+        optimizer: any optax transformation. It is passed `value`, `grad` and `value_fn` (the batch's objective
+            as a function of the parameters), for `optax.lbfgs` and `optax.contrib.reduce_on_plateau`.
         reduce: from the per-example gradients to a pytree like the parameters: `jgd.mean`, `jgd.sum` (the
             objective is then the sum), `functools.partial(jgd.clipped_sum, max_norm=1.0)`, or your own.
         derivative: how the gradient is computed.
             `"reverse"`: back-propagation, one forward and one backward pass.
             `"forward"`: a Jacobian-vector product for each parameter, so P forward passes.
             `"finite_difference"`: central differences, so 2P forward passes, and some error: about ε^(2/3).
-            A function like `jax.value_and_grad(batch_loss)`: from `(params, *batch)` to `(value, gradient)`, or to
-            `((value, aux), gradient)` with `has_aux`.
+            A function like `jax.value_and_grad(batch_loss)`: from `(params, *batch)` to `(value, gradient)`,
+            or to `((value, aux), gradient)` with `has_aux`.
             All but the first know only the gradient of the batch, and take no `reduce`.
         in_axes: as in `jax.vmap`, one entry for each argument of the loss; None marks a shared argument.
         has_aux: whether the loss returns a pair.
@@ -69,8 +69,8 @@ def ascent(
 ) -> Method:
     """A method that maximises the mean of `objective` over the examples.
 
-    It walks the path of descent on the objective's negative: the gradient is negated *before* the optimizer, so
-    that weight decay still pulls towards zero. `info.value` is the objective, not its negative.
+    It walks the path of descent on the objective's negative: the gradient is negated *before* the optimizer,
+    so that weight decay still pulls towards zero. `info.value` is the objective, not its negative.
 
     Args:
         objective: `objective(params, *example)`, as the loss of `jgd.descent`.
@@ -120,8 +120,8 @@ def descent_ascent(
 
     Raises:
         TypeError: an optimizer is not an optax transformation.
-        ValueError: `derivative` is unknown, or `reduce` was given with one that knows only the batch; at `init`,
-            the parameters are not a pair.
+        ValueError: `derivative` is unknown, or `reduce` was given with one that knows only the batch; at
+            `init`, the parameters are not a pair.
 
     Source: Mokhtari et al., "A unified analysis of extra-gradient and optimistic gradient methods", 2020.
     """

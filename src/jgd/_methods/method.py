@@ -66,8 +66,8 @@ class Method:
         for path, leaf in tree_flatten_with_path(params)[0]:
             if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
                 raise TypeError(
-                    f"{leaf_name('params', path)} is {describe(leaf)}, but a parameter must be a floating-point "
-                    "array. Split the model first, with `eqx.partition(model, eqx.is_inexact_array)` or "
+                    f"{leaf_name('params', path)} is {describe(leaf)}, but a parameter must be a "
+                    "floating-point array. Split the model first, with `eqx.partition(model, eqx.is_inexact_array)` or "
                     "`nnx.split(model, nnx.Param, ...)`, and let the loss join the parts"
                 )
         params = _strongly_typed(params)
@@ -86,11 +86,12 @@ class Method:
 
         Raises:
             TypeError: `state` is not a `MethodState`.
-            ValueError: `state` does not belong to this method's optimizer, or the batch does not fit the loss.
+            ValueError: `state` is not this method's optimizer's, or the batch does not fit the loss.
         """
         if not isinstance(state, MethodState):
             raise TypeError(
-                f"`state` must be the MethodState that `method.init(params)` returned, got {type(state).__name__}"
+                "`state` must be the MethodState that `method.init(params)` returned, got "
+                f"{type(state).__name__}"
             )
         return _step(self, state, batch)
 
@@ -111,29 +112,35 @@ _step = jax.jit(_update, static_argnums=0)
 
 
 def _strongly_typed(tree: Any) -> Any:
-    """Arrays whose types do not give way: a weak type that the first update hardens would compile the step twice."""
-    is_weak = lambda x: not hasattr(x, "dtype") or getattr(x, "weak_type", False)
-    return jax.tree.map(lambda x: jnp.asarray(x, jnp.result_type(x)) if is_weak(x) else jnp.asarray(x), tree)
+    """Arrays without weak types, which the first update would harden, so that the step would compile twice."""
+
+    def harden(x: Any) -> jax.Array:
+        is_weak = not hasattr(x, "dtype") or getattr(x, "weak_type", False)
+        return jnp.asarray(x, jnp.result_type(x)) if is_weak else jnp.asarray(x)
+
+    return jax.tree.map(harden, tree)
 
 
 def _typed_like(tree: Any, like: Any) -> Any:
-    """The optimizer's state in the types that it had: a scan carries it, and some transformations widen theirs."""
-    cast = lambda new, old: new if getattr(new, "dtype", None) == old.dtype else jnp.asarray(new, old.dtype)
+    """The optimizer's state in the types that it had: a scan carries it, and some optimizers widen theirs."""
+
+    def cast(new: Any, old: jax.Array) -> jax.Array:
+        return new if getattr(new, "dtype", None) == old.dtype else jnp.asarray(new, old.dtype)
+
     return _strongly_typed(jax.tree.map(cast, tree, like))
 
 
 def _norm(tree: Any) -> jax.Array:
-    wide = lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32))
-    return optax.tree.norm(jax.tree.map(wide, tree))
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree))
 
 
 def _check_state(method: Method, state: MethodState) -> None:
-    expected = jax.eval_shape(method.optimizer.init, state.params)
-    shapes = lambda tree: jax.tree.map(jnp.shape, tree)
-    if shapes(expected) != shapes(state.opt_state):
+    expected = jax.tree.map(jnp.shape, jax.eval_shape(method.optimizer.init, state.params))
+    got = jax.tree.map(jnp.shape, state.opt_state)
+    if got != expected:
         raise ValueError(
             "`state.opt_state` is not what this method's optimizer keeps for `state.params`; start from "
-            f"`method.init(params)`. It needs {shapes(expected)}, got {shapes(state.opt_state)}"
+            f"`method.init(params)`. It needs arrays of shapes {expected}, got {got}"
         )
 
 
@@ -145,6 +152,6 @@ def _check_gradient(gradient: Any, params: Any) -> None:
     for (path, leaf), param in zip(tree_flatten_with_path(gradient)[0], jax.tree.leaves(params), strict=True):
         if jnp.shape(leaf) != param.shape:
             raise ValueError(
-                f"{source} has {leaf_name('gradient', path)} of shape {jnp.shape(leaf)}, but the parameter's is "
-                f"{param.shape}"
+                f"{source} has {leaf_name('gradient', path)} of shape {jnp.shape(leaf)}, but the parameter's "
+                f"is {param.shape}"
             )

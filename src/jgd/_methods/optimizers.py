@@ -1,4 +1,4 @@
-"""Optax transformations that turn a minimiser into what a method needs: one that ascends, one for each player."""
+"""Optax transformations that make a minimiser into what a method needs: to ascend, or to play against another."""
 
 from collections.abc import Callable
 from typing import Any
@@ -70,7 +70,10 @@ def simultaneous(
         **extra: Any,
     ) -> tuple[Any, Any]:
         structure = jax.tree.structure(params)
-        join = lambda x, y: jax.tree.unflatten(structure, jax.tree.leaves((x, y)))
+
+        def join(x: Any, y: Any) -> Any:
+            return jax.tree.unflatten(structure, jax.tree.leaves((x, y)))
+
         (x, y), (grad_x, grad_y), (update_x, update_y) = _pair(params), grad, updates
         update_x, state_x = first.update(
             update_x, state[0], x, value=value, grad=grad_x, value_fn=lambda x: value_fn(join(x, y)), **extra

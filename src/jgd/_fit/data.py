@@ -1,0 +1,112 @@
+"""What `fit` trains on: arrays that hold all the examples, or batches that someone else makes."""
+
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.tree_util import tree_flatten_with_path
+
+from jgd._errors import describe, leaf_name
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Examples:
+    """All examples as arrays: the arguments of the loss after the parameters."""
+
+    args: tuple[Any, ...]
+    axes: tuple[int | None, ...] = field(metadata={"static": True})  # of each leaf: where its examples lie
+    size: int = field(metadata={"static": True})
+
+    def take(self, index: jax.Array | np.ndarray) -> tuple[Any, ...]:
+        """The arguments for the batch of these examples; shared arguments as they are."""
+        leaves, treedef = jax.tree.flatten(self.args)
+        chosen = [
+            leaf if axis is None else jnp.take(leaf, index, axis=axis, mode="clip")
+            for leaf, axis in zip(leaves, self.axes, strict=True)
+        ]
+        return jax.tree.unflatten(treedef, chosen)
+
+
+def splat(element: Any) -> tuple[Any, ...]:
+    """The arguments of the loss: a plain tuple holds them, anything else is the only one."""
+    return element if type(element) is tuple else (element,)
+
+
+def is_batches(data: Any) -> bool:
+    """Whether `data` is an iterable of batches: an iterator, a list, or what is no pytree but can be walked."""
+    if isinstance(data, list):
+        return True
+    is_pytree = not jax.tree_util.all_leaves([data]) or hasattr(data, "dtype") or hasattr(data, "__array__")
+    return not is_pytree and isinstance(data, Iterable)
+
+
+def examples_of(data: Any, in_axes: Any) -> Examples:
+    """The arrays of `data` on the device, and where the examples lie in each.
+
+    Raises:
+        TypeError: a leaf is not an array.
+        ValueError: the leaves disagree in length, are empty, or do not fit `in_axes`.
+    """
+    args = splat(data)
+    axes = _leaf_axes(args, in_axes)
+    leaves, lengths = [], {}
+    for (path, leaf), axis in zip(tree_flatten_with_path(args)[0], axes, strict=True):
+        name = leaf_name("data", path if type(data) is tuple else path[1:])
+        array = _as_array(leaf, name)
+        leaves.append(array)
+        if axis is None:
+            continue
+        if not -array.ndim <= axis < array.ndim:
+            raise ValueError(
+                f"{name} is {describe(array)} and has no axis {axis} to hold the examples; an argument that every "
+                "example shares gets None in the method's `in_axes`"
+            )
+        lengths[name] = array.shape[axis]
+    args = jax.tree.unflatten(jax.tree.structure(args), leaves)
+    return Examples(args, tuple(axes), _common_length(lengths))
+
+
+def _leaf_axes(args: tuple[Any, ...], in_axes: Any) -> list[int | None]:
+    def is_none(x: Any) -> bool:
+        return x is None
+
+    if in_axes is None or isinstance(in_axes, int):
+        return [in_axes or 0] * len(jax.tree.leaves(args))
+    if not isinstance(in_axes, Sequence) or len(in_axes) != 1 + len(args):
+        raise ValueError(
+            f"the method's `in_axes` must be an int or a tuple with one entry for the parameters and one for each of "
+            f"the {len(args)} arguments in `data`, got {in_axes!r}"
+        )
+    try:
+        spread = jax.tree.broadcast(tuple(in_axes[1:]), args, is_leaf=is_none)
+    except ValueError as error:
+        raise ValueError(
+            f"the method's `in_axes`={in_axes!r} does not fit `data`, of structure {jax.tree.structure(args)}"
+        ) from error
+    return jax.tree.leaves(spread, is_leaf=is_none)
+
+
+def _as_array(leaf: Any, name: str) -> jax.Array:
+    try:
+        return jnp.asarray(leaf)
+    except (TypeError, ValueError) as error:
+        raise TypeError(f"{name} is {describe(leaf)}, not an array of numbers") from error
+
+
+def _common_length(lengths: dict[str, int]) -> int:
+    if not lengths:
+        raise ValueError("`data` holds no examples: at least one argument must have an axis of them")
+    (first, size), *others = lengths.items()
+    for name, length in others:
+        if length != size:
+            raise ValueError(
+                f"the leaves of `data` disagree in length: {first} holds {size} examples, {name} {length}; an "
+                "argument that every example shares gets None in the method's `in_axes`"
+            )
+    if size == 0:
+        raise ValueError(f"`data` holds no examples: {first} has length 0")
+    return size
