@@ -7,6 +7,16 @@ import optax
 from cases import B, case
 from cases.dense import squared
 
+
+def filled(draw, shapes):
+    """Random parameters of the shapes that an initialiser would give, without the time that it takes."""
+    return jax.tree.map(lambda x: draw(*x.shape), shapes)
+
+
+def is_shape(x):
+    return isinstance(x, jax.ShapeDtypeStruct)
+
+
 cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 
@@ -27,7 +37,7 @@ def flax_linen_convolutional_network(draw):
     def loss(p, x, y):
         return cross_entropy(net.apply(p, x), y)
 
-    return loss, net.init(draw.key, images[0]), (images, draw.integers(3, B))
+    return loss, filled(draw, jax.eval_shape(net.init, draw.key, images[0])), (images, draw.integers(3, B))
 
 
 @case
@@ -38,7 +48,7 @@ def flax_linen_lstm(draw):
         @nn.compact
         def __call__(self, tokens):
             x = nn.Embed(7, 3)(tokens)
-            x = nn.RNN(nn.OptimizedLSTMCell(4))(x)
+            x = nn.RNN(nn.OptimizedLSTMCell(4, param_dtype=jnp.result_type(float)))(x)
             return nn.Dense(5)(nn.LayerNorm()(x[-1]))
 
     net, tokens = Net(), draw.integers(7, B, 6)
@@ -46,7 +56,7 @@ def flax_linen_lstm(draw):
     def loss(p, tokens, y):
         return cross_entropy(net.apply(p, tokens), y)
 
-    return loss, net.init(draw.key, tokens[0]), (tokens, draw.integers(5, B))
+    return loss, filled(draw, jax.eval_shape(net.init, draw.key, tokens[0])), (tokens, draw.integers(5, B))
 
 
 @case
@@ -66,7 +76,11 @@ def flax_linen_transformer_with_dropout(draw):
     def loss(p, x, y, key):
         return squared(net.apply(p, x, rngs={"dropout": key}) - y)
 
-    return loss, net.init({"params": draw.key, "dropout": draw.key}, x[0]), (x, draw(B, 5, 3), draw.keys(B))
+    return (
+        loss,
+        filled(draw, jax.eval_shape(net.init, {"params": draw.key, "dropout": draw.key}, x[0])),
+        (x, draw(B, 5, 3), draw.keys(B)),
+    )
 
 
 @case
@@ -75,44 +89,43 @@ def flax_nnx_gru(draw):
 
     class Net(nnx.Module):
         def __init__(self, rngs):
-            self.cell = nnx.RNN(nnx.GRUCell(3, 4, rngs=rngs))
+            self.cell = nnx.RNN(nnx.GRUCell(3, 4, param_dtype=jnp.result_type(float), rngs=rngs))
             self.head = nnx.Linear(4, 2, rngs=rngs)
 
         def __call__(self, x):
-            return self.head(self.cell(x[None])[0])
+            return self.head(self.cell(x, initial_carry=jnp.zeros(4, x.dtype)))
 
-    graph, params, rest = nnx.split(Net(nnx.Rngs(draw.seed)), nnx.Param, ...)
+    graph, params, rest = nnx.split(nnx.eval_shape(lambda: Net(nnx.Rngs(0))), nnx.Param, ...)
 
     def loss(p, x, y):
         return squared(nnx.merge(graph, p, rest)(x) - y)
 
-    return loss, params, (draw(B, 5, 3), draw(B, 5, 2))
+    return loss, filled(draw, params), (draw(B, 5, 3), draw(B, 5, 2))
 
 
 @case
 def equinox_network(draw):
     import equinox as eqx
 
-    net = eqx.nn.MLP(4, 2, 5, 2, key=draw.key)
-    params, static = eqx.partition(net, eqx.is_inexact_array)
+    net = eqx.filter_eval_shape(eqx.nn.MLP, 4, 2, 5, 2, key=draw.key)
+    params, static = eqx.partition(net, is_shape)
 
     def loss(p, x, y):
         return squared(eqx.combine(p, static)(x) - y)
 
-    return loss, params, (draw(B, 4), draw(B, 2))
+    return loss, filled(draw, params), (draw(B, 4), draw(B, 2))
 
 
 @case
 def equinox_gru_and_convolution(draw):
     import equinox as eqx
 
-    keys = draw.keys(3)
     net = {
-        "conv": eqx.nn.Conv1d(2, 3, 3, stride=2, key=keys[0]),
-        "cell": eqx.nn.GRUCell(3, 4, key=keys[1]),
-        "head": eqx.nn.Linear(4, "scalar", key=keys[2]),
+        "conv": eqx.filter_eval_shape(eqx.nn.Conv1d, 2, 3, 3, stride=2, key=draw.key),
+        "cell": eqx.filter_eval_shape(eqx.nn.GRUCell, 3, 4, key=draw.key),
+        "head": eqx.filter_eval_shape(eqx.nn.Linear, 4, "scalar", key=draw.key),
     }
-    params, static = eqx.partition(net, eqx.is_inexact_array)
+    params, static = eqx.partition(net, is_shape)
 
     def loss(p, x):
         net = eqx.combine(p, static)
@@ -120,7 +133,7 @@ def equinox_gru_and_convolution(draw):
         h, _ = jax.lax.scan(lambda h, x: (net["cell"](x, h), None), jnp.zeros(4, x.dtype), steps)
         return jnp.square(net["head"](h) - 1.0)
 
-    return loss, params, (draw(B, 2, 9),)
+    return loss, filled(draw, params), (draw(B, 2, 9),)
 
 
 @case
@@ -129,7 +142,8 @@ def haiku_lstm(draw):
 
     def forward(xs):
         core = hk.LSTM(4)
-        outs, _ = hk.dynamic_unroll(core, xs, core.initial_state(None))
+        state = jax.tree.map(lambda x: x.astype(xs.dtype), core.initial_state(None))
+        outs, _ = hk.dynamic_unroll(core, xs, state)
         return hk.Linear(3)(outs[-1])
 
     net = hk.without_apply_rng(hk.transform(forward))
@@ -138,7 +152,7 @@ def haiku_lstm(draw):
     def loss(p, xs, y):
         return cross_entropy(net.apply(p, xs), y)
 
-    return loss, net.init(draw.key, jnp.asarray(xs[0], jnp.float32)), (xs, draw.integers(3, B))
+    return loss, filled(draw, jax.eval_shape(net.init, draw.key, xs[0])), (xs, draw.integers(3, B))
 
 
 @case
@@ -156,4 +170,4 @@ def haiku_normalised_network_with_noise(draw):
     def loss(p, x, key):
         return squared(jnp.tanh(net.apply(p, key, x)))
 
-    return loss, net.init(draw.key, jnp.asarray(images[0], jnp.float32)), (images, draw.keys(B))
+    return loss, filled(draw, jax.eval_shape(net.init, draw.key, images[0])), (images, draw.keys(B))
