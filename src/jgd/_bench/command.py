@@ -1,6 +1,8 @@
 """`jgd bench`: the suite from the command line."""
 
 import argparse
+import importlib
+import importlib.util
 import statistics
 import sys
 from collections.abc import Sequence
@@ -57,7 +59,7 @@ def run(args: argparse.Namespace) -> int:
         settings = {"repeats": args.repeats, "seconds": args.seconds, "small": args.small}
         args.json.write_text(to_json(found, **settings))
     rows = table(found)
-    print(_markdown(rows) if args.markdown else _columns(rows))
+    _print_table(rows, markdown=args.markdown)
     print(f"\nTime (fastest run), temporary memory; both relative to the plain gradient's. {_where()}")
     return 0
 
@@ -103,6 +105,22 @@ def _ratios(time: float, memory: float) -> str:
 
 def _short(ratio: float) -> str:
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
+
+
+def _print_table(rows: list[list[str]], *, markdown: bool) -> None:
+    """In Markdown, by rich where a terminal is there for it, or as plain text in columns."""
+    if markdown:
+        print(_markdown(rows))
+    elif sys.stdout.isatty() and importlib.util.find_spec("rich"):
+        console, tables = importlib.import_module("rich.console"), importlib.import_module("rich.table")
+        drawn = tables.Table()
+        for k, name in enumerate(rows[0]):
+            drawn.add_column(name, justify="left" if k < 2 else "right")
+        for row in rows[1:]:
+            drawn.add_row(*row)
+        console.Console().print(drawn)
+    else:
+        print(_columns(rows))
 
 
 def _columns(rows: list[list[str]]) -> str:
