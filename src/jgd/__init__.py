@@ -1,8 +1,8 @@
 """Per-example gradients for JAX: everything you may ask of them, at about the price of their sum."""
 
-from jgd._fit.epochs import History as History
 from jgd._fit.fit import FitResult as FitResult
 from jgd._fit.fit import fit as fit
+from jgd._fit.history import History as History
 from jgd._gradients import PerExampleGrads as PerExampleGrads
 from jgd._gradients import per_example_grad as per_example_grad
 from jgd._methods.descent import ascent as ascent

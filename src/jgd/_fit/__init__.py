@@ -1,1 +1,1 @@
-"""Training by one method on many examples: the schedule, the compiled epochs, and the loop that can be watched."""
+"""Training by one method on many examples: a schedule, compiled epochs, and a loop that can be watched."""

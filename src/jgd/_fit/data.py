@@ -37,11 +37,12 @@ def splat(element: Any) -> tuple[Any, ...]:
 
 
 def is_batches(data: Any) -> bool:
-    """Whether `data` is an iterable of batches: an iterator, a list, or what is no pytree but can be walked."""
+    """Whether `data` is an iterable of batches: a list, an iterator, a loader; not a pytree of arrays."""
     if isinstance(data, list):
         return True
-    is_pytree = not jax.tree_util.all_leaves([data]) or hasattr(data, "dtype") or hasattr(data, "__array__")
-    return not is_pytree and isinstance(data, Iterable)
+    is_array = hasattr(data, "dtype") or hasattr(data, "__array__")
+    is_leaf = jax.tree_util.all_leaves([data])
+    return is_leaf and not is_array and isinstance(data, Iterable)
 
 
 def examples_of(data: Any, in_axes: Any) -> Examples:
@@ -62,8 +63,8 @@ def examples_of(data: Any, in_axes: Any) -> Examples:
             continue
         if not -array.ndim <= axis < array.ndim:
             raise ValueError(
-                f"{name} is {describe(array)} and has no axis {axis} to hold the examples; an argument that every "
-                "example shares gets None in the method's `in_axes`"
+                f"{name} is {describe(array)} and has no axis {axis} to hold the examples; an argument that "
+                "every example shares gets None in the method's `in_axes`"
             )
         lengths[name] = array.shape[axis]
     args = jax.tree.unflatten(jax.tree.structure(args), leaves)
@@ -78,8 +79,8 @@ def _leaf_axes(args: tuple[Any, ...], in_axes: Any) -> list[int | None]:
         return [in_axes or 0] * len(jax.tree.leaves(args))
     if not isinstance(in_axes, Sequence) or len(in_axes) != 1 + len(args):
         raise ValueError(
-            f"the method's `in_axes` must be an int or a tuple with one entry for the parameters and one for each of "
-            f"the {len(args)} arguments in `data`, got {in_axes!r}"
+            "the method's `in_axes` must be an int or a tuple with one entry for the parameters and one for "
+            f"each of the {len(args)} arguments in `data`, got {in_axes!r}"
         )
     try:
         spread = jax.tree.broadcast(tuple(in_axes[1:]), args, is_leaf=is_none)
@@ -104,8 +105,8 @@ def _common_length(lengths: dict[str, int]) -> int:
     for name, length in others:
         if length != size:
             raise ValueError(
-                f"the leaves of `data` disagree in length: {first} holds {size} examples, {name} {length}; an "
-                "argument that every example shares gets None in the method's `in_axes`"
+                f"the leaves of `data` disagree in length: {first} holds {size} examples, {name} {length}; "
+                "an argument that every example shares gets None in the method's `in_axes`"
             )
     if size == 0:
         raise ValueError(f"`data` holds no examples: {first} has length 0")

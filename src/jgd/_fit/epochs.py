@@ -1,26 +1,50 @@
 """Epochs as compiled scans over arrays: no dispatch between updates, and the state updated in place."""
 
 import functools
-from typing import Any, NamedTuple
+import warnings
+from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jgd._fit.data import Examples
-from jgd._fit.schedule import Pass
+from jgd._fit.history import History, check_history, joined
+from jgd._fit.schedule import Pass, Schedule
 from jgd._methods.method import Method, MethodState
 
 
-class History(NamedTuple):
-    """What each update saw, in order.
+def run_epochs(
+    method: Method,
+    state: MethodState,
+    examples: Examples,
+    key: jax.Array,
+    schedule: Schedule,
+    *,
+    check_finite: bool,
+) -> tuple[MethodState, History]:
+    """Trains by a schedule. The state is consumed.
 
-    Attributes:
-        value: `(updates,)`, the objective of the update's batch, before the update.
-        grad_norm: `(updates,)`, the norm of its gradient.
+    Whole epochs are one compiled call, and the part of one that is left another; `check_finite` makes a call
+    of each epoch, to look at its history, and keeps the state before it.
     """
-
-    value: jax.Array
-    grad_norm: jax.Array
+    numbers = np.arange(schedule.epochs + 1)
+    calls = np.split(numbers[:-1], schedule.epochs if check_finite else 1) if schedule.epochs else []
+    pieces = [(schedule.epoch, call) for call in calls]
+    if schedule.last:
+        pieces.append((schedule.last, numbers[-1:]))
+    parts: list[History] = []
+    for one, epochs in pieces:
+        run = _run if check_finite else _run_in_place
+        before = state
+        with warnings.catch_warnings():
+            # Under `vmap` the state may be the same for all runs, and then has no room for their states.
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+            state, history = run(method, one, state, examples, key, epochs)
+        parts.append(history)
+        if check_finite:
+            check_history(before, state, parts)
+    return state, joined(parts)
 
 
 def order_of(key: jax.Array, epoch: jax.Array | int, size: int) -> jax.Array:
@@ -28,17 +52,16 @@ def order_of(key: jax.Array, epoch: jax.Array | int, size: int) -> jax.Array:
     return jax.random.permutation(jax.random.fold_in(key, epoch), size)
 
 
-def _run(
+def _epochs(
     method: Method, one: Pass, state: MethodState, examples: Examples, key: jax.Array, epochs: jax.Array
 ) -> tuple[MethodState, History]:
-    """Walks the examples once for each of `epochs`, which number the orders drawn from `key`."""
-    run_epoch = functools.partial(_epoch, method, one, examples, key)
-    state, history = jax.lax.scan(run_epoch, state, epochs)
+    """Walks the examples once for each of `epochs`, numbers that draw an order from `key`."""
+    state, history = jax.lax.scan(functools.partial(_epoch, method, one, examples, key), state, epochs)
     return state, jax.tree.map(lambda x: x.reshape(epochs.shape[0] * one.updates), history)
 
 
-run = jax.jit(_run, static_argnums=(0, 1))
-run_in_place = jax.jit(_run, static_argnums=(0, 1), donate_argnums=2)
+_run = jax.jit(_epochs, static_argnums=(0, 1))
+_run_in_place = jax.jit(_epochs, static_argnums=(0, 1), donate_argnums=2)
 
 
 def _epoch(
@@ -61,5 +84,5 @@ def _epoch(
     history = jax.tree.map(jnp.ravel, history)
     if one.rest:
         state, last = train(state, order[split:])
-        history = jax.tree.map(lambda *parts: jnp.concatenate(parts), history, last)
+        history = joined([history, last])
     return state, history

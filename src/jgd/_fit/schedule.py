@@ -1,4 +1,4 @@
-"""How many updates a fit makes, and from which examples."""
+"""How many updates a fit makes, and from which examples. Static and hashable, to key a compilation."""
 
 import operator
 from dataclasses import dataclass
@@ -9,7 +9,7 @@ from jgd._errors import describe
 
 @dataclass(frozen=True)
 class Length:
-    """How long to train: exactly one of the two is given."""
+    """How long to train: one of `epochs` and `steps` is given, the other is None."""
 
     epochs: int | None
     steps: int | None
@@ -18,7 +18,7 @@ class Length:
 
 @dataclass(frozen=True)
 class Pass:
-    """One walk over the examples: whole batches first, then the smaller one that is left. Static, so hashable."""
+    """One walk over the examples: whole batches first, then the smaller one that is left."""
 
     batch_size: int
     whole: int
@@ -29,6 +29,25 @@ class Pass:
     def updates(self) -> int:
         """The number of updates."""
         return (self.whole + (self.rest > 0)) * self.inner_steps
+
+
+@dataclass(frozen=True)
+class Schedule:
+    """Whole epochs, all alike, and the part of another that a number of steps may end in."""
+
+    epoch: Pass
+    epochs: int
+    last: Pass | None
+
+    @property
+    def updates(self) -> int:
+        """The number of updates."""
+        return self.epochs * self.epoch.updates + (self.last.updates if self.last else 0)
+
+    @property
+    def passes(self) -> list[Pass]:
+        """The walks over the examples, in order."""
+        return [self.epoch] * self.epochs + ([self.last] if self.last else [])
 
 
 def length_of(epochs: Any, steps: Any, inner_steps: Any) -> Length:
@@ -47,14 +66,14 @@ def length_of(epochs: Any, steps: Any, inner_steps: Any) -> Length:
     steps = _count(steps, "steps", least=0)
     if steps % inner_steps:
         raise ValueError(
-            f"`steps` counts updates and each batch makes `inner_steps`={inner_steps} of them: it must be a multiple, "
-            f"got {steps}"
+            f"`steps` counts updates, of which each batch makes `inner_steps`={inner_steps}: it must be a "
+            f"multiple of that, got {steps}"
         )
     return Length(None, steps, inner_steps)
 
 
-def passes_of(length: Length, size: int, batch_size: Any) -> tuple[Pass, int, Pass | None]:
-    """One epoch, how many of them, and the part of another that `steps` may end in.
+def schedule_of(length: Length, size: int, batch_size: Any) -> Schedule:
+    """The walks over `size` examples.
 
     Raises:
         TypeError: `batch_size` is not an int.
@@ -65,25 +84,25 @@ def passes_of(length: Length, size: int, batch_size: Any) -> tuple[Pass, int, Pa
     batch_size = _count(batch_size, "batch_size", least=1, hint="; None takes all examples at once")
     if batch_size > size:
         raise ValueError(
-            f"`batch_size`={batch_size} is larger than `data`, which holds {size} examples; None takes all of them"
+            f"`batch_size`={batch_size} is larger than `data`, which holds {size} examples; None takes all of "
+            "them at once"
         )
     inner = length.inner_steps
     epoch = Pass(batch_size, size // batch_size, size % batch_size, inner)
-    if length.epochs is not None:
-        return epoch, length.epochs, None
-    assert length.steps is not None
+    if length.steps is None:
+        return Schedule(epoch, length.epochs or 0, None)
     epochs, left = divmod(length.steps, epoch.updates)
-    # What is left is less than an epoch, so the smaller last batch, which ends one, is never part of it.
-    return epoch, epochs, Pass(batch_size, left // inner, 0, inner) if left else None
+    # Less than an epoch is left, so the smaller batch that ends one is not part of it.
+    return Schedule(epoch, epochs, Pass(batch_size, left // inner, 0, inner) if left else None)
 
 
 def _count(value: Any, argument: str, *, least: int, hint: str = "") -> int:
     try:
-        if isinstance(value, bool):
-            raise TypeError
         count = operator.index(value)
     except TypeError:
-        raise TypeError(f"`{argument}` must be an int, got {describe(value)}{hint}") from None
+        count = None
+    if count is None or isinstance(value, bool):
+        raise TypeError(f"`{argument}` must be an int, got {describe(value)}{hint}")
     if count < least:
         raise ValueError(f"`{argument}` must be at least {least}, got {count}{hint}")
     return count

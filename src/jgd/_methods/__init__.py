@@ -1,1 +1,1 @@
-"""Descent and ascent: a derivative gives the gradient of a batch, an optax transformation makes it an update."""
+"""Descent and ascent: a derivative gives the gradient of a batch, an optax transformation the update."""

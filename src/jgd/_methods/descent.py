@@ -25,8 +25,8 @@ def descent(
 
     Args:
         loss: `loss(params, *example)`, a scalar for ONE example, or `(scalar, aux)` with `has_aux`.
-        optimizer: any optax transformation. It is passed `value`, `grad` and `value_fn` (the batch's objective
-            as a function of the parameters), for `optax.lbfgs` and `optax.contrib.reduce_on_plateau`.
+        optimizer: any optax transformation. It is passed `value`, `grad` and `value_fn` (the objective of
+            the batch as a function of the parameters), as `optax.lbfgs` and `reduce_on_plateau` need.
         reduce: from the per-example gradients to a pytree like the parameters: `jgd.mean`, `jgd.sum` (the
             objective is then the sum), `functools.partial(jgd.clipped_sum, max_norm=1.0)`, or your own.
         derivative: how the gradient is computed.

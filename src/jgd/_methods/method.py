@@ -67,8 +67,9 @@ class Method:
             if not jnp.issubdtype(getattr(leaf, "dtype", type(leaf)), jnp.floating):
                 raise TypeError(
                     f"{leaf_name('params', path)} is {describe(leaf)}, but a parameter must be a "
-                    "floating-point array. Split the model first, with `eqx.partition(model, eqx.is_inexact_array)` or "
-                    "`nnx.split(model, nnx.Param, ...)`, and let the loss join the parts"
+                    "floating-point array. Split the model first, with `eqx.partition(model, "
+                    "eqx.is_inexact_array)` or `nnx.split(model, nnx.Param, ...)`, and let the loss join the "
+                    "parts"
                 )
         params = _strongly_typed(params)
         return MethodState(params, _strongly_typed(self.optimizer.init(params)), jnp.zeros((), jnp.int32))
@@ -109,10 +110,16 @@ def _update(method: Method, state: MethodState, batch: tuple[Any, ...]) -> tuple
 
 
 _step = jax.jit(_update, static_argnums=0)
+_step_in_place = jax.jit(_update, static_argnums=0, donate_argnums=1)
+
+
+def step_in_place(method: Method, state: MethodState, *batch: Any) -> tuple[MethodState, StepInfo]:
+    """`method.step`, for a caller who owns every leaf of the state: its memory goes to the next one."""
+    return _step_in_place(method, state, batch)
 
 
 def _strongly_typed(tree: Any) -> Any:
-    """Arrays without weak types, which the first update would harden, so that the step would compile twice."""
+    """Arrays without weak types: the first update would harden them, and the step compile twice."""
 
     def harden(x: Any) -> jax.Array:
         is_weak = not hasattr(x, "dtype") or getattr(x, "weak_type", False)

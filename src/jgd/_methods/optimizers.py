@@ -1,6 +1,5 @@
-"""Optax transformations that make a minimiser into what a method needs: to ascend, or to play against another."""
+"""Optax transformations that make of minimisers what a method needs: one that ascends, or two at once."""
 
-from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -29,20 +28,14 @@ def ascending(optimizer: optax.GradientTransformationExtraArgs) -> optax.Gradien
     parameters themselves, weight decay above all, keeps its meaning.
     """
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        value: Any,
-        grad: Any,
-        value_fn: Callable[[Any], Any],
-        **extra: Any,
-    ) -> tuple[Any, Any]:
-        return optimizer.update(
-            _negative(updates), state, params,
-            value=-value, grad=_negative(grad), value_fn=lambda p: -value_fn(p), **extra,
-        )  # fmt: skip
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        value_fn = extra["value_fn"]
+        negated = {
+            "value": -extra["value"],
+            "grad": _negative(extra["grad"]),
+            "value_fn": lambda params: -value_fn(params),
+        }
+        return optimizer.update(_negative(updates), state, params, **extra | negated)
 
     return optax.GradientTransformationExtraArgs(optimizer.init, update)
 
@@ -59,28 +52,17 @@ def simultaneous(
         x, y = _pair(params)
         return first.init(x), second.init(y)
 
-    def update(
-        updates: Any,
-        state: Any,
-        params: Any = None,
-        *,
-        value: Any,
-        grad: Any,
-        value_fn: Callable[[Any], Any],
-        **extra: Any,
-    ) -> tuple[Any, Any]:
-        structure = jax.tree.structure(params)
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Any]:
+        structure, value_fn = jax.tree.structure(params), extra["value_fn"]
 
         def join(x: Any, y: Any) -> Any:
             return jax.tree.unflatten(structure, jax.tree.leaves((x, y)))
 
-        (x, y), (grad_x, grad_y), (update_x, update_y) = _pair(params), grad, updates
-        update_x, state_x = first.update(
-            update_x, state[0], x, value=value, grad=grad_x, value_fn=lambda x: value_fn(join(x, y)), **extra
-        )
-        update_y, state_y = second.update(
-            update_y, state[1], y, value=value, grad=grad_y, value_fn=lambda y: value_fn(join(x, y)), **extra
-        )
+        (x, y), (grad_x, grad_y), (update_x, update_y) = _pair(params), extra["grad"], updates
+        of_x = {"grad": grad_x, "value_fn": lambda x: value_fn(join(x, y))}
+        of_y = {"grad": grad_y, "value_fn": lambda y: value_fn(join(x, y))}
+        update_x, state_x = first.update(update_x, state[0], x, **extra | of_x)
+        update_y, state_y = second.update(update_y, state[1], y, **extra | of_y)
         return join(update_x, update_y), (state_x, state_y)
 
     return optax.GradientTransformationExtraArgs(init, update)
