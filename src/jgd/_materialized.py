@@ -82,7 +82,7 @@ class Materialized:
         sums = []
         for k, block in enumerate(self.blocks):
             wide = block.astype(accumulator(block.dtype))
-            deviation = wide if center is None else wide - center[k].astype(wide.dtype)
+            deviation = wide if center is None else wide - center[k].astype(wide.dtype)[None]
             sums.append(jnp.sum(scale_rows(weights, jnp.square(mask_rows(weights != 0, deviation))), axis=0))
         return sums
 

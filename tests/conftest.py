@@ -1,0 +1,42 @@
+"""What every test runs under: the CPU, quick compilation, no implicit promotion of ranks in jgd's own arithmetic."""
+
+import os
+
+# Read when jax first makes a backend. The tests compile much and compute little.
+os.environ.setdefault("JAX_PLATFORMS", "cpu")
+if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
+    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0"
+
+import hypothesis
+import jax
+import pytest
+
+hypothesis.settings.register_profile(
+    "default",
+    derandomize=True,
+    deadline=None,
+    database=None,
+    max_examples=20,
+    suppress_health_check=list(hypothesis.HealthCheck),
+)
+hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
+hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.fixture
+def x64():
+    """Float64 for one test, where exactness is asked for."""
+    with jax.enable_x64(True):
+        yield
+
+
+@pytest.fixture
+def key():
+    return jax.random.key(0)
+
+
+@pytest.fixture(autouse=True, scope="module")
+def forget_compiled_functions():
+    """Every module starts and ends without compiled functions, so that memory does not grow with the suite."""
+    yield
+    jax.clear_caches()
