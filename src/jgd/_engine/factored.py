@@ -17,7 +17,7 @@ from jgd._engine.plan import Part, Plan
 from jgd._engine.regions import Nested, Op, Region, Site, recorded
 from jgd._engine.tapped import bumps_of, picked, replay, run, taps_of, zeros
 from jgd._engine.uses import SiteData
-from jgd._materialized import Materialized, accumulator, mask_rows
+from jgd._materialized import Materialized, accumulator
 
 TILE = 1 << 20  # elements of the gradients that are built at once
 
@@ -69,41 +69,60 @@ class Factored:
     def materialize(self) -> list[jax.Array]:
         """g_i, every leaf with a leading axis B."""
         everything = range(len(self.params))
-        return jax.vmap(lambda one: self._gradient(one, everything))((self.records, self.deltas))
+        return self._each(lambda one: self._gradient(one, everything), self._examples)
 
     def weighted_sum(self, weights: jax.Array | None, *, keep_wide: bool = False) -> list[jax.Array]:
         """Σ w_i g_i, by one `vjp` with the examples inside."""
+        linear = [leaf for leaf in range(len(self.params)) if leaf not in self.plan.backward_only]
+        sums: dict[int, jax.Array] = dict(zip(linear, self._pull_sum(linear, weights), strict=True))
+        # A custom derivative need not be linear in what it is given: it gets each example's own.
+        apart = sorted(self.plan.backward_only)
+        ones = jnp.ones(self.size) if weights is None else weights
+        add = lambda blocks, w: blocks.weighted_sum(w, keep_wide=True)
+        sums.update(zip(apart, self._folded(apart, ones, add), strict=True))
+        if keep_wide:
+            return [sums[leaf] for leaf in range(len(self.params))]
+        return [sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
+
+    def _pull_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
         records, deltas = self.records, self.deltas
         if weights is not None:
             present = weights != 0
-            # A product with 0 would let a nan through, on either side.
-            records = jax.tree.map(lambda x: mask_rows(present, x) if _is_float(x) else x, records)
-            deltas = jax.tree.map(
-                lambda x: mask_rows(present, x) * weights.astype(x.dtype).reshape((-1,) + (1,) * (x.ndim - 1)), deltas
-            )
-        wide = [accumulator(p.dtype) for p in self.params]
+            # A product with 0 would let a nan through, on either side: δ becomes 0, and the records of an absent
+            # example become those of a present one, at which every site is known to have a derivative.
+            stand_in = jnp.argmax(present)
+            records = jax.tree.map(lambda x: _where_rows(present, x, x[stand_in]) if _is_float(x) else x, records)
+            scale = lambda x: _where_rows(present, x, jnp.zeros((), x.dtype)) * _as_rows(weights.astype(x.dtype), x)
+            deltas = jax.tree.map(scale, deltas)
 
-        def outputs(params: Sequence[jax.Array]) -> list[jax.Array]:
-            params = [p.astype(like.dtype) for p, like in zip(params, self.like, strict=True)]
-            return jax.vmap(lambda r: self._replay(params, r, range(len(params))))(records)
+        def outputs(chosen: Sequence[jax.Array]) -> list[jax.Array]:
+            chosen = [x.astype(self.like[leaf].dtype) for leaf, x in zip(leaves, chosen, strict=True)]
+            return self._each(lambda r: self._replay_with(leaves, chosen, r), records)
 
-        _, pull = jax.vjp(outputs, [p.astype(w) for p, w in zip(self.params, wide, strict=True)])
-        sums = pull(picked(self.plan.region, deltas, self._wanted(range(len(self.params)))))[0]
-        return sums if keep_wide else [s.astype(x.dtype) for s, x in zip(sums, self.like, strict=True)]
+        _, pull = jax.vjp(outputs, [self.params[leaf].astype(accumulator(self.like[leaf].dtype)) for leaf in leaves])
+        sums = pull(picked(self.plan.region, deltas, self._wanted(leaves)))[0]
+        return sums if weights is None else [jnp.where(jnp.any(present), s, 0) for s in sums]
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
-        """⟨g_i, v⟩, by one `jvp` of the sites."""
-        everything = range(len(self.params))
+        """⟨g_i, v⟩, by one `jvp` of the sites; by the gradient of those leaves that have no forward derivative."""
+        backward = sorted(self.plan.backward_only)
+        forward = [leaf for leaf in range(len(self.params)) if leaf not in self.plan.backward_only]
         tangents = [v.astype(x.dtype) for v, x in zip(direction, self.like, strict=True)]
 
-        def one(records: Any, deltas: Any) -> jax.Array:
-            _, moved = jax.jvp(lambda params: self._replay(params, records, everything), (self.params,), (tangents,))
-            total = jnp.zeros((), jnp.float32)
-            for delta, d in zip(picked(self.plan.region, deltas, self._wanted(everything)), moved, strict=True):
-                total = total + jnp.sum(delta.astype(accumulator(delta.dtype)) * d)
-            return total
+        def one(example: tuple[Any, Any]) -> jax.Array:
+            records, deltas = example
+            outputs = lambda chosen: self._replay_with(forward, chosen, records)
+            primals = [self.params[leaf] for leaf in forward]
+            _, moved = jax.jvp(outputs, (primals,), ([tangents[leaf] for leaf in forward],))
+            pairs = list(zip(picked(self.plan.region, deltas, self._wanted(forward)), moved, strict=True))
+            pairs += zip(self._gradient(example, backward), (tangents[leaf] for leaf in backward), strict=True)
+            products = [jnp.sum((a.astype(accumulator(a.dtype)) * b).real) for a, b in pairs]
+            return sum(products, start=jnp.zeros((), jnp.float32))
 
-        return jax.vmap(one)(self.records, self.deltas)
+        return self._tiled(sum(self.like[leaf].size for leaf in backward), one)
+
+    def _each(self, fun: Callable[..., Any], *examples: Any) -> Any:
+        return jax.vmap(fun, axis_size=self.size)(*examples)
 
     def _wanted(self, leaves: Sequence[int] | range) -> Callable[[Op], bool]:
         chosen = frozenset(leaves)
@@ -114,16 +133,17 @@ class Factored:
         known = _inputs(self.plan, params, self.constants, blank)
         return replay(self.plan.region, known, records, self._wanted(leaves), bumps)
 
+    def _replay_with(self, leaves: Sequence[int] | range, values: Sequence[Any], records: Any) -> list[Any]:
+        params = list(self.params)
+        for leaf, value in zip(leaves, values, strict=True):
+            params[leaf] = value
+        return self._replay(params, records, leaves)
+
     def _gradient(self, example: tuple[Any, Any], leaves: Sequence[int] | range) -> list[jax.Array]:
         """One example's gradient with respect to some leaves, by the sites' own `vjp`."""
         records, deltas = example
 
-        def outputs(chosen: Sequence[Any]) -> list[Any]:
-            params = list(self.params)
-            for leaf, value in zip(leaves, chosen, strict=True):
-                params[leaf] = value
-            return self._replay(params, records, leaves)
-
+        outputs = lambda chosen: self._replay_with(leaves, chosen, records)
         _, pull = jax.vjp(outputs, [self.params[leaf] for leaf in leaves])
         return pull(picked(self.plan.region, deltas, self._wanted(leaves)))[0]
 
@@ -169,27 +189,33 @@ class Factored:
 
     def squared_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
         """Σ w_i (g_i − c)², elementwise; `center` None is 0. Leaves in the accumulator's dtype."""
-        return self._tiled_deviations(weights, center)
+        add = lambda blocks, w: blocks.squared_deviations(w, center)
+        return self._folded(range(len(self.params)), weights, add)
 
-    def _tiled_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
-        everything = range(len(self.params))
-        tile = _tile(self.size, sum(x.size for x in self.like))
+    def _folded(
+        self,
+        leaves: Sequence[int] | range,
+        weights: jax.Array,
+        add: Callable[[Materialized, jax.Array], list[jax.Array]],
+    ) -> list[jax.Array]:
+        """Sums `add(gradients, weights)` over tiles of the examples; one past the last example has weight 0."""
+        if not leaves:
+            return []
+        tile = _tile(self.size, sum(self.like[leaf].size for leaf in leaves))
+        if tile == self.size:
+            blocks = self._each(lambda one: self._gradient(one, leaves), self._examples)
+            return add(Materialized(blocks), weights)
         count = -(-self.size // tile)
-        pad = count * tile - self.size
-        padded = jax.tree.map(
-            lambda x: jnp.concatenate([x, x[:1].repeat(pad, 0)]).reshape(count, tile, *x.shape[1:]),
-            (*self._examples, weights),
-        )
-        present = (jnp.arange(count * tile) < self.size).reshape(count, tile)
+        number = jnp.arange(count * tile).reshape(count, tile)
 
-        def add(totals: list[jax.Array], step: Any) -> tuple[list[jax.Array], None]:
-            (records, deltas, w), here = step
-            blocks = jax.vmap(lambda one: self._gradient(one, everything))((records, deltas))
-            more = Materialized(blocks).squared_deviations(jnp.where(here, w, 0), center)
+        def step(totals: list[jax.Array], numbers: jax.Array) -> tuple[list[jax.Array], None]:
+            one = jnp.minimum(numbers, self.size - 1)
+            blocks = jax.vmap(lambda x: self._gradient(x, leaves))(jax.tree.map(lambda x: x[one], self._examples))
+            more = add(Materialized(blocks), jnp.where(numbers < self.size, weights[one], 0))
             return [a + b for a, b in zip(totals, more, strict=True)], None
 
-        start = [jnp.zeros(x.shape, accumulator(x.dtype)) for x in self.like]
-        return jax.lax.scan(add, start, (padded, present))[0]
+        start = [jnp.zeros(self.like[leaf].shape, accumulator(self.like[leaf].dtype)) for leaf in leaves]
+        return jax.lax.scan(step, start, number)[0]
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
@@ -261,7 +287,16 @@ def _collect(
 
 
 def _is_float(x: jax.Array) -> bool:
-    return jnp.issubdtype(x.dtype, jnp.floating)
+    return jnp.issubdtype(x.dtype, jnp.inexact)
+
+
+def _where_rows(keep: jax.Array, x: jax.Array, otherwise: jax.Array) -> jax.Array:
+    return jnp.where(_as_rows(keep, x), x, otherwise)
+
+
+def _as_rows(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """One number for each row of `x`, with axes to spread it over the row."""
+    return weights.reshape((-1,) + (1,) * (x.ndim - 1))
 
 
 def _tile(size: int, elements: int) -> int:

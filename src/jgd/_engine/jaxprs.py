@@ -11,7 +11,7 @@ import jax
 from jax.extend.core import Literal, Var
 from jax.extend.core import primitives as prim
 
-__all__ = ["Literal", "Scan", "Var", "aval_of", "bind", "evaluate", "inner_jaxpr", "prim", "scan_of", "split_p", "trace_jaxpr"]
+__all__ = ["Literal", "Scan", "Var", "aval_of", "bind", "evaluate", "inner_jaxpr", "mentions", "prim", "scan_of", "split_p", "trace_jaxpr"]
 
 
 def trace_jaxpr(fun: Callable[..., Any], *args: Any) -> tuple[Any, list[Any], Any]:
@@ -50,6 +50,18 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 def aval_of(atom: Any) -> jax.ShapeDtypeStruct:
     """Shape and dtype of a variable or a literal."""
     return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
+
+
+def mentions(eqn: Any, primitive: Any) -> bool:
+    """Whether an equation is an application of `primitive`, or has one inside."""
+    if eqn.primitive is primitive:
+        return True
+    inner = [open_jaxpr(x) for value in eqn.params.values() for x in _listed(value)]
+    return any(mentions(e, primitive) for jaxpr in inner if hasattr(jaxpr, "eqns") for e in jaxpr.eqns)
+
+
+def _listed(value: Any) -> Sequence[Any]:
+    return value if isinstance(value, tuple | list) else (value,)
 
 
 class Scan(NamedTuple):

@@ -9,6 +9,7 @@ import jax
 
 from jgd._engine import factors
 from jgd._engine.factors import Factor, Full, Outer, Shape
+from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.program import Program
 from jgd._engine.regions import Nested, Region, Side, Site, Value, read_regions
 from jgd._engine.rules import use_of
@@ -68,14 +69,7 @@ class Plan:
     region: Region
     parts: tuple[Part, ...]
     whole_leaves: frozenset[int]  # leaves whose path cannot be followed: taken by `vjp`, one block each
-
-    def bumped(self, site: Site, position: int) -> bool:
-        """Whether a part asks for the gradient at this operand."""
-        return (id(site), position) in self._bumped
-
-    @property
-    def _bumped(self) -> set[tuple[int, int]]:
-        return {(id(u.site), u.position) for part in self.parts for u in part.uses if u.needs_operand_grad}
+    backward_only: frozenset[int]  # leaves that pass through a `custom_vjp`, which has no forward derivative
 
 
 @functools.lru_cache(maxsize=256)
@@ -109,7 +103,7 @@ def plan_of(program: Program) -> Plan:
             whole_leaves.add(leaf)
         else:
             parts += found
-    return Plan(program, region, tuple(parts), frozenset(whole_leaves))
+    return Plan(program, region, tuple(parts), frozenset(whole_leaves), _backward_only(region))
 
 
 def _sites(region: Region) -> list[Site]:
@@ -120,6 +114,16 @@ def _sites(region: Region) -> list[Site]:
         elif isinstance(op, Site):
             sites.append(op)
     return sites
+
+
+def _backward_only(region: Region) -> frozenset[int]:
+    leaves: frozenset[int] = frozenset()
+    for op in region.ops:
+        if isinstance(op, Nested):
+            leaves = leaves.union(*(_backward_only(inner) for inner in op.regions))
+        elif op.eqn is not None and mentions(op.eqn, prim.custom_vjp_call_p):
+            leaves = leaves.union(*(x.leaves for x in op.inputs))
+    return leaves
 
 
 def _parts(leaf: int, uses: Sequence[Use]) -> list[Part] | None:

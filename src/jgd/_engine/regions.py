@@ -79,7 +79,7 @@ class Site(Op):
     @property
     def tapped(self) -> tuple[int, ...]:
         """The positions of the outputs that a gradient flows back to."""
-        return tuple(i for i, x in enumerate(self.outputs) if jnp.issubdtype(x.aval.dtype, jnp.floating))
+        return tuple(i for i, x in enumerate(self.outputs) if jnp.issubdtype(x.aval.dtype, jnp.inexact))
 
 
 @dataclass(frozen=True, eq=False)
@@ -170,7 +170,7 @@ class _Reader:
 
 
 def _derived(aval: jax.ShapeDtypeStruct, side: Side, leaves: frozenset[int], view: View | None) -> Value:
-    if not jnp.issubdtype(aval.dtype, jnp.floating):
+    if not jnp.issubdtype(aval.dtype, jnp.inexact):
         return Value(aval, side)  # an integer made of parameters has no derivative
     return Value(aval, side, leaves, view)
 

@@ -14,6 +14,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.lax import GatherScatterMode
 
 from jgd._engine.jaxprs import bind, prim, scan_of
 from jgd._engine.regions import Nested, Op, Region, Side, Site, Value, recorded
@@ -187,8 +188,28 @@ def _replay_site(site: Site, env: _Environment, records: _Environment, bumps: di
             operands.append(env[x] if bump is None else env[x] + bump)
         else:  # where the site only adds, the operand's value makes no difference
             operands.append(records[x] if id(x) in kept else jnp.zeros(x.aval.shape, x.aval.dtype))
-    outputs = operands if site.eqn is None else bind(site.eqn, operands)
+    outputs = operands if site.eqn is None else _REPLAYED.get(site.eqn.primitive, bind)(site.eqn, operands)
     return [outputs[i] for i in site.tapped]
+
+
+def _pad(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    # JAX cannot transpose a pad in its value alone, which is what is left when the operand is recorded data.
+    operand, value = operands
+    zero, one = jnp.zeros((), operand.dtype), jnp.ones((), operand.dtype)
+    config = eqn.params["padding_config"]
+    around = jax.lax.pad(jnp.zeros_like(operand), one, config)
+    return [jax.lax.pad(operand, zero, config) + value * around]
+
+
+def _gather(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    # Out of bounds, a gather that was promised none clamps forward and drops backward: here it drops both ways.
+    if eqn.params["mode"] != GatherScatterMode.PROMISE_IN_BOUNDS:
+        return bind(eqn, operands)
+    params = {k: v for k, v in eqn.params.items() if k not in ("mode", "fill_value")}
+    return [eqn.primitive.bind(*operands, **params, mode=GatherScatterMode.FILL_OR_DROP, fill_value=0)]
+
+
+_REPLAYED = {prim.pad_p: _pad, prim.gather_p: _gather}
 
 
 def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], wanted: Any) -> list[Any]:

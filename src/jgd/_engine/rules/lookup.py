@@ -26,7 +26,7 @@ def match_gather(site: Site, position: int, view: View) -> Use | None:
         return None
     if any(sizes[d] != (1 if d in indexed else operand.shape[d]) for d in range(operand.ndim)):
         return None
-    mode = GatherScatterMode.from_any(params["mode"] if params["mode"] is None else params["mode"].name.lower())
+    mode = GatherScatterMode.from_any(params["mode"])
     if mode not in (GatherScatterMode.CLIP, GatherScatterMode.FILL_OR_DROP, GatherScatterMode.PROMISE_IN_BOUNDS):
         return None
     kept = [d for d in range(operand.ndim) if d not in numbers.collapsed_slice_dims]
