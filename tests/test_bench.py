@@ -1,0 +1,169 @@
+"""The benchmark: its methods agree, its clock counts, its table says what was measured."""
+
+import dataclasses
+import json
+import time
+
+import chex
+import jax
+import jax.numpy as jnp
+import pytest
+
+from jgd._bench import command
+from jgd._bench.measure import BASELINE, Measurement, compile_program, measure, time_interleaved
+from jgd._bench.models import MODELS, build
+from jgd._bench.quantities import METHODS, QUANTITIES, by_jgd, by_vmap, plain
+
+# One size of the convolutional net is enough: `small` makes them the same.
+DISTINCT = [name for name in MODELS if name != "cnn-128"]
+
+
+@pytest.mark.parametrize("name", DISTINCT)
+def test_all_quantities_are_those_of_the_formulas(name, x64):
+    model = build(name, small=True)
+    ours = jax.jit(by_jgd(model, "all"))(model.params, *model.batch)
+    by_hand = jax.jit(by_vmap(model, "all"))(model.params, *model.batch)
+    assert len(ours) == len(QUANTITIES) - 1
+    chex.assert_trees_all_close(ours, by_hand, rtol=1e-8, atol=1e-10)
+
+
+@pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # jax_privacy's call
+@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("jgd", "vmap(grad)")])
+@pytest.mark.parametrize("name", ["mlp", "adapters"])
+def test_the_other_methods_compute_the_same_quantities(name, method):
+    model = build(name, small=True)
+    compared = 0
+    for quantity in QUANTITIES:
+        function = METHODS[method](model, quantity)
+        if function is None:
+            continue
+        theirs = jax.jit(function)(model.params, *model.batch)
+        expected = jax.jit(by_vmap(model, quantity))(model.params, *model.batch)
+        chex.assert_trees_all_close(theirs, expected, rtol=1e-4, atol=1e-5)
+        compared += 1
+    assert compared == {"microbatch 1": 3, "jax_privacy": 1}[method]
+
+
+def test_the_baseline_is_the_gradient_of_the_summed_loss():
+    model = build("bag", small=True)
+    expected = jax.tree.map(jnp.zeros_like, model.params)
+    for tokens, label in zip(*model.batch, strict=True):
+        expected = jax.tree.map(jnp.add, expected, jax.grad(model.loss)(model.params, tokens, label))
+    chex.assert_trees_all_close(plain(model)(model.params, *model.batch), expected, rtol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "params"),
+    [
+        ("mlp", 128, 784 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 10 + 10),
+        ("cnn", 32, 9 * (3 * 32 + 32 * 64 + 64 * 128) + 32 + 64 + 128 + 128 * 10 + 10),
+        ("cnn-128", 128, 9 * (3 * 32 + 32 * 64 + 64 * 128) + 32 + 64 + 128 + 128 * 10 + 10),
+        ("transformer", 8, 2 * 4096 * 256 + 128 * 256 + 4 * (12 * 256**2 + 13 * 256) + 2 * 256),
+        ("gru", 128, 6 * 128**2 + 3 * 128 + 128 * 10 + 10),
+        ("bag", 128, 50_000 * 64 + 64 * 4 + 4),
+        ("adapters", 16, 2 * 4 * (4 * 2 * 256 + 2 * (256 + 1024))),
+    ],
+)
+def test_the_suite_has_the_sizes_it_is_named_for(name, size, params):
+    held = {}
+
+    def build_it():
+        held["model"] = build(name)
+        return ()
+
+    jax.eval_shape(build_it)  # shapes only: nothing large is made
+    assert held["model"].num_params == params
+    mapped = [x for x, axis in zip(held["model"].batch, held["model"].axes[1:], strict=True) if axis == 0]
+    assert {leaf.shape[0] for leaf in jax.tree.leaves(mapped)} == {size}
+
+
+def test_build_names_the_models_it_knows():
+    with pytest.raises(ValueError, match=r"`name` must be one of mlp.*got 'resnet'"):
+        build("resnet")
+
+
+def test_a_compiled_program_reports_what_is_known_of_a_product():
+    program = compile_program(jnp.matmul, jnp.ones((32, 64)), jnp.ones((64, 16)))
+    assert program.output_bytes == 32 * 16 * 4
+    assert program.flops == pytest.approx(2 * 32 * 64 * 16, rel=0.05)
+    assert program.trace_seconds > 0 and program.compile_seconds > 0
+    assert jnp.array_equal(program.run(), jnp.full((32, 16), 64.0))
+
+
+def test_programs_take_turns_and_a_slow_one_rests():
+    calls = []
+    programs = {
+        "quick": lambda: calls.append("quick"),
+        "other": lambda: calls.append("other"),
+        "slow": lambda: (calls.append("slow"), time.sleep(0.02)),
+    }
+    times = time_interleaved(programs, repeats=10, seconds=0.03)
+    assert {name: len(runs) for name, runs in times.items()} == {"quick": 10, "other": 10, "slow": 2}
+    assert calls[:3] == ["quick", "other", "slow"]  # the warm-up, which is not timed
+    assert calls.count("quick") == 11
+    assert min(times["slow"]) >= 0.02 > max(times["quick"])
+    last_rounds = calls[-8:]
+    assert all({*last_rounds[k : k + 2]} == {"quick", "other"} for k in range(0, 8, 2))
+    assert len({tuple(last_rounds[k : k + 2]) for k in range(0, 8, 2)}) > 1  # the order changes
+
+
+def test_no_repeats_is_an_error():
+    with pytest.raises(ValueError, match="`repeats` must be at least 1, got 0"):
+        time_interleaved({}, repeats=0)
+
+
+def test_ratios_are_to_the_plain_gradient_measured_beside():
+    base, *rest = measure(build("mlp", small=True), ["norms"], ["jgd", "vmap(grad)"], repeats=3)
+    assert (base.method, base.time_ratio, base.memory_ratio, base.peak_ratio) == (BASELINE, 1, 1, 1)
+    assert [(m.quantity, m.method) for m in rest] == [("norms", "jgd"), ("norms", "vmap(grad)")]
+    for m in rest:
+        assert m.time_ratio == m.minimum_seconds / base.minimum_seconds
+        assert m.memory_ratio == m.temporary_bytes / base.temporary_bytes
+        assert m.runs == 3
+
+
+def _measurement(model, quantity, method, time_ratio, memory_ratio):
+    return Measurement(
+        model=model, quantity=quantity, method=method, minimum_seconds=2e-3, median_seconds=2e-3, runs=1,
+        temporary_bytes=2**20, output_bytes=0, flops=0.0, trace_seconds=0.0, compile_seconds=0.0,
+        time_ratio=time_ratio, median_ratio=time_ratio, memory_ratio=memory_ratio, peak_ratio=1.0,
+    )  # fmt: skip
+
+
+def test_the_table_has_every_ratio_and_their_geometric_means():
+    found = [
+        _measurement("a", "sum", BASELINE, 1, 1),
+        _measurement("a", "norms", "jgd", 0.5, 2),
+        _measurement("b", "sum", BASELINE, 1, 1),
+        _measurement("b", "norms", "jgd", 2, 8),
+    ]
+    assert command.table(found) == [
+        ["quantity", "by", "a", "b", "mean"],
+        ["", BASELINE, "2.00 ms, 1.0 MiB", "2.00 ms, 1.0 MiB", ""],
+        ["norms", "jgd", "0.50×, 2.00×", "2.00×, 8.00×", "1.00×, 4.00×"],
+    ]
+
+
+def test_the_command_prints_a_table_and_writes_what_it_measured(tmp_path, capsys):
+    file = tmp_path / "bench.json"
+    options = ["--models", "bag", "--quantities", "norms", "--methods", "jgd", "--repeats", "2", "--small"]
+    assert command.main([*options, "--json", str(file)]) == 0
+    printed = capsys.readouterr().out
+    assert "bag" in printed and "plain gradient" in printed and "norms" in printed
+    record = json.loads(file.read_text())
+    assert record["environment"]["jax"] == jax.__version__
+    assert record["settings"] == {"repeats": 2, "seconds": 5.0, "small": True}
+    fields = {field.name for field in dataclasses.fields(Measurement)}
+    assert [set(m) == fields for m in record["measurements"]] == [True, True]
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--repeats", "0"], "`--repeats` must be at least 1, got 0"),
+        (["--json", "no-such-folder/b.json"], "`--json` names a folder that is not there"),
+    ],
+)
+def test_options_that_make_no_sense_are_refused_before_anything_runs(options, message, capsys):
+    assert command.main(["--models", "mlp", "--small", *options]) == 2
+    assert message in capsys.readouterr().err
