@@ -103,23 +103,26 @@ def _by_reverse(loss: Loss, objective: Objective, reduce: Any, in_axes: Any, has
 
 def _by_callable(derivative: Callable[..., Any], has_aux: bool) -> Evaluate:
     def value_and_aux(params: Any, *batch: Any) -> tuple[Any, Any, Any]:
-        try:
-            out, gradient = derivative(params, *batch)
-            value, aux = out if has_aux else (out, None)
-        except (TypeError, ValueError) as error:
-            if "unpack" not in str(error):
-                raise
+        out = derivative(params, *batch)
+        if not _is_pair(out) or (has_aux and not _is_pair(out[0])):
             pair = "((value, aux), gradient)" if has_aux else "(value, gradient)"
-            raise TypeError(f"`derivative` must return {pair}, as `jax.value_and_grad` does") from error
+            raise TypeError(
+                f"`derivative` must return {pair}, as `jax.value_and_grad` does, got {jax.tree.structure(out)}"
+            )
+        value, aux = out[0] if has_aux else (out[0], None)
         if jnp.shape(value) != ():
             raise TypeError(f"`derivative` must return a scalar value, got one of shape {jnp.shape(value)}")
-        return jnp.asarray(value), gradient, aux
+        return jnp.asarray(value), out[1], aux
 
     def evaluate(params: Any, *batch: Any) -> Evaluation:
         value, gradient, aux = value_and_aux(params, *batch)
         return Evaluation(_wide(value), gradient, aux, lambda p: _wide(value_and_aux(p, *batch)[0]))
 
     return evaluate
+
+
+def _is_pair(x: Any) -> bool:
+    return isinstance(x, tuple | list) and len(x) == 2
 
 
 Slopes = Callable[[Callable[[Any], jax.Array], Any], Any]
