@@ -7,7 +7,8 @@ from typing import Any, Literal, get_args
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.factored import Factored, factored_pass
+from jgd._engine.examples import Model, pass_over
+from jgd._engine.factored import Factored
 from jgd._engine.plan import plan_of
 from jgd._engine.program import Program, trace
 from jgd._errors import describe, leaf_name
@@ -104,8 +105,9 @@ def _pass(
         return _no_examples(program, params, constants, batch)
     if strategy != "materialized":
         plan = plan_of(program)
-        values, aux, records, deltas = factored_pass(plan, params, constants, batch)
-        return values, aux, Factored(params, constants, records, deltas, plan)
+        model = Model(params, constants)
+        values, aux, examples = pass_over(plan, model, batch)
+        return values, aux, Factored(model, examples, plan)
 
     def value_and_grad(example: list[Any]) -> Any:
         return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)

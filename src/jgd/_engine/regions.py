@@ -102,7 +102,8 @@ class Region:
     inputs: tuple[Value, ...]
     ops: tuple[Op, ...]
     outputs: tuple[Value, ...]
-    records: tuple[Value, ...]  # the DATA values that the sites need to be replayed
+    records: tuple[Value, ...]  # DATA values made in here that the sites need to be replayed
+    asks: tuple[int, ...]  # positions of DATA inputs that they need, for the region around it to keep
 
     @property
     def leaves(self) -> frozenset[int]:
@@ -157,11 +158,13 @@ class _Reader:
         self.ops.append(Site(None, (value,), (output,), self.loops))
         return output
 
-    def body(self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], loop: tuple[int, int] | None) -> Region:
+    def body(
+        self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], loop: tuple[int, int] | None, carried: range
+    ) -> Region:
         """The region of an inner jaxpr, all of whose outputs are data or constant."""
         reader = _Reader(self.loops + (() if loop is None else (loop,)), self.numbers)
         outputs = reader.read(jaxpr, _literals(jaxpr, consts), inputs)
-        return _region(inputs, reader, [reader.as_data(x) for x in outputs])
+        return _region(inputs, reader, [reader.as_data(x) for x in outputs], carried)
 
     def nest(self, eqn: Any, inputs: Sequence[Value], regions: Sequence[Region], loop: Any = None) -> Sequence[Value]:
         outputs = tuple(Value(aval_of(v), Side.DATA) for v in eqn.outvars)
@@ -186,18 +189,19 @@ def _scan(reader: _Reader, eqn: Any, inputs: tuple[Value, ...]) -> Sequence[Valu
     inner = [Value(x.aval, x.side, x.leaves, x.view) for x in consts]
     inner += [Value(x.aval, Side.DATA) for x in carry]
     inner += [Value(step(x), x.side, x.leaves, views.step_of(x.view, loop[0])) for x in xs]
-    region = reader.body(scan.jaxpr, scan.consts, inner, loop)
+    carried = range(scan.num_consts, scan.num_consts + scan.num_carry)
+    region = reader.body(scan.jaxpr, scan.consts, inner, loop, carried)
     return reader.nest(eqn, (*consts, *carry, *xs), [region], loop)
 
 
 def _checkpoint(reader: _Reader, eqn: Any, inputs: tuple[Value, ...]) -> Sequence[Value]:
     jaxpr, consts = inner_jaxpr(eqn.params["jaxpr"])
-    return reader.nest(eqn, inputs, [reader.body(jaxpr, consts, inputs, None)])
+    return reader.nest(eqn, inputs, [reader.body(jaxpr, consts, inputs, None, range(0))])
 
 
 def _cond(reader: _Reader, eqn: Any, inputs: tuple[Value, ...]) -> Sequence[Value]:
     branches = [inner_jaxpr(branch) for branch in eqn.params["branches"]]
-    regions = [reader.body(jaxpr, consts, inputs[1:], None) for jaxpr, consts in branches]
+    regions = [reader.body(jaxpr, consts, inputs[1:], None, range(0)) for jaxpr, consts in branches]
     return reader.nest(eqn, inputs, regions)
 
 
@@ -205,17 +209,35 @@ _CALLS = {prim.jit_p, prim.closed_call_p, prim.call_p}
 _NESTED = {prim.scan_p: _scan, prim.remat_p: _checkpoint, prim.cond_p: _cond}
 
 
-def _region(inputs: Sequence[Value], reader: _Reader, outputs: Sequence[Value]) -> Region:
-    """Drops what nothing needs, and lists what the sites need to be replayed."""
-    needed = set(map(id, outputs))
+def _region(inputs: Sequence[Value], reader: _Reader, outputs: Sequence[Value], carried: range = range(0)) -> Region:
+    """Drops what nothing needs, and lists what the sites need to be replayed.
+
+    What a site needs is kept where it is made: an input is the affair of the region around, but for what a scan
+    carries, which no one outside sees.
+    """
+    used = set(map(id, outputs))
     kept: list[Op] = []
     for op in reversed(reader.ops):
-        if any(id(x) in needed for x in op.outputs) or (op.eqn is not None and op.eqn.effects):
-            needed.update(map(id, op.inputs))
+        if any(id(x) in used for x in op.outputs) or (op.eqn is not None and op.eqn.effects):
+            used.update(map(id, op.inputs))
             kept.append(op)
     kept.reverse()
-    records = {id(x): x for op in kept if isinstance(op, Site) for x in recorded(op)}
-    return Region(tuple(inputs), tuple(kept), tuple(outputs), tuple(records.values()))
+    needed = {id(x): x for op in kept for x in needed_by(op)}
+    given = {id(x): i for i, x in enumerate(inputs) if i not in carried}
+    records = tuple(x for key, x in needed.items() if key not in given)
+    asks = tuple(given[key] for key in needed if key in given)
+    return Region(tuple(inputs), tuple(kept), tuple(outputs), records, asks)
+
+
+def needed_by(op: Op) -> tuple[Value, ...]:
+    """The DATA operands whose values a replay of the operation needs."""
+    if isinstance(op, Site):
+        return recorded(op)
+    if isinstance(op, Nested):
+        first = len(op.inputs) - len(op.regions[0].inputs)  # a `cond` has its index before the branches' inputs
+        asked = [op.inputs[first + i] for region in op.regions for i in region.asks]
+        return tuple(x for x in asked if x.side == Side.DATA)
+    return ()
 
 
 def recorded(site: Site) -> tuple[Value, ...]:

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
 from jgd._engine.jaxprs import bind, prim, scan_of
-from jgd._engine.regions import Nested, Op, Region, Side, Site, Value, recorded
+from jgd._engine.regions import Nested, Op, Region, Side, Site, Value, needed_by, recorded
 
 Tree = tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]
 
@@ -36,6 +36,16 @@ def _tap_jvp(primals: Any, tangents: Any) -> Any:
 def taps_of(region: Region) -> list[Value]:
     """The values that a region taps: each site's floating-point outputs."""
     return [op.outputs[i] for op in region.ops if isinstance(op, Site) for i in op.tapped]
+
+
+def batch_axes(region: Region, of: Callable[[Region], Sequence[Value]], depth: int = 0) -> Tree:
+    """Where the examples' axis lies in a tree of a batch: behind the steps of the scans around, as a scan leaves it."""
+    inner = tuple(
+        tuple(batch_axes(r, of, depth if op.loop is None else depth + 1) for r in op.regions)
+        for op in region.ops
+        if isinstance(op, Nested)
+    )
+    return tuple(depth for _ in of(region)), inner
 
 
 def zeros(region: Region, of: Callable[[Region], Sequence[Value]], lead: tuple[int, ...] = ()) -> Tree:
@@ -139,25 +149,26 @@ def replay(
 
     Args:
         region: the region.
-        known: its inputs; what stands at the places of DATA inputs is not looked at.
+        known: its inputs; of the DATA inputs, only those that it asks for are looked at.
         records: its records.
         wanted: which sites, and which nested operations, to replay.
         bumps: what to add to the sites' parameter operands, see `bumps_of`.
     """
-    env, kept = _Environment(region.inputs, known), _Environment(region.records, records[0])
-    inner = iter(records[1])
+    env, inner = _Environment(region.inputs, known), iter(records[1])
+    env.set(region.records, records[0])
     bump, inner_bumps = (None, None) if bumps is None else (iter(bumps[0]), iter(bumps[1]))
     outputs: list[Any] = []
     for op in region.ops:
         if isinstance(op, Nested):
             parts = next(inner), None if inner_bumps is None else next(inner_bumps)
             if wanted(op):
-                operands = [None if x.side == Side.DATA else env[x] for x in op.inputs]
+                asked = {id(x) for x in needed_by(op)}
+                operands = [env[x] if x.side != Side.DATA or id(x) in asked else None for x in op.inputs]
                 outputs += _replay_nested(op, operands, parts, wanted)
         elif isinstance(op, Site):
             added = {i: None if bump is None else next(bump) for i in op.params}
             if wanted(op):
-                outputs += _replay_site(op, env, kept, added)
+                outputs += _replay_site(op, env, added)
         elif op.known:
             env.set(op.outputs, bind(op.eqn, [env[x] for x in op.inputs]))
     return outputs
@@ -179,7 +190,7 @@ def bumps_of(region: Region, chosen: Callable[[Site, int], bool], lead: tuple[in
     return own, inner
 
 
-def _replay_site(site: Site, env: _Environment, records: _Environment, bumps: dict[int, Any]) -> list[Any]:
+def _replay_site(site: Site, env: _Environment, bumps: dict[int, Any]) -> list[Any]:
     kept = {id(x) for x in recorded(site)}
     operands = []
     for position, x in enumerate(site.inputs):
@@ -187,7 +198,7 @@ def _replay_site(site: Site, env: _Environment, records: _Environment, bumps: di
             bump = bumps.get(position)
             operands.append(env[x] if bump is None else env[x] + bump)
         else:  # where the site only adds, the operand's value makes no difference
-            operands.append(records[x] if id(x) in kept else jnp.zeros(x.aval.shape, x.aval.dtype))
+            operands.append(env[x] if id(x) in kept else jnp.zeros(x.aval.shape, x.aval.dtype))
     outputs = operands if site.eqn is None else _REPLAYED.get(site.eqn.primitive, bind)(site.eqn, operands)
     return [outputs[i] for i in site.tapped]
 

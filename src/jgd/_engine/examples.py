@@ -1,0 +1,147 @@
+"""What each example leaves behind, and one example's gradient from it.
+
+The pass over a batch leaves, for each example, the example itself, the records and the δ's of every site. All
+functions here but the pass see ONE example; `Factored` maps them over the batch.
+"""
+
+from collections.abc import Callable, Sequence
+from typing import Any, NamedTuple
+
+import jax
+import jax.numpy as jnp
+
+from jgd._engine.plan import Part, Plan
+from jgd._engine.regions import Nested, Op, Region, Side, Site, needed_by, recorded
+from jgd._engine.tapped import batch_axes, bumps_of, picked, replay, run, taps_of, zeros
+from jgd._engine.uses import SiteData
+
+Leaves = Sequence[int] | range
+
+
+class Model(NamedTuple):
+    """What all examples share: the parameters' leaves and the constants."""
+
+    params: list[Any]
+    constants: list[Any]
+
+
+class Example(NamedTuple):
+    """What belongs to one example, or, with a batch axis where `axes_of` says, to all of them."""
+
+    inputs: list[Any]
+    records: Any
+    deltas: Any
+
+
+def axes_of(plan: Plan) -> Example:
+    """Where the batch axis lies in each array of a batch of examples: behind the steps of the scans around."""
+    records, deltas = (batch_axes(plan.region, of) for of in (lambda r: r.records, taps_of))
+    return Example(0, records, deltas)  # pyright: ignore[reportArgumentType]
+
+
+def pass_over(plan: Plan, model: Model, batch: list[Any]) -> tuple[jax.Array, list[Any], Example]:
+    """One forward and one backward pass: values, auxiliary leaves, and what the examples leave."""
+
+    def one(inputs: list[Any]) -> Any:
+        def forward(taps: Any) -> Any:
+            (value, *aux), records = run(plan.region, _inputs(plan, model, inputs), taps)
+            return value, (aux, records)
+
+        value, pull, (aux, records) = jax.vjp(forward, zeros(plan.region, taps_of), has_aux=True)
+        return value, aux, records, pull(jnp.ones_like(value))[0]
+
+    axes = axes_of(plan)
+    values, aux, records, deltas = jax.vmap(one, out_axes=(0, 0, axes.records, axes.deltas))(batch)
+    return values, aux, Example(batch, records, deltas)
+
+
+def _inputs(plan: Plan, model: Model, inputs: Sequence[Any]) -> list[Any]:
+    shared, captured = model.constants[: plan.program.num_shared], model.constants[plan.program.num_shared :]
+    return [*captured, *model.params, *shared, *inputs]
+
+
+def wanted(leaves: Leaves) -> Callable[[Op], bool]:
+    """Chooses the sites that have a part in the gradient of some leaves."""
+    chosen = frozenset(leaves)
+    return lambda op: isinstance(op, Site | Nested) and not chosen.isdisjoint(op.leaves)
+
+
+def deltas_of(plan: Plan, example: Example, leaves: Leaves) -> list[Any]:
+    """The δ's that belong to the outputs of `site_outputs`."""
+    return picked(plan.region, example.deltas, wanted(leaves))
+
+
+def site_outputs(
+    plan: Plan, model: Model, example: Example, leaves: Leaves, values: Sequence[Any], bumps: Any = None
+) -> list[Any]:
+    """The outputs of the sites that the leaves have a part in, as a function of those leaves' `values`."""
+    params = list(model.params)
+    for leaf, value in zip(leaves, values, strict=True):
+        params[leaf] = value
+    known = _inputs(plan, model._replace(params=params), example.inputs)
+    return replay(plan.region, known, example.records, wanted(leaves), bumps)
+
+
+def gradient(plan: Plan, model: Model, example: Example, leaves: Leaves) -> list[jax.Array]:
+    """The gradient with respect to some leaves, by the sites' own `vjp`."""
+    outputs = lambda values: site_outputs(plan, model, example, leaves, values)
+    _, pull = jax.vjp(outputs, [model.params[leaf] for leaf in leaves])
+    return pull(deltas_of(plan, example, leaves))[0]
+
+
+def part_data(plan: Plan, model: Model, example: Example, part: Part) -> dict[int, SiteData]:
+    """What the example left at the sites of a part, by the site's identity."""
+    bumps = None
+    asked = {(id(use.site), use.position) for use in part.uses if use.needs_operand_grad}
+    if asked:
+        zero = bumps_of(plan.region, lambda site, position: (id(site), position) in asked)
+        values = [model.params[part.leaf]]
+        outputs = lambda bumps: site_outputs(plan, model, example, [part.leaf], values, bumps)
+        bumps = jax.vjp(outputs, zero)[1](deltas_of(plan, example, [part.leaf]))[0]
+    found: dict[int, SiteData] = {}
+    given = dict(zip(map(id, plan.region.inputs), _inputs(plan, model, example.inputs), strict=True))
+    _collect(plan.region, given, (example.records, example.deltas, bumps), {id(u.site) for u in part.uses}, found)
+    return found
+
+
+def _collect(
+    region: Region, given: dict[int, Any], trees: tuple[Any, Any, Any], sites: set[int], found: dict[int, SiteData], depth: int = 0
+) -> None:
+    """Finds the arrays of some sites in the trees; the steps of `depth` scans lead in each."""
+    records, deltas, bumps = trees
+    values = given | {id(v): x for v, x in zip(region.records, records[0], strict=True)}
+    own_deltas, own_bumps = iter(deltas[0]), None if bumps is None else iter(bumps[0])
+    inner = iter(zip(records[1], deltas[1], [None] * len(records[1]) if bumps is None else bumps[1], strict=True))
+    for op in region.ops:
+        if isinstance(op, Nested):
+            in_records, in_deltas, in_bumps = next(inner)
+            in_bumps = [None] * len(op.regions) if in_bumps is None else in_bumps
+            for each in zip(op.regions, in_records, in_deltas, in_bumps, strict=True):
+                below = depth if op.loop is None else depth + 1
+                _collect(each[0], _given(op, each[0], values, depth), each[1:], sites, found, below)
+        elif isinstance(op, Site):
+            mine = [next(own_deltas) for _ in op.tapped]
+            bumped = {i: None if own_bumps is None else next(own_bumps) for i in op.params}
+            if id(op) in sites:
+                kept = {id(v) for v in recorded(op)}
+                data = {i: values[id(v)] for i, v in enumerate(op.inputs) if id(v) in kept}
+                found[id(op)] = SiteData(data, mine, {i: g for i, g in bumped.items() if g is not None})
+
+
+def _given(op: Nested, region: Region, values: dict[int, Any], depth: int) -> dict[int, Any]:
+    """The inputs that an inner region asks for, with the steps of its scan leading."""
+    first = len(op.inputs) - len(region.inputs)
+    needed = {id(x) for x in needed_by(op)}
+    given = {}
+    for i in region.asks:
+        outer, own = op.inputs[first + i], region.inputs[i]
+        if outer.side != Side.DATA or id(outer) not in needed:
+            continue
+        array = values[id(outer)]
+        scanned = outer.aval.shape != own.aval.shape
+        if op.loop is not None and not scanned:  # the same at each step
+            array = jnp.broadcast_to(
+                jnp.expand_dims(array, depth), (*array.shape[:depth], op.loop[1], *array.shape[depth:])
+            )
+        given[id(own)] = array
+    return given
