@@ -1,4 +1,5 @@
 """Every reduction, of every case, by every strategy, against NumPy on the gradients of `vmap(grad)` in float64."""
+# ruff: noqa: E731
 
 import dataclasses
 import functools
@@ -14,41 +15,46 @@ from cases import CASES, B, problem
 
 STRATEGIES = ("auto", "factored", "materialized")
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
-EAGER = ("mlp_classifier", "conv2d_all_options", "tied_embedding_and_head", "nested_scans", "auxiliary_output")
-NARROW = (*EAGER, "recurrence", "embedding_repeated_indices", "layer_norm", "weight_normalisation", "physics_informed")
+FEW = ("mlp_classifier", "conv2d_all_options", "tied_embedding_and_head", "nested_scans", "auxiliary_output")
+NARROW = (*FEW, "recurrence", "embedding_repeated_indices", "layer_norm", "weight_normalisation", "physics_informed")
 
 
 @functools.lru_cache(maxsize=2)
-def solved(name, dtype, solve_in=None):
-    """A case with a second batch, the arguments of the reductions, and the oracle's answers in float64."""
+def solved(name, dtype=jnp.float64):
+    """A case in `dtype`, with other examples, its gradients, the reductions' arguments, and their answers.
+
+    The answers are computed in float64, from the very numbers that `dtype` holds.
+    """
+    case = problem(name, dtype)
+    other = dataclasses.replace(case, batch=problem(name, dtype, batch_seed=1).batch)
     with jax.enable_x64(True):
-        exact = problem(name, dtype)
-        exact_other = dataclasses.replace(exact, batch=problem(name, dtype, batch_seed=1).batch)
-        wide = lambda p: p if solve_in is None else dataclasses.replace(p, params=_cast(p.params), batch=_cast(p.batch))
-        blocks = oracle.vmap_of_grad(wide(exact))
-        other = oracle.vmap_of_grad(wide(exact_other))
-    norms = np.linalg.norm(oracle.matrix(blocks), axis=1)
+        blocks, other_blocks = (oracle.vmap_of_grad(_cast(x, jnp.float64)) for x in (case, other))
     rng = np.random.default_rng(0)
     arguments = {
         "weights": WEIGHTS,
-        "max_norm": 0.9 * np.median(norms),
+        "max_norm": 0.9 * np.median(np.linalg.norm(oracle.matrix(blocks), axis=1)),
         "direction": jax.tree.map(lambda x: rng.normal(size=x.shape[1:]), blocks),
     }
-    return exact, exact_other, blocks, arguments, oracle.answers(blocks, other, **arguments)
+    want = oracle.answers(blocks, other_blocks, **arguments)
+    return case, other, blocks, arguments, want
 
 
-def _cast(tree):
-    return jax.tree.map(lambda x: x.astype(jnp.float64) if jnp.issubdtype(x.dtype, jnp.floating) else x, tree)
+def _cast(case, dtype):
+    cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
+    return dataclasses.replace(case, params=jax.tree.map(cast, case.params), batch=jax.tree.map(cast, case.batch))
+
+
+def _narrow(arguments):
+    return jax.tree.map(np.float32, arguments)
 
 
 def ask(grads, other, key, weights, max_norm, direction):
-    """All the reductions, by the oracle's names."""
+    """Every reduction, by the oracle's names."""
     scale = jgd.noise_scale(grads)
     return {
         "materialize": jgd.materialize(grads),
         "sum": jgd.sum(grads),
         "weighted_sum": jgd.sum(grads, weights),
-        "mean": jgd.mean(grads),
         "weighted_mean": jgd.mean(grads, weights),
         "norms": jgd.norms(grads),
         "leaf_norms": jgd.norms(grads, per_leaf=True),
@@ -57,28 +63,97 @@ def ask(grads, other, key, weights, max_norm, direction):
         "cross_gram": jgd.gram(grads, other),
         "clipped_sum": jgd.clipped_sum(grads, max_norm),
         "weighted_clipped_sum": jgd.clipped_sum(grads, max_norm, weights=weights),
-        "second_moment": jgd.second_moment(grads),
         "weighted_second_moment": jgd.second_moment(grads, weights),
-        "variance": jgd.variance(grads),
         "weighted_variance": jgd.variance(grads, weights),
         "noise_scale": (scale.trace_covariance, scale.squared_norm),
-    }, (jgd.project(grads, key, 3), scale.noise_scale)
+        "project": jgd.project(grads, key, 3),
+    }
+
+
+def ask_without_weights(grads):
+    """The reductions of which `ask` has only the weighted form: it would take longer to compile."""
+    return {"mean": jgd.mean(grads), "second_moment": jgd.second_moment(grads), "variance": jgd.variance(grads)}
 
 
 def gradients(case, strategy):
     return jgd.per_example_grad(case.loss, strategy=strategy, **case.options)(case.params, *case.batch)
 
 
+def check(got, want, tolerance):
+    for quantity in got:
+        oracle.assert_close(got[quantity], want[quantity], tolerance, what=quantity)
+
+
+# One compiled function for each structure of gradients: strategies that choose the same plan share it.
+compiled_ask = jax.jit(ask)
+
+
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", CASES)
 def test_every_reduction_of_every_case_by_every_strategy(name, strategy, key, x64):
-    case, other, blocks, arguments, want = solved(name, jnp.float64)
+    case, other, blocks, arguments, want = solved(name)
     grads = gradients(case, strategy)
     # jgd's own arithmetic promotes no ranks; the losses were traced before, and may.
     with jax.numpy_rank_promotion("raise"):
-        got, (projection, ratio) = jax.jit(ask)(grads, gradients(other, strategy), key, **arguments)
-    assert got.keys() == want.keys()
-    for quantity in want:
-        oracle.assert_close(got[quantity], want[quantity], 1e-9, what=quantity)
+        got = compiled_ask(grads, gradients(other, strategy), key, **arguments)
+    projection = got.pop("project")
+    check(got, want, 1e-9)
     oracle.assert_close(projection, jgd.project(blocks, key, 3), 1e-9, what="project")
-    np.testing.assert_allclose(ratio, np.divide(*got["noise_scale"]), rtol=1e-12)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", FEW)
+def test_every_reduction_outside_of_jit(name, strategy, key, x64):
+    case, other, _, arguments, want = solved(name)
+    grads = gradients(case, strategy)
+    got = ask(grads, gradients(other, strategy), key, **arguments) | ask_without_weights(grads)
+    del got["project"]
+    assert set(got) == set(want)
+    check(got, want, 1e-9)
+    scale = jgd.noise_scale(grads)
+    np.testing.assert_allclose(scale.noise_scale, scale.trace_covariance / scale.squared_norm, rtol=1e-12)
+
+
+@pytest.mark.parametrize("name", FEW)
+def test_a_plain_pytree_gives_the_same_answers(name, key, x64):
+    case, other, blocks, arguments, want = solved(name)
+    got = ask(blocks, gradients(other, "auto"), key, **arguments) | ask_without_weights(blocks)
+    del got["project"]
+    check(got, want, 1e-9)
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_oracles_agree(name, x64):
+    """`vmap(grad)` and a loop over single examples, and the values and auxiliary outputs beside them."""
+    case, _, blocks, _, _ = solved(name)
+    (values, aux), rows = oracle.loop_of_value_and_grad(case)
+    oracle.assert_close(blocks, rows, 1e-10)
+    grads = gradients(case, "auto")
+    assert len(grads) == B
+    oracle.assert_close(grads.values, values, 1e-10, what="values")
+    oracle.assert_close(grads.aux, aux, 1e-10, what="aux")
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", NARROW)
+def test_float32(name, strategy, key):
+    """The oracle takes the same float32 numbers and computes in float64; the tolerance is a few hundred roundings."""
+    case, other, _, arguments, want = solved(name, jnp.float32)
+    got = compiled_ask(gradients(case, strategy), gradients(other, strategy), key, **_narrow(arguments))
+    assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got))
+    del got["project"]
+    check(got, want, 3e-5)
+
+
+@pytest.mark.parametrize("strategy", STRATEGIES)
+@pytest.mark.parametrize("name", NARROW)
+def test_bfloat16(name, strategy, key):
+    """Losses and trees in bfloat16, of 8 bits: each rounding is 0.4%. What accumulates is float32."""
+    case, other, _, arguments, want = solved(name, jnp.bfloat16)
+    got = compiled_ask(gradients(case, strategy), gradients(other, strategy), key, **_narrow(arguments))
+    for quantity in ("norms", "leaf_norms", "dot", "gram", "cross_gram", "noise_scale", "project"):
+        assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got[quantity])), quantity
+    for quantity in ("materialize", "sum", "clipped_sum", "weighted_mean", "weighted_variance"):
+        assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(got[quantity])), quantity
+    del got["project"]
+    check(got, want, 6e-2)

@@ -69,10 +69,10 @@ class Materialized:
         """‖g_i‖² of each leaf."""
         return [jnp.sum(jnp.square(_flat(b).astype(accumulator(b.dtype))), axis=1) for b in self.blocks]
 
-    def gram(self, other: "Materialized") -> jax.Array:
-        """⟨g_i, g'_j⟩."""
+    def gram(self, other: Any) -> jax.Array:
+        """⟨g_i, g'_j⟩, with gradients that are held in any form."""
         total = jnp.zeros((self.size, other.size), jnp.float32)
-        for ours, theirs in zip(self.blocks, other.blocks, strict=True):
+        for ours, theirs in zip(self.blocks, other.materialize(), strict=True):
             wide = accumulator(jnp.promote_types(ours.dtype, theirs.dtype))
             total = total + _flat(ours).astype(wide) @ _flat(theirs).astype(wide).T
         return total
