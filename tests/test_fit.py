@@ -166,9 +166,11 @@ class TestTheSameAsStepping:
 class TestReproducible:
     @pytest.mark.parametrize("batch_size", [1, 4, None])
     def test_same_key_same_bits(self, batch_size):
-        run = lambda seed: jgd.fit(
-            method(), PARAMS, regression(), batch_size=batch_size, epochs=3, key=jax.random.key(seed)
-        )
+        def run(seed):
+            return jgd.fit(
+                method(), PARAMS, regression(), batch_size=batch_size, epochs=3, key=jax.random.key(seed)
+            )
+
         chex.assert_trees_all_equal(run(0), run(0))
         other = run(1).history.value
         assert (other == run(0).history.value).all() == (batch_size is None)
@@ -192,7 +194,10 @@ class TestReproducible:
 
     def test_vmap_over_learning_rates(self, key):
         data = regression()
-        run = lambda rate: jgd.fit(method(rate), PARAMS, data, batch_size=5, epochs=2, key=key).params
+
+        def run(rate):
+            return jgd.fit(method(rate), PARAMS, data, batch_size=5, epochs=2, key=key).params
+
         together = jax.vmap(run)(jnp.array([0.1, 0.01]))
         chex.assert_trees_all_close(jax.tree.map(lambda x: x[1], together), run(0.01), rtol=1e-5, atol=1e-6)
 
@@ -225,9 +230,10 @@ class TestData:
 
     def test_an_iterable_with_inner_steps_inside_jit(self, key):
         x, y = regression(8)
-        run = lambda params: jgd.fit(
-            method(), params, [(x, y)], batch_size=None, steps=6, inner_steps=3, key=key
-        )
+
+        def run(params):
+            return jgd.fit(method(), params, [(x, y)], batch_size=None, steps=6, inner_steps=3, key=key)
+
         chex.assert_trees_all_close(jax.jit(run)(PARAMS), run(PARAMS), rtol=1e-5)
 
     def test_grain(self, key):
@@ -256,7 +262,10 @@ class TestData:
     @pytest.mark.parametrize("batch_size", [5, None])
     def test_shared_arguments_and_other_axes(self, key, batch_size):
         x, y = regression()
-        scaled = lambda p, extra, x, y: extra["scale"] @ jnp.ones(2) * squared(p, x, y)
+
+        def scaled(p, extra, x, y):
+            return extra["scale"] @ jnp.ones(2) * squared(p, x, y)
+
         shared = jgd.descent(scaled, optax.sgd(0.05), in_axes=(None, None, -1, 0))
         data = ({"scale": jnp.ones(2)}, x.T, y)
         fit = jgd.fit(shared, PARAMS, data, batch_size=batch_size, epochs=2, key=key)
@@ -431,8 +440,8 @@ def test_axes_that_do_not_fit_the_data(key, in_axes, message):
 
 @pytest.mark.parametrize("watch", ["callback", "progress", "check_finite"])
 def test_nothing_can_be_watched_inside_vmap(key, watch):
-    run = lambda key: jgd.fit(
-        method(), PARAMS, (X, Y), batch_size=4, epochs=1, key=key, **{watch: lambda *_: None}
-    )
+    def run(key):
+        return jgd.fit(method(), PARAMS, (X, Y), batch_size=4, epochs=1, key=key, **{watch: lambda *_: None})
+
     with pytest.raises(ValueError, match=f"`{watch}` needs values to look at, and inside `jax.jit`"):
         jax.vmap(run)(jax.random.split(key, 2))

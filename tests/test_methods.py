@@ -93,10 +93,13 @@ def test_many_parameters_are_differenced_in_chunks(x64):
     # More than one chunk of coordinates, and a chunk that is not full.
     w, x = jnp.linspace(-30, 30, 75), jnp.linspace(0, 1, 150).reshape(2, 75)
     params = {"w": w, "s": jnp.array(2.0)}
-    f = lambda p, x: p["s"] * jnp.sum(jnp.sin(p["w"]) * x)
-    one = lambda derivative: (
-        walk(jgd.descent(f, optax.sgd(1.0), derivative=derivative), params, (x,), 1)[0].params
-    )
+
+    def f(p, x):
+        return p["s"] * jnp.sum(jnp.sin(p["w"]) * x)
+
+    def one(derivative):
+        return walk(jgd.descent(f, optax.sgd(1.0), derivative=derivative), params, (x,), 1)[0].params
+
     chex.assert_trees_all_close(one("forward"), one("reverse"), rtol=1e-12, atol=1e-12)
     chex.assert_trees_all_close(one("finite_difference"), one("reverse"), rtol=1e-7, atol=1e-7)
 
@@ -111,7 +114,10 @@ def test_many_parameters_are_differenced_in_chunks(x64):
 def test_ascent_walks_the_path_of_descent_on_the_negative(derivative, optimizer):
     optimizer = OPTIMIZERS[optimizer]
     params, batch = problem()
-    negative = lambda *args: -loss(*args)
+
+    def negative(*args):
+        return -loss(*args)
+
     up = down = derivative
     if derivative == "callable":
         up, down = jax.value_and_grad(lambda *a: -batch_loss(*a)), jax.value_and_grad(batch_loss)
@@ -133,8 +139,13 @@ def test_weight_decay_still_pulls_to_zero_under_ascent():
 @pytest.mark.parametrize("make, sign", [(jgd.descent, 1), (jgd.ascent, -1)], ids=["descent", "ascent"])
 def test_lbfgs_walks_its_own_path_and_converges(x64, reduce, objective, make, sign):
     params, batch = problem(jnp.float64)
-    total = lambda p: objective(jax.vmap(loss, (None, 0, 0))(p, *batch))
-    signed = lambda *args: sign * loss(*args)
+
+    def total(p):
+        return objective(jax.vmap(loss, (None, 0, 0))(p, *batch))
+
+    def signed(*args):
+        return sign * loss(*args)
+
     state, infos = walk(make(signed, optax.lbfgs(), reduce=reduce), params, batch, 12)
 
     @jax.jit
@@ -198,7 +209,10 @@ class TestReduce:
 
     def test_a_users_own(self):
         params, batch = problem()
-        median = lambda grads: jax.tree.map(lambda g: jnp.median(g, axis=0), jgd.materialize(grads))
+
+        def median(grads):
+            return jax.tree.map(lambda g: jnp.median(g, axis=0), jgd.materialize(grads))
+
         state, _ = walk(jgd.descent(loss, optax.sgd(1.0), reduce=median), params, batch, 1)
         each = jax.vmap(jax.grad(loss), (None, 0, 0))(params, *batch)
         expected = jax.tree.map(lambda p, g: p - np.median(g, axis=0), params, each)
@@ -279,7 +293,10 @@ class TestCompilation:
         method = jgd.descent(loss, optimizer)
         before = method.init(params)
         after, _ = method.step(before, *batch)
-        types = lambda tree: jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), tree)
+
+        def types(tree):
+            return jax.tree.map(lambda x: (x.shape, x.dtype, x.aval.weak_type), tree)
+
         assert types(before) == types(after)
 
     def test_step_leaves_the_state_intact(self):
@@ -296,7 +313,10 @@ class TestCompilation:
         method = jgd.descent(loss, optax.adam(0.1))
         expected, _ = walk(method, params, (x, y), 2)
         state = method.init(params)
-        run = lambda state: method.step(method.step(state, x, y)[0], x, y)[0]
+
+        def run(state):
+            return method.step(method.step(state, x, y)[0], x, y)[0]
+
         if transform == "disable_jit":
             with jax.disable_jit():
                 got = run(state)
@@ -341,14 +361,18 @@ class TestSaddle:
         assert self.distance(optax.optimistic_gradient_descent(0.5), 200) < 1e-3
 
     def test_each_half_has_its_own_optimizer_and_sign(self):
-        objective = lambda p, z: z * (2 * p[0]["a"] - 5 * p[1])
+        def objective(p, z):
+            return z * (2 * p[0]["a"] - 5 * p[1])
+
         method = jgd.descent_ascent(objective, optax.sgd(1.0), optax.sgd(0.1))
         state, (info,) = walk(method, ({"a": jnp.array(1.0)}, jnp.array(1.0)), (jnp.ones(3),), 1)
         assert float(state.params[0]["a"]) == -1 and float(state.params[1]) == 0.5
         assert float(info.value) == -3
 
     def test_line_searches_hold_the_other_half(self):
-        objective = lambda p, z: z * (p[0] ** 2 - 2 * p[1] ** 2 + p[0] * p[1])
+        def objective(p, z):
+            return z * (p[0] ** 2 - 2 * p[1] ** 2 + p[0] * p[1])
+
         method = jgd.descent_ascent(objective, optax.lbfgs(), optax.lbfgs())
         state, _ = walk(method, (jnp.array(1.0), jnp.array(-1.0)), (jnp.ones(2),), 60)
         np.testing.assert_allclose(jnp.stack(state.params), [0, 0], atol=1e-3)

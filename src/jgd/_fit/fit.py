@@ -56,8 +56,8 @@ def fit(
         params: the parameters to start from, left intact; or a `MethodState` to go on from.
         data: a pytree of arrays with a common axis of examples: a tuple holds the arguments of the loss after
             the parameters, anything else is the only one; an argument with None in the method's `in_axes`
-            goes to every step whole. Or an iterable of batches of that kind: a list, a generator, a data loader;
-            the step is compiled once for each shape of batch.
+            goes to every step whole. Or an iterable of batches of that kind: a list, a generator, a data
+            loader; the step is compiled once for each shape of batch.
         batch_size: 1 updates after every example (stochastic), k after every k (mini-batch), None after all
             of them (full batch, in their own order). None for an iterable, whose batches are made.
         epochs: how often to walk the data; or

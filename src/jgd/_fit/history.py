@@ -36,8 +36,8 @@ class NonFiniteError(FloatingPointError):
         if np.isfinite(value) and np.isfinite(norm):
             what += ", and left parameters that are not finite"
         super().__init__(
-            f"{what}; lower the learning rate, clip the gradients, or look at the batch. `.state` of this error "
-            "is the last finite state kept, `.history` what led here"
+            f"{what}; lower the learning rate, clip the gradients, or look at the batch. `.state` of this "
+            "error is the last finite state kept, `.history` what led here"
         )
         self.state, self.history = state, history
 

@@ -84,8 +84,8 @@ def schedule_of(length: Length, size: int, batch_size: Any) -> Schedule:
     batch_size = _count(batch_size, "batch_size", least=1, hint="; None takes all examples at once")
     if batch_size > size:
         raise ValueError(
-            f"`batch_size`={batch_size} is larger than `data`, which holds {size} examples; None takes all of "
-            "them at once"
+            f"`batch_size`={batch_size} is larger than `data`, which holds {size} examples; None takes all "
+            "of them at once"
         )
     inner = length.inner_steps
     epoch = Pass(batch_size, size // batch_size, size % batch_size, inner)

@@ -107,7 +107,7 @@ def _by_callable(derivative: Callable[..., Any], has_aux: bool) -> Evaluate:
         if not _is_pair(out) or (has_aux and not _is_pair(out[0])):
             pair = "((value, aux), gradient)" if has_aux else "(value, gradient)"
             raise TypeError(
-                f"`derivative` must return {pair}, as `jax.value_and_grad` does, got {jax.tree.structure(out)}"
+                f"`derivative` must return {pair} like `jax.value_and_grad`, got {jax.tree.structure(out)}"
             )
         value, aux = out[0] if has_aux else (out[0], None)
         if jnp.shape(value) != ():
