@@ -5,14 +5,15 @@ functions here but the pass see ONE example; `Factored` maps them over the batch
 """
 
 from collections.abc import Callable, Sequence
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jgd._engine.plan import Part, Plan
-from jgd._engine.regions import Nested, Op, Region, Side, Site, needed_by, recorded
-from jgd._engine.tapped import batch_axes, bumps_of, picked, replay, run, taps_of, zeros
+from jgd._engine.regions import Nested, Op, Region, Site, recorded
+from jgd._engine.tapped import batch_axes, bumps_of, picked, records_of, replay, run, taps_of, zeros
 from jgd._engine.uses import SiteData
 
 Leaves = Sequence[int] | range
@@ -35,7 +36,7 @@ class Example(NamedTuple):
 
 def axes_of(plan: Plan) -> Example:
     """Where the batch axis lies in each array of a batch of examples: behind the steps of the scans around."""
-    records, deltas = (batch_axes(plan.region, of) for of in (lambda r: r.records, taps_of))
+    records, deltas = (batch_axes(plan.region, of) for of in (records_of, taps_of))
     return Example(0, records, deltas)  # pyright: ignore[reportArgumentType]
 
 
@@ -89,6 +90,11 @@ def gradient(plan: Plan, model: Model, example: Example, leaves: Leaves) -> list
     return pull(deltas_of(plan, example, leaves))[0]
 
 
+def batch_data(plan: Plan, model: Model, examples: Example, part: Part) -> dict[int, SiteData]:
+    """What all examples left at the sites of a part; in each array the batch axis is behind the loops'."""
+    return _site_data(plan, model, examples, part, None, batch=True)
+
+
 def part_data(plan: Plan, model: Model, example: Example, part: Part) -> dict[int, SiteData]:
     """What the example left at the sites of a part, by the site's identity."""
     bumps = None
@@ -98,50 +104,58 @@ def part_data(plan: Plan, model: Model, example: Example, part: Part) -> dict[in
         values = [model.params[part.leaf]]
         outputs = lambda bumps: site_outputs(plan, model, example, [part.leaf], values, bumps)
         bumps = jax.vjp(outputs, zero)[1](deltas_of(plan, example, [part.leaf]))[0]
-    found: dict[int, SiteData] = {}
+    return _site_data(plan, model, example, part, bumps, batch=False)
+
+
+def _site_data(
+    plan: Plan, model: Model, example: Example, part: Part, bumps: Any, *, batch: bool
+) -> dict[int, SiteData]:
+    collector = _Collector({id(use.site) for use in part.uses}, batch, {})
     given = dict(zip(map(id, plan.region.inputs), _inputs(plan, model, example.inputs), strict=True))
-    _collect(plan.region, given, (example.records, example.deltas, bumps), {id(u.site) for u in part.uses}, found)
-    return found
+    collector.collect(plan.region, given, (example.records, example.deltas, bumps), 0)
+    return collector.found
 
 
-def _collect(
-    region: Region, given: dict[int, Any], trees: tuple[Any, Any, Any], sites: set[int], found: dict[int, SiteData], depth: int = 0
-) -> None:
-    """Finds the arrays of some sites in the trees; the steps of `depth` scans lead in each."""
-    records, deltas, bumps = trees
-    values = given | {id(v): x for v, x in zip(region.records, records[0], strict=True)}
-    own_deltas, own_bumps = iter(deltas[0]), None if bumps is None else iter(bumps[0])
-    inner = iter(zip(records[1], deltas[1], [None] * len(records[1]) if bumps is None else bumps[1], strict=True))
-    for op in region.ops:
-        if isinstance(op, Nested):
-            in_records, in_deltas, in_bumps = next(inner)
-            in_bumps = [None] * len(op.regions) if in_bumps is None else in_bumps
-            for each in zip(op.regions, in_records, in_deltas, in_bumps, strict=True):
-                below = depth if op.loop is None else depth + 1
-                _collect(each[0], _given(op, each[0], values, depth), each[1:], sites, found, below)
-        elif isinstance(op, Site):
-            mine = [next(own_deltas) for _ in op.tapped]
-            bumped = {i: None if own_bumps is None else next(own_bumps) for i in op.params}
-            if id(op) in sites:
-                kept = {id(v) for v in recorded(op)}
-                data = {i: values[id(v)] for i, v in enumerate(op.inputs) if id(v) in kept}
-                found[id(op)] = SiteData(data, mine, {i: g for i, g in bumped.items() if g is not None})
+@dataclass(frozen=True)
+class _Collector:
+    """Finds the arrays of some sites in the trees of one example, or of a batch."""
 
+    sites: set[int]
+    batch: bool
+    found: dict[int, SiteData]
 
-def _given(op: Nested, region: Region, values: dict[int, Any], depth: int) -> dict[int, Any]:
-    """The inputs that an inner region asks for, with the steps of its scan leading."""
-    first = len(op.inputs) - len(region.inputs)
-    needed = {id(x) for x in needed_by(op)}
-    given = {}
-    for i in region.asks:
-        outer, own = op.inputs[first + i], region.inputs[i]
-        if outer.side != Side.DATA or id(outer) not in needed:
-            continue
-        array = values[id(outer)]
-        scanned = outer.aval.shape != own.aval.shape
-        if op.loop is not None and not scanned:  # the same at each step
-            array = jnp.broadcast_to(
-                jnp.expand_dims(array, depth), (*array.shape[:depth], op.loop[1], *array.shape[depth:])
-            )
-        given[id(own)] = array
-    return given
+    def collect(self, region: Region, given: dict[int, Any], trees: tuple[Any, Any, Any], depth: int) -> None:
+        """Looks through a region; the steps of `depth` scans lead in each array."""
+        records, deltas, bumps = trees
+        values = given | {id(v): x for v, x in zip(region.records, records[0], strict=True)}
+        own_bumps = None if bumps is None else iter(bumps[0])
+        inner = iter(zip(records[1], deltas[1], [None] * len(records[1]) if bumps is None else bumps[1], strict=True))
+        for op in region.ops:
+            if isinstance(op, Nested):
+                in_records, in_deltas, in_bumps = next(inner)
+                in_bumps = [None] * len(op.regions) if in_bumps is None else in_bumps
+                for each in zip(op.regions, in_records, in_deltas, in_bumps, strict=True):
+                    below = depth if op.loop is None else depth + 1
+                    self.collect(each[0], self._given(op, each[0], values, depth), each[1:], below)
+            elif isinstance(op, Site):
+                bumped = {i: None if own_bumps is None else next(own_bumps) for i in op.params}
+                if id(op) in self.sites:
+                    kept = {id(v) for v in recorded(op)}
+                    data = {i: values[id(v)] for i, v in enumerate(op.inputs) if id(v) in kept}
+                    mine = [deltas[0][region.delta_at(op.outputs[i])] for i in op.tapped]
+                    self.found[id(op)] = SiteData(data, mine, {i: g for i, g in bumped.items() if g is not None})
+
+    def _given(self, op: Nested, region: Region, values: dict[int, Any], depth: int) -> dict[int, Any]:
+        """The inputs that an inner region asks for, with the steps of its scan leading."""
+        first = len(op.inputs) - len(region.inputs)
+        given = {}
+        for i in region.asks:
+            outer, own = op.inputs[first + i], region.inputs[i]
+            array = values[id(outer)]
+            if op.loop is not None and outer.aval.shape == own.aval.shape:  # the same at each step
+                shape = (*array.shape[:depth], op.loop[1], *array.shape[depth:])
+                array = jnp.broadcast_to(jnp.expand_dims(array, depth), shape)
+            elif op.loop is not None and self.batch:
+                array = jnp.swapaxes(array, depth, depth + 1)
+            given[id(own)] = array
+        return given

@@ -12,8 +12,10 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import factors
-from jgd._engine.examples import Example, Leaves, Model, axes_of, deltas_of, gradient, part_data, site_outputs
-from jgd._engine.factors import Factor, Outer
+from jgd._engine.examples import (
+    Example, Leaves, Model, axes_of, batch_data, deltas_of, gradient, part_data, site_outputs,
+)  # fmt: skip
+from jgd._engine.factors import Factor, Full, Outer
 from jgd._engine.plan import Part, Plan
 from jgd._materialized import Materialized, accumulator
 
@@ -51,30 +53,44 @@ class Factored:
 
     def weighted_sum(self, weights: jax.Array | None, *, keep_wide: bool = False) -> list[jax.Array]:
         """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'."""
-        linear = [leaf for leaf in self._all if leaf not in self.plan.backward_only]
-        sums = dict(zip(linear, self._pull_sum(linear, weights), strict=True))
+        examples = self.examples if weights is None else self._weighted(weights)
+        sums = {leaf: self._direct_sum(leaf, examples) for leaf in self.plan.direct}
         # A custom derivative need not be linear in what it is given: it gets each example's own.
         apart = sorted(self.plan.backward_only)
         ones = jnp.ones(self.size) if weights is None else weights
         add = lambda blocks, w: blocks.weighted_sum(w, keep_wide=True)
         sums.update(zip(apart, self._folded(apart, ones, add), strict=True))
+        rest = [leaf for leaf in self._all if leaf not in sums]
+        sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
+        if weights is not None:
+            sums = {leaf: jnp.where(jnp.any(weights != 0), s, 0) for leaf, s in sums.items()}
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
 
-    def _pull_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
-        """Σ w_i g_i of some leaves, by one `vjp` with the examples inside."""
-        examples = self.examples if weights is None else self._weighted(weights)
+    def _direct_sum(self, leaf: int, examples: Example) -> jax.Array:
+        """Σ g_i of one leaf, by one product for each use, the examples among its positions."""
+        like = self.like[leaf]
+        total = None
+        for part in self.plan.parts:
+            if part.leaf == leaf:
+                data = batch_data(self.plan, self.model, examples, part)
+                flat = factors.concatenate([Full(use.batch_gradient(data[id(use.site)])) for use in part.uses]).flat
+                total = factors.place(flat, part.offset, part.axes, like, total)
+        assert total is not None
+        return total
+
+    def _pull_sum(self, leaves: Sequence[int], examples: Example) -> list[jax.Array]:
+        """Σ g_i of some leaves, by one `vjp` with the examples inside."""
+        if not leaves:
+            return []
         wide = [accumulator(self.like[leaf].dtype) for leaf in leaves]
 
         def outputs(values: Sequence[jax.Array]) -> list[jax.Array]:
             values = [x.astype(self.like[leaf].dtype) for leaf, x in zip(leaves, values, strict=True)]
-            one = lambda example: site_outputs(self.plan, self.model, example, leaves, values)
-            return jax.vmap(one, in_axes=(axes_of(self.plan),), axis_size=self.size)(examples)
+            return self._each(lambda one: site_outputs(self.plan, self.model, one, leaves, values), examples)
 
-        # δ's as the replay's outputs lie: the batch axis first.
         deltas = self._each(lambda one: deltas_of(self.plan, one, leaves), examples)
         params = [self.model.params[leaf].astype(w) for leaf, w in zip(leaves, wide, strict=True)]
-        sums = jax.vjp(outputs, params)[1](deltas)[0]
-        return sums if weights is None else [jnp.where(jnp.any(weights != 0), s, 0) for s in sums]
+        return jax.vjp(outputs, params)[1](deltas)[0]
 
     def _weighted(self, weights: jax.Array) -> Example:
         """The examples with each δ times its weight, and nothing of those of weight 0.

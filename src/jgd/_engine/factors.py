@@ -76,6 +76,14 @@ class Arrangement:
     summed: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
 
+    def with_batch(self, axis: int, group: int) -> "Arrangement":
+        """The same for a batch of arrays, whose batch axis joins a group in the place it has in memory."""
+        moved = lambda axes: tuple(a + (a >= axis) for a in axes)
+        groups = [moved(axes) for axes in self.groups]
+        before = sum(1 for a in groups[group] if a < axis)
+        groups[group] = (*groups[group][:before], axis, *groups[group][before:])
+        return Arrangement(moved(self.summed), tuple(groups))
+
     def __call__(self, array: jax.Array) -> jax.Array:
         """The array with one axis for each group."""
         if self.summed:
@@ -168,15 +176,18 @@ def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
     return jnp.einsum(spec, a, b, preferred_element_type=dtype)
 
 
-def place(flat: jax.Array, offset: int, axes: Sequence[Axis], leaf: jax.Array) -> jax.Array:
-    """Adds a part, flat in the order of memory, to a leaf."""
-    if not axes or (len(axes) == 1 and axes[0] == (leaf.size, 1)):
-        if leaf.size == flat.size:
-            return leaf + flat.reshape(leaf.shape)
+def place(
+    flat: jax.Array, offset: int, axes: Sequence[Axis], like: jax.ShapeDtypeStruct, onto: jax.Array | None
+) -> jax.Array:
+    """A part, flat in the order of memory, as a leaf of zeros elsewhere, or added to the leaf `onto`."""
+    if tuple(axes) in ((), ((like.size, 1),)) and flat.size == like.size:
+        leaf = flat.reshape(like.shape)
+        return leaf if onto is None else onto + leaf
     index: Any = offset
     for size, stride in axes:
         index = jnp.expand_dims(index, -1) + jnp.arange(size) * stride
-    return leaf.reshape(-1).at[jnp.reshape(index, -1)].add(flat, unique_indices=True).reshape(leaf.shape)
+    empty = jnp.zeros(like.size, flat.dtype) if onto is None else onto.reshape(-1)
+    return empty.at[jnp.reshape(index, -1)].add(flat, unique_indices=True).reshape(like.shape)
 
 
 def split_axes(view: View, loops: Sequence[tuple[int, int]]) -> tuple[list[Axis], tuple[Axis, ...]]:

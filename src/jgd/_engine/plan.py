@@ -70,6 +70,7 @@ class Plan:
     parts: tuple[Part, ...]
     whole_leaves: frozenset[int]  # leaves whose path cannot be followed: taken by `vjp`, one block each
     backward_only: frozenset[int]  # leaves that pass through a `custom_vjp`, which has no forward derivative
+    direct: tuple[int, ...]  # leaves all of whose uses can sum over a batch by themselves
 
 
 @functools.lru_cache(maxsize=256)
@@ -103,7 +104,11 @@ def plan_of(program: Program) -> Plan:
             whole_leaves.add(leaf)
         else:
             parts += found
-    return Plan(program, region, tuple(parts), frozenset(whole_leaves), _backward_only(region))
+    met = {part.leaf for part in parts}
+    indirect = {part.leaf for part in parts for use in part.uses if use.batch_block is None}
+    backward_only = _backward_only(region)
+    direct = tuple(sorted(met - indirect - backward_only))
+    return Plan(program, region, tuple(parts), frozenset(whole_leaves), backward_only, direct)
 
 
 def _sites(region: Region) -> list[Site]:

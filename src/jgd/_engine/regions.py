@@ -104,6 +104,12 @@ class Region:
     outputs: tuple[Value, ...]
     records: tuple[Value, ...]  # DATA values made in here that the sites need to be replayed
     asks: tuple[int, ...]  # positions of DATA inputs that they need, for the region around it to keep
+    taps: tuple[Value, ...]  # the values whose δ the sites need
+    tap_of: dict[int, int]  # for each tapped output of a site, by identity, which of the taps has its δ
+
+    def delta_at(self, value: Value) -> int:
+        """The number of the tap that has the δ of a site's output."""
+        return self.tap_of[id(value)]
 
     @property
     def leaves(self) -> frozenset[int]:
@@ -226,7 +232,36 @@ def _region(inputs: Sequence[Value], reader: _Reader, outputs: Sequence[Value], 
     given = {id(x): i for i, x in enumerate(inputs) if i not in carried}
     records = tuple(x for key, x in needed.items() if key not in given)
     asks = tuple(given[key] for key in needed if key in given)
-    return Region(tuple(inputs), tuple(kept), tuple(outputs), records, asks)
+    return Region(tuple(inputs), tuple(kept), tuple(outputs), records, asks, *_taps(kept, outputs))
+
+
+def _taps(ops: Sequence[Op], outputs: Sequence[Value]) -> tuple[tuple[Value, ...], dict[int, int]]:
+    """Where to tap. What goes into one addition and nowhere else has the δ of the sum: one tap serves both."""
+    consumers: dict[int, list[Op | None]] = {}
+    for op in ops:
+        for x in op.inputs:
+            consumers.setdefault(id(x), []).append(op)
+    for x in outputs:
+        consumers.setdefault(id(x), []).append(None)
+
+    def behind(value: Value) -> Value:
+        found = consumers.get(id(value), [])
+        op = found[0] if len(found) == 1 else None
+        if op is None or op.eqn is None or op.eqn.primitive not in _SUMS:
+            return value
+        if op.outputs[0].aval != value.aval:
+            return value
+        return behind(op.outputs[0])
+
+    taps: dict[int, Value] = {}
+    tap_of: dict[int, Value] = {}
+    for op in ops:
+        for i in op.tapped if isinstance(op, Site) else ():
+            tap = behind(op.outputs[i])
+            taps[id(tap)] = tap
+            tap_of[id(op.outputs[i])] = tap
+    number = {key: k for k, key in enumerate(taps)}
+    return tuple(taps.values()), {key: number[id(tap)] for key, tap in tap_of.items()}
 
 
 def needed_by(op: Op) -> tuple[Value, ...]:
@@ -247,7 +282,8 @@ def recorded(site: Site) -> tuple[Value, ...]:
     return tuple(x for x in site.inputs if x.side == Side.DATA)
 
 
-_ADDITIONS = {prim.add_p, prim.sub_p, prim.add_jaxvals_p}
+_SUMS = {prim.add_p, prim.add_jaxvals_p}
+_ADDITIONS = {*_SUMS, prim.sub_p}
 
 
 def read_regions(jaxpr: Any, constants: Sequence[Value], inputs: Sequence[Value]) -> Region:

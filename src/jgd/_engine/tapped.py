@@ -33,9 +33,14 @@ def _tap_jvp(primals: Any, tangents: Any) -> Any:
     return primals[0], tangents[0] + tangents[1]
 
 
-def taps_of(region: Region) -> list[Value]:
-    """The values that a region taps: each site's floating-point outputs."""
-    return [op.outputs[i] for op in region.ops if isinstance(op, Site) for i in op.tapped]
+def taps_of(region: Region) -> Sequence[Value]:
+    """The values that a region taps."""
+    return region.taps
+
+
+def records_of(region: Region) -> Sequence[Value]:
+    """The values that a region keeps for its sites."""
+    return region.records
 
 
 def batch_axes(region: Region, of: Callable[[Region], Sequence[Value]], depth: int = 0) -> Tree:
@@ -68,7 +73,8 @@ def _zero(aval: jax.ShapeDtypeStruct, lead: tuple[int, ...]) -> jax.Array:
 
 def run(region: Region, inputs: Sequence[Any], taps: Tree) -> tuple[list[Any], Tree]:
     """One example's forward pass: the region's outputs and its records."""
-    env, tap, inner_taps = _Environment(region.inputs, inputs), iter(taps[0]), iter(taps[1])
+    env, inner_taps = _Environment(region.inputs, inputs), iter(taps[1])
+    tap = {id(value): array for value, array in zip(region.taps, taps[0], strict=True)}
     inner_records = []
     for op in region.ops:
         operands = [env[x] for x in op.inputs]
@@ -77,11 +83,8 @@ def run(region: Region, inputs: Sequence[Any], taps: Tree) -> tuple[list[Any], T
             inner_records.append(records)
         else:
             outputs = operands if op.eqn is None else bind(op.eqn, operands)
-        if isinstance(op, Site):
-            outputs = list(outputs)
-            for i in op.tapped:
-                outputs[i] = _tap(outputs[i], next(tap))
-        env.set(op.outputs, outputs)
+        values = zip(op.outputs, outputs, strict=True)
+        env.set(op.outputs, [_tap(x, tap[id(v)]) if id(v) in tap else x for v, x in values])
     return [env[x] for x in region.outputs], (tuple(env[x] for x in region.records), tuple(inner_records))
 
 
@@ -114,7 +117,7 @@ def _run_nested(op: Nested, operands: list[Any], taps: Any) -> tuple[Sequence[An
     def branch(number: int) -> Callable[..., Any]:
         def run_branch(inputs: list[Any], taps: Any) -> Any:
             outputs, own = run(op.regions[number], inputs, taps[number])
-            blank = [zeros(region, lambda r: r.records) for region in op.regions]
+            blank = [zeros(region, records_of) for region in op.regions]
             return outputs, (*blank[:number], own, *blank[number + 1 :])
 
         return run_branch
@@ -240,13 +243,12 @@ def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], want
 
 def picked(region: Region, tree: Tree, wanted: Callable[[Op], bool]) -> list[Any]:
     """From a tree like the taps, what belongs to the wanted sites, in the order in which `replay` returns them."""
-    own, inner, found = iter(tree[0]), iter(tree[1]), []
+    inner, found = iter(tree[1]), []
     for op in region.ops:
         if isinstance(op, Nested):
             parts = next(inner)
             if wanted(op):
                 found += [x for r, part in zip(op.regions, parts, strict=True) for x in picked(r, part, wanted)]
-        elif isinstance(op, Site):
-            mine = [next(own) for _ in op.tapped]
-            found += mine if wanted(op) else []
+        elif isinstance(op, Site) and wanted(op):
+            found += [tree[0][region.delta_at(op.outputs[i])] for i in op.tapped]
     return found

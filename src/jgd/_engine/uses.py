@@ -26,6 +26,8 @@ class Use:
 
     `shape` says where n, p and q lie in the leaf; None where the gradient is not factored. `factor` makes the
     factors of one example, `block` its `(N, P, Q)` gradient where there is a better way than the factors'.
+    `batch_block` makes the block of the examples' sum, from data with a batch axis behind the loops': folded into
+    the positions, it makes one large product of many.
     """
 
     rule: str
@@ -38,6 +40,7 @@ class Use:
     positions: int  # T
     factor: Callable[[SiteData], Factor]
     block: Callable[[SiteData], jax.Array] | None = None
+    batch_block: Callable[[SiteData], jax.Array] | None = None
 
     @property
     def needs_operand_grad(self) -> bool:
@@ -52,6 +55,11 @@ class Use:
             return factor.flat
         made = self.block(data) if self.block is not None else block(self.factor(data), self.shape)
         return self.shape.flatten(made)
+
+    def batch_gradient(self, data: SiteData) -> jax.Array:
+        """The gradients' sum over a batch in this part, flat, in the order of the leaf's memory."""
+        assert self.batch_block is not None and self.shape is not None
+        return self.shape.flatten(self.batch_block(data))
 
 
 def opaque(site: Site, position: int, view: View) -> Use:

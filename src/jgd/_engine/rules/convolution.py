@@ -6,6 +6,7 @@ product of the input, shifted to that place, with δ.
 """
 
 import itertools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -40,7 +41,8 @@ def match(site: Site, position: int, view: View) -> Use | None:
     geometry = _Geometry(params, site, tuple(i for i, _ in stepping), n_order, p_order)
     positions = geometry.positions()
     return Use(
-        "convolution", site, position, view.leaf, view.offset, shape.axes, shape, positions, geometry.factor, geometry.block
+        "convolution", site, position, view.leaf, view.offset, shape.axes, shape, positions,
+        geometry.factor, geometry.block, geometry.batch_block,
     )  # fmt: skip
 
 
@@ -75,41 +77,37 @@ class _Geometry:
     def factor(self, data: SiteData) -> Outer:
         """Patches and δ."""
         slices = jnp.stack(list(self._shifted(data.values[0])), axis=-1)  # (steps.., groups, t, channels, window)
-        lead = slices.shape[:-1]
-        slices = slices.reshape(*lead, *self.window)
+        slices = slices.reshape(*slices.shape[:-1], *self.window)
         depth = len(self.stepping) + 1
-        order = [*self.n_order, depth, *(depth + 1 + i for i in self.p_order)]
-        left = slices.transpose(order)
-        n, t = self._n(left), left.shape[depth]
-        return Outer(left.reshape(n, t, -1), self._right_factor(data.deltas[0]))
+        left = slices.transpose(*self.n_order, depth, *(depth + 1 + i for i in self.p_order))
+        right = self._right(data.deltas[0])
+        right = right.transpose(*self.n_order, depth, depth + 1)
+        n, t = math.prod(left.shape[:depth]), left.shape[depth]
+        return Outer(left.reshape(n, t, -1), right.reshape(n, t, -1))
 
     def block(self, data: SiteData) -> jax.Array:
         """The gradient, one product for each place in the window."""
-        right = self._right(data.deltas[0])
+        return self._products(data, batch=False)
+
+    def batch_block(self, data: SiteData) -> jax.Array:
+        """The sum over a batch, whose axis lies behind the loops'."""
+        return self._products(data, batch=True)
+
+    def _products(self, data: SiteData, *, batch: bool) -> jax.Array:
+        right = self._right(data.deltas[0], batch=batch)
         depth = len(self.stepping) + 1
-        products = [contract("...tc,...tq->...cq", left, right) for left in self._shifted(data.values[0])]
+        shifted = self._shifted(data.values[0], batch=batch)
+        products = [contract("...tc,...tq->...cq", left, right) for left in shifted]
         stacked = jnp.stack(products, axis=-2)  # (steps.., groups, channels, window, q)
         stacked = stacked.reshape(*stacked.shape[: depth + 1], *self.window, stacked.shape[-1])
-        last = stacked.ndim - 1
-        made = stacked.transpose(*self.n_order, *(depth + i for i in self.p_order), last)
-        return made.reshape(self._n(made), -1, made.shape[-1])
+        made = stacked.transpose(*self.n_order, *(depth + i for i in self.p_order), stacked.ndim - 1)
+        return made.reshape(math.prod(made.shape[:depth]), -1, made.shape[-1])
 
-    def _n(self, array: jax.Array) -> int:
-        total = 1
-        for size in array.shape[: len(self.n_order)]:
-            total *= size
-        return total
-
-    def _right_factor(self, delta: jax.Array) -> jax.Array:
-        right = self._right(delta)
-        right = right.transpose(*self.n_order, right.ndim - 2, right.ndim - 1)
-        return right.reshape(-1, *right.shape[-2:])
-
-    def _right(self, delta: jax.Array) -> jax.Array:
+    def _right(self, delta: jax.Array, *, batch: bool = False) -> jax.Array:
         """δ as (stepping loops.., groups, t, channels out of a group)."""
-        depth = len(self.site.loops)
+        steps, shared = self._outside(batch)
+        depth = len(steps) + len(shared)
         spec = self.params["dimension_numbers"].out_spec
-        steps, shared = self._loops()
         channels = depth + spec[1]
         split = delta.reshape(*delta.shape[:channels], self.groups, -1, *delta.shape[channels + 1 :])
         moved = lambda d: depth + d + (1 if depth + d > channels else 0)
@@ -117,29 +115,28 @@ class _Geometry:
         right = split.transpose(*steps, channels, *positions, channels + 1)
         return right.reshape(*right.shape[: len(steps) + 1], -1, right.shape[-1])
 
-    def _loops(self) -> tuple[list[int], list[int]]:
-        loops = range(len(self.site.loops))
-        return [i for i in loops if i in self.stepping], [i for i in loops if i not in self.stepping]
+    def _outside(self, batch: bool) -> tuple[list[int], list[int]]:
+        """The axes around one convolution's own: those that step through the kernel, and those that share it."""
+        axes = range(len(self.site.loops) + batch)
+        return [i for i in axes if i in self.stepping], [i for i in axes if i not in self.stepping]
 
-    def _shifted(self, x: jax.Array) -> Iterator[jax.Array]:
+    def _shifted(self, x: jax.Array, *, batch: bool = False) -> Iterator[jax.Array]:
         """For each place in the window, the input that δ meets there: (stepping loops.., groups, t, channels)."""
-        depth = len(self.site.loops)
+        steps, shared = self._outside(batch)
+        depth = len(steps) + len(shared)
         numbers = self.params["dimension_numbers"]
-        steps, shared = self._loops()
-        order = (*steps, *shared, *(depth + d for d in numbers.lhs_spec))
-        x = self._padded(x.transpose(order), depth)
+        x = self._padded(x.transpose(*steps, *shared, *(depth + d for d in numbers.lhs_spec)), depth)
         out = [self.site.outputs[0].aval.shape[d] for d in numbers.out_spec[2:]]
         stride, dilation = self.params["window_strides"], self.params["rhs_dilation"]
+        lead, first = depth + 2, len(steps)
         for place in itertools.product(*(range(size) for size in self.window)):
             starts = [k * d for k, d in zip(place, dilation, strict=True)]
             limits = [s + (o - 1) * w + 1 for s, o, w in zip(starts, out, stride, strict=True)]
-            lead = depth + 2
             piece = lax.slice(
                 x, (0,) * lead + tuple(starts), x.shape[:lead] + tuple(limits), (1,) * lead + tuple(stride)
             )
             split = piece.reshape(*piece.shape[: depth + 1], self.groups, -1, *out)
-            first, last = len(steps), split.ndim
-            axes = [*range(first), depth + 1, *range(first, depth + 1), *range(depth + 3, last), depth + 2]
+            axes = [*range(first), depth + 1, *range(first, depth + 1), *range(depth + 3, split.ndim), depth + 2]
             piece = split.transpose(axes)
             yield piece.reshape(*piece.shape[: first + 1], -1, piece.shape[-1])
 
@@ -150,5 +147,3 @@ class _Geometry:
             for (low, high), dilation in zip(self.params["padding"], self.params["lhs_dilation"], strict=True)
         ]
         return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * (depth + 2) + space)
-
-

@@ -6,7 +6,9 @@ positions t. The gradient is the product of the other operand and δ over t.
 
 from typing import Any
 
-from jgd._engine.factors import Arrangement, Outer, Shape, group, split_axes
+import jax
+
+from jgd._engine.factors import Arrangement, Outer, Shape, contract, group, split_axes
 from jgd._engine.regions import Side, Site
 from jgd._engine.uses import SiteData, Use
 from jgd._engine.views import Axis, View
@@ -87,5 +89,14 @@ class _Axes:
         def factor(data: SiteData) -> Outer:
             return Outer(left(data.values[other]), right(data.deltas[0]))
 
+        # Positions need one order on both sides: the loops', the batch's, the rest. XLA multiplies arrays with one
+        # contracted axis as they lie in memory, and copies those that have several.
+        many_left, many_right = left.with_batch(self.depth, 1), right.with_batch(self.depth, 1)
+
+        def batch_block(data: SiteData) -> jax.Array:
+            return contract("ntp,ntq->npq", many_left(data.values[other]), many_right(data.deltas[0]))
+
         shape = Shape(n, p, q)
-        return Use(rule, site, position, view.leaf, view.offset, shape.axes, shape, positions, factor)
+        return Use(
+            rule, site, position, view.leaf, view.offset, shape.axes, shape, positions, factor, None, batch_block
+        )  # fmt: skip
