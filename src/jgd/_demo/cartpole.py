@@ -39,7 +39,7 @@ def start(key: jax.Array) -> Float[Array, "4"]:
 
 def push(state: Float[Array, "4"], action: Int[Array, ""]) -> Float[Array, "4"]:
     """The state after one step of 20 ms, by Euler's method."""
-    position, velocity, angle, spin = state
+    _, velocity, angle, spin = state
     force = jnp.where(action == 1, FORCE, -FORCE)
     mass = CART_MASS + POLE_MASS
     sine, cosine = jnp.sin(angle), jnp.cos(angle)

@@ -14,9 +14,12 @@ NEEDS = ("sklearn", "matplotlib", "rich")
 def add_arguments(parser: argparse.ArgumentParser) -> None:
     """The options of `jgd demo`."""
     parser.add_argument(
-        "--out", metavar="DIR", type=Path, default=Path("jgd-report"),
+        "--out",
+        metavar="DIR",
+        type=Path,
+        default=Path("jgd-report"),
         help="where report.html goes; made if it is not there (default: %(default)s)",
-    )  # fmt: skip
+    )
     parser.add_argument("--quick", action="store_true", help="smaller sizes: under 30 seconds on two cores")
 
 
@@ -62,11 +65,15 @@ def _writable(directory: Path) -> Path:
         OSError: it is a file, or cannot be made or written to.
     """
     if directory.exists() and not directory.is_dir():
-        raise OSError(f"`--out` must be a directory, but {directory} is a file; name another, or move the file away")
+        raise OSError(
+            f"`--out` must be a directory, but {directory} is a file; name another, or move the file away"
+        )
     try:
         directory.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=directory):
             pass
     except OSError as error:
-        raise OSError(f"`--out` {directory} cannot be written to ({error.strerror}); name another directory") from error
+        raise OSError(
+            f"`--out` {directory} cannot be written to ({error.strerror}); name another directory"
+        ) from error
     return directory

@@ -48,24 +48,42 @@ def section(quick: bool) -> Section:
     marks = [0, STEPS // 10, STEPS // 2, STEPS]
     return Section(
         title="Descent-ascent finds a saddle",
-        claim="Where one player minimises and the other maximises, plain simultaneous steps circle outwards; optimistic gradients find the saddle.",
+        claim=(
+            "Where one player minimises and the other maximises, plain simultaneous steps circle outwards; "
+            "optimistic gradients find the saddle."
+        ),
         text=(
-            "The game is f(x, y) = x · y. The gradient is always at a right angle to the way to the saddle, so each plain step of rate η "
-            "multiplies the distance by exactly √(1 + η²). An optimistic step extrapolates: it adds the change since the last gradient.",
+            "The game is f(x, y) = x · y. The gradient is always at a right angle to the way to the "
+            "saddle, so each plain step of rate η multiplies the distance by exactly √(1 + η²). An "
+            "optimistic step extrapolates: it adds the change since the last gradient.",
         ),
         checks=(
-            Check(f"Plain steps leave as predicted, from {distance[PLAIN][0]:.2f} to {distance[PLAIN][-1]:.2f} away "
-                  f"(largest relative difference from the formula {error:.0e})", error < 1e-3),
-            Check(f"Optimistic steps arrive: {distance[OPTIMISTIC][-1]:.0e} from the saddle after {STEPS} steps",
-                  bool(distance[OPTIMISTIC][-1] < 1e-2 * distance[OPTIMISTIC][0])),
+            Check(
+                f"Plain steps leave as predicted, from {distance[PLAIN][0]:.2f} to "
+                f"{distance[PLAIN][-1]:.2f} away (largest relative difference from the formula {error:.0e})",
+                error < 1e-3,
+            ),
+            Check(
+                f"Optimistic steps arrive: {distance[OPTIMISTIC][-1]:.0e} from the saddle after {STEPS} "
+                f"steps",
+                bool(distance[OPTIMISTIC][-1] < 1e-2 * distance[OPTIMISTIC][0]),
+            ),
         ),
         tables=(
-            Table("Distance from the saddle", ("steps", *(str(n) for n in marks)),
-                  tuple((name, *(f"{d[n]:.3g}" for n in marks)) for name, d in distance.items())),
+            Table(
+                "Distance from the saddle",
+                ("steps", *(str(n) for n in marks)),
+                tuple((name, *(f"{d[n]:.3g}" for n in marks)) for name, d in distance.items()),
+            ),
         ),
-        pictures=(Picture("The same start, the same rate. Left: the players' moves in the plane. Right: their distance from the saddle.",
-                          partial(_draw, paths, distance)),),
-    )  # fmt: skip
+        pictures=(
+            Picture(
+                "The same start, the same rate. Left: the players' moves in the plane. Right: their "
+                "distance from the saddle.",
+                partial(_draw, paths, distance),
+            ),
+        ),
+    )
 
 
 def _draw(paths: dict[str, np.ndarray], distance: dict[str, np.ndarray], figure: Any) -> None:

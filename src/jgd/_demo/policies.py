@@ -1,4 +1,5 @@
-"""Policies that learn by ascent: the score function on a bandit, REINFORCE on CartPole, and the baseline of least variance."""
+"""Policies that learn by ascent: the score function on a bandit, REINFORCE on CartPole, and the baseline "
+"of least variance."""
 
 from functools import partial
 from typing import Any, NamedTuple
@@ -15,6 +16,7 @@ from jgd._demo.cartpole import Episode
 
 ARMS = np.array([0.1, 0.9, 0.4, 1.5, 0.7, 1.1, 0.2, 2.0, 1.6, 0.5], np.float32)  # mean rewards of the bandit
 REWARD_NOISE = 1.0
+SIDE_BY_SIDE = 32  # episodes
 RETURN_UNIT = 100.0  # returns are hundreds of steps; in this unit the gradient's scale suits the usual rates
 
 
@@ -24,7 +26,8 @@ def bandit_objective(logits: Float[Array, "K"], arm: Array, reward: Array) -> Ar
 
 
 def learn_bandit(key: jax.Array, *, updates: int, pulls: int = 64) -> np.ndarray:
-    """Expected reward before the first update and after each, `(updates + 1,)`; rewards are seen with noise."""
+    """Expected reward before the first update and after each, `(updates + 1,)`; rewards are seen with "
+    "noise."""
     method = jgd.ascent(bandit_objective, optax.sgd(0.4))
 
     def update(state: Any, key: jax.Array) -> tuple[Any, jax.Array]:
@@ -39,14 +42,15 @@ def learn_bandit(key: jax.Array, *, updates: int, pulls: int = 64) -> np.ndarray
     return np.concatenate([[ARMS.mean()], expected])
 
 
-def first_policy(key: jax.Array, *, width: int = 16) -> dict[str, jax.Array]:
+def first_policy(seed: int, *, width: int = 16) -> dict[str, np.ndarray]:
     """A network of one hidden layer that pushes left and right about equally often."""
-    inner, outer = jax.random.split(key)
-    return {
-        "w": 0.5 * jax.random.normal(inner, (4, width)),
-        "b": jnp.zeros(width),
-        "v": 0.01 * jax.random.normal(outer, (width, 2)),
+    rng = np.random.default_rng(seed)
+    params = {
+        "w": 0.5 * rng.normal(size=(4, width)),
+        "b": np.zeros(width),
+        "v": 0.01 * rng.normal(size=(width, 2)),
     }
+    return {name: p.astype(np.float32) for name, p in params.items()}
 
 
 def policy_logits(params: Any, state: Float[Array, "*T 4"]) -> Float[Array, "*T 2"]:
@@ -66,26 +70,36 @@ def reinforce_objective(params: Any, episode: Episode, advantage: Float[Array, "
     return advantage * log_likelihood(params, episode)
 
 
-@jax.jit(static_argnums=2)
 def play_many(params: Any, key: jax.Array, episodes: int) -> Episode:
-    """Episodes side by side; every leaf gets a leading axis of them."""
-    policy = lambda state: policy_logits(params, state)
-    return jax.vmap(lambda key: cartpole.play(policy, key))(jax.random.split(key, episodes))
+    """Plays episodes, `SIDE_BY_SIDE` at a time so that one program serves any number; leaves get an axis "
+    "of them."""
+    rounds = -(-episodes // SIDE_BY_SIDE)
+    played = jax.device_get([_play(params, key, round) for round in range(rounds)])
+    return jax.tree.map(lambda *parts: np.concatenate(parts)[:episodes], *played)
 
 
-def returns_of(episodes: Episode) -> Float[Array, "B"]:
+@jax.jit
+def _play(params: Any, key: jax.Array, round: int) -> Episode:
+    keys = jax.random.split(jax.random.fold_in(key, round), SIDE_BY_SIDE)
+    return jax.vmap(lambda key: cartpole.play(lambda state: policy_logits(params, state), key))(keys)
+
+
+def returns_of(episodes: Episode) -> Float[np.ndarray, "B"]:
     """How long each pole stood, in steps: CartPole pays 1 a step."""
-    return jnp.sum(episodes.alive, axis=1)
+    return np.sum(episodes.alive, axis=1)
 
 
-def least_variance_baseline(params: Any, episodes: Episode) -> Float[Array, ""]:
+scores = jgd.per_example_grad(log_likelihood)  # of each episode
+
+
+def least_variance_baseline(score_norms: Float[Array, "B"], returns: Float[np.ndarray, "B"]) -> float:
     """b = Σ ‖s_i‖² R_i / Σ ‖s_i‖², with s_i the score of episode i: it minimises the variance of s (R − b).
 
     Source: Greensmith, Bartlett and Baxter, "Variance reduction techniques for gradient estimates in
     reinforcement learning", 2004.
     """
-    squares = jnp.square(jgd.norms(_scores(params, episodes)))
-    return jnp.sum(squares * returns_of(episodes)) / jnp.sum(squares)
+    squares = np.square(score_norms, dtype=np.float64)
+    return float(np.sum(squares * returns) / np.sum(squares))
 
 
 class Training(NamedTuple):
@@ -96,60 +110,59 @@ class Training(NamedTuple):
     evaluation: np.ndarray  # (100,), of new episodes under the last policy
 
 
-def train_cartpole(key: jax.Array, *, updates: int = 100, episodes: int = 32) -> Training:
+def train_cartpole(seed: int, *, updates: int = 100, episodes: int = SIDE_BY_SIDE) -> Training:
     """REINFORCE by `jgd.ascent`, with the baseline of least variance and Adam."""
-    init_key, evaluation_key, key = jax.random.split(key, 3)
+    key = jax.random.key(seed)
     method = jgd.ascent(reinforce_objective, optax.adam(optax.cosine_decay_schedule(0.05, updates)))
-    experience = jax.jit(_experience, static_argnums=2)
-
-    state = method.init(first_policy(init_key))
-    policies, returns = [jax.tree.map(np.asarray, state.params)], []
-    for update_key in jax.random.split(key, updates):
-        played, advantage = experience(state.params, update_key, episodes)
-        state, _ = method.step(state, played, advantage)
-        policies.append(jax.tree.map(np.asarray, state.params))
-        returns.append(np.asarray(returns_of(played)))
-    evaluation = returns_of(play_many(state.params, evaluation_key, 100))
-    return Training(policies, np.stack(returns), np.asarray(evaluation))
-
-
-def _experience(params: Any, key: jax.Array, episodes: int) -> tuple[Episode, jax.Array]:
-    played = play_many(params, key, episodes)
-    return played, (returns_of(played) - least_variance_baseline(params, played)) / RETURN_UNIT
+    state = method.init(first_policy(seed))
+    policies, returns = [jax.device_get(state.params)], []
+    for update in range(updates):
+        played = play_many(state.params, jax.random.fold_in(key, update), episodes)
+        returns.append(returns_of(played))
+        baseline = least_variance_baseline(jgd.norms(scores(state.params, played)), returns[-1])
+        state, _ = method.step(state, played, (returns[-1] - baseline) / RETURN_UNIT)
+        policies.append(jax.device_get(state.params))
+    evaluation = returns_of(play_many(state.params, jax.random.fold_in(key, updates), 100))
+    return Training(policies, np.stack(returns), evaluation)
 
 
 class Variances(NamedTuple):
     """tr Σ of one episode's gradient under three baselines, measured on episodes that chose none of them."""
 
-    mean_return: float
     baselines: dict[str, float]
     traces: dict[str, float]
     grid: np.ndarray  # other baselines,
     grid_traces: np.ndarray  # and theirs
 
 
-def gradient_variance(params: Any, key: jax.Array, *, episodes: int = 512) -> Variances:
+def gradient_variance(params: Any, key: jax.Array, *, episodes: int = 2048) -> Variances:
     """Estimates the baselines on one set of episodes, and the variance of the gradient on another."""
-    fitting, measuring = (play_many(params, k, episodes) for k in jax.random.split(key))
-    mean_return = float(jnp.mean(returns_of(fitting)))
-    baselines = {"none": 0.0, "mean return": mean_return, "least variance": float(least_variance_baseline(params, fitting))}
-    grid = np.linspace(0, 2 * baselines["least variance"], 41)
-    scores = jgd.materialize(_scores(params, measuring))
-    trace = partial(_trace_of_covariance, scores, returns_of(measuring))
+    fitting, measuring = (play_many(params, jax.random.fold_in(key, k), episodes) for k in range(2))
+    _, norms = _scores_and_norms(params, fitting)
+    baselines = {
+        "none": 0.0,
+        "mean return": float(np.mean(returns_of(fitting))),
+        "least variance": least_variance_baseline(norms, returns_of(fitting)),
+    }
+    grid = np.linspace(0, 2 * baselines["least variance"], 41, dtype=np.float32)
+    each, _ = _scores_and_norms(params, measuring)
+    trace = partial(_trace_of_covariance, each, returns_of(measuring))
     return Variances(
-        mean_return,
         baselines,
-        traces={name: float(trace(b)) for name, b in baselines.items()},
+        traces={name: float(trace(np.float32(b))) for name, b in baselines.items()},
         grid=grid,
         grid_traces=np.array([trace(b) for b in grid]),
     )
 
 
-_scores = jgd.per_example_grad(log_likelihood)
+@jax.jit
+def _scores_and_norms(params: Any, episodes: Episode) -> tuple[Any, jax.Array]:
+    grads = scores(params, episodes)
+    return jgd.materialize(grads), jgd.norms(grads)
 
 
 @jax.jit
-def _trace_of_covariance(scores: Any, returns: jax.Array, baseline: Any) -> jax.Array:
+def _trace_of_covariance(each: Any, returns: jax.Array, baseline: Any) -> jax.Array:
     advantage = (returns - baseline) / RETURN_UNIT
-    grads = jax.tree.map(lambda s: s * advantage.reshape(-1, *[1] * (s.ndim - 1)), scores)
+    grads = jax.tree.map(lambda s: s * advantage.reshape(-1, *[1] * (s.ndim - 1)), each)
     return jgd.noise_scale(grads).trace_covariance

@@ -21,8 +21,15 @@ def mlp() -> Model:
     """64-256-256-10 on 128 digits."""
     x, y = data.digits()
     keys = jax.random.split(jax.random.key(0), 3)
-    params = [_dense(key, i, o) for key, (i, o) in zip(keys, itertools.pairwise((64, 256, 256, 10)), strict=True)]
-    return Model("MLP 64-256-256-10, 128 digits", mlp_loss, params, (jnp.asarray(x[:128], jnp.float32), jnp.asarray(y[:128])))
+    params = [
+        _dense(key, i, o) for key, (i, o) in zip(keys, itertools.pairwise((64, 256, 256, 10)), strict=True)
+    ]
+    return Model(
+        "MLP 64-256-256-10, 128 digits",
+        mlp_loss,
+        params,
+        (jnp.asarray(x[:128], jnp.float32), jnp.asarray(y[:128])),
+    )
 
 
 def cnn() -> Model:
@@ -42,30 +49,44 @@ def section(quick: bool) -> Section:
     """Measures three quantities by `vmap(grad)` and by `jgd`, beside the plain gradient."""
     models = (mlp(),) if quick else (mlp(), cnn())
     found = [
-        m for model in models for m in measure(model, QUANTITIES, METHODS, repeats=10 if quick else 30, seconds=1.0)
+        m
+        for model in models
+        for m in measure(model, QUANTITIES, METHODS, repeats=10 if quick else 30, seconds=1.0)
     ]
     return Section(
         title="What each costs",
-        claim="Time and memory of the plain gradient, of vmap(grad) and of jgd, measured on this machine just now.",
+        claim=(
+            "Time and memory of the plain gradient, of vmap(grad) and of jgd, measured on this machine "
+            "just now."
+        ),
         text=(
-            "The programs are compiled first and then take turns; the time is the least of their runs. Memory is what XLA allocates for "
-            "intermediate values. Ratios are to the plain gradient of the same model: jax.grad of the summed cost. "
-            "`jgd bench` measures more models, larger ones, and other libraries.",
+            "The programs are compiled first and then take turns; the time is the least of their runs. "
+            "Memory is what XLA allocates for intermediate values. Ratios are to the plain gradient of the "
+            "same model: jax.grad of the summed cost. `jgd bench` measures more models, larger ones, and "
+            "other libraries.",
         ),
         tables=tuple(_table(model.name, [m for m in found if m.model == model.name]) for model in models),
         pictures=(
-            Picture("Time and memory relative to the plain gradient, which is 1; note the logarithmic axes.",
-                    partial(_draw, [model.name for model in models], found), (9.6, 3.2 * len(models) + 0.4)),
+            Picture(
+                "Time and memory relative to the plain gradient, which is 1; note the logarithmic axes.",
+                partial(_draw, [model.name for model in models], found),
+                (9.6, 3.2 * len(models) + 0.4),
+            ),
         ),
-    )  # fmt: skip
+    )
 
 
 def _table(name: str, found: list[Measurement]) -> Table:
     rows = tuple(
-        (f"{m.quantity}, {m.method}", f"{1e3 * m.minimum_seconds:.2f} ms", f"{m.time_ratio:.2f}×",
-         f"{m.temporary_bytes / 2**20:.2f} MiB", f"{m.memory_ratio:.2f}×")
+        (
+            f"{m.quantity}, {m.method}",
+            f"{1e3 * m.minimum_seconds:.2f} ms",
+            f"{m.time_ratio:.2f}×",
+            f"{m.temporary_bytes / 2**20:.2f} MiB",
+            f"{m.memory_ratio:.2f}×",
+        )
         for m in sorted(found, key=lambda m: (m.method != BASELINE, QUANTITIES.index(m.quantity)))
-    )  # fmt: skip
+    )
     return Table(name, ("quantity, by", "time", "relative", "memory", "relative"), rows)
 
 
@@ -80,9 +101,22 @@ def _draw(models: list[str], found: list[Measurement], figure: Any) -> None:
         for axes, field, title in zip(row, ("time_ratio", "memory_ratio"), ("time", "memory"), strict=True):
             ratios_shown = [getattr(m, field) for m in found if m.model == model]
             for shift, method in ((-0.19, "vmap(grad)"), (0.19, "jgd")):
-                ratios = [getattr(m, field) for q in QUANTITIES for m in found if (m.model, m.method, m.quantity) == (model, method, q)]
-                bars = axes.bar(np.arange(len(QUANTITIES)) + shift, ratios, 0.36, color=colors[method], label=method)
-                axes.bar_label(bars, fmt=lambda v: f"{v:.2f}" if v < 10 else f"{v:.0f}", fontsize=9, padding=2, color=style.INK)
+                ratios = [
+                    getattr(m, field)
+                    for q in QUANTITIES
+                    for m in found
+                    if (m.model, m.method, m.quantity) == (model, method, q)
+                ]
+                bars = axes.bar(
+                    np.arange(len(QUANTITIES)) + shift, ratios, 0.36, color=colors[method], label=method
+                )
+                axes.bar_label(
+                    bars,
+                    fmt=lambda v: f"{v:.2f}" if v < 10 else f"{v:.0f}",
+                    fontsize=9,
+                    padding=2,
+                    color=style.INK,
+                )
             axes.axhline(1, color=style.INK, lw=1)
             axes.set_yscale("log")
             axes.yaxis.set_major_formatter("{x:g}")

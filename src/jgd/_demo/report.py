@@ -17,11 +17,13 @@ from jgd._demo.tour import Visit
 STYLE = """
 :root { --ink: #1f2933; --soft: #52606d; --line: #e4e7eb; --blue: #2563a8; --good: #2e8b57; --bad: #b8323a; }
 * { box-sizing: border-box; }
-body { margin: 0; background: #f5f7fa; color: var(--ink); font: 16px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
+body { margin: 0; background: #f5f7fa; color: var(--ink);
+  font: 16px/1.55 system-ui, "Segoe UI", Helvetica, Arial, sans-serif; }
 main { max-width: 1040px; margin: 0 auto; padding: 2rem 1.2rem 4rem; }
 header h1 { margin: 0 0 .3rem; font-size: 2rem; }
 header p { margin: .2rem 0; color: var(--soft); }
-section, nav { background: white; border: 1px solid var(--line); border-radius: 10px; padding: 1.4rem 1.8rem; margin-top: 1.4rem; }
+section, nav { background: white; border: 1px solid var(--line); border-radius: 10px;
+  padding: 1.4rem 1.8rem; margin-top: 1.4rem; }
 nav ol { margin: 0; padding-left: 1.3rem; }
 nav li { margin: .3rem 0; }
 nav a { color: var(--blue); text-decoration: none; }
@@ -29,7 +31,8 @@ nav a:hover { text-decoration: underline; }
 h2 { margin: 0 0 .4rem; font-size: 1.35rem; }
 .claim { margin: 0 0 1rem; font-size: 1.08rem; color: var(--blue); }
 .time { float: right; color: var(--soft); font-size: .85rem; margin-top: .35rem; }
-ul.checks { list-style: none; margin: 1rem 0; padding: .7rem 1rem; background: #f0f7f3; border-left: 4px solid var(--good); border-radius: 4px; }
+ul.checks { list-style: none; margin: 1rem 0; padding: .7rem 1rem; background: #f0f7f3;
+  border-left: 4px solid var(--good); border-radius: 4px; }
 ul.checks.fails { background: #fbf0f0; border-left-color: var(--bad); }
 ul.checks li { padding-left: 1.5rem; text-indent: -1.5rem; margin: .25rem 0; }
 .mark { display: inline-block; width: 1.5rem; text-indent: 0; font-weight: bold; color: var(--good); }
@@ -51,12 +54,14 @@ figcaption { color: var(--soft); font-size: .9rem; max-width: 62rem; }
 def render(visits: Sequence[Visit]) -> str:
     """The whole report as HTML; the pictures are drawn here and held inside it."""
     items = "".join(
-        f'<li><a href="#s{k}">{_text(v.section.title)}</a> {_mark(v.section.holds) if v.section.checks else ""}</li>'
+        f'<li><a href="#s{k}">{_text(v.section.title)}</a> '
+        f"{_mark(v.section.holds) if v.section.checks else ''}</li>"
         for k, v in enumerate(visits, 1)
     )
     device = jax.devices()[0]
     made_on = (
-        f"jgd {jgd.__version__}, jax {jax.__version__}, Python {platform.python_version()}; {device.platform}, "
+        f"jgd {jgd.__version__}, jax {jax.__version__}, Python {platform.python_version()}; "
+        f"{device.platform}, "
         f"{os.cpu_count()} cores; {sum(v.seconds for v in visits):.0f} s in all"
     )
     return f"""<!doctype html>
@@ -115,7 +120,9 @@ def _section(number: int, visit: Visit) -> str:
 def _checks(section: Section) -> str:
     if not section.checks:
         return ""
-    return f'<ul class="checks{"" if section.holds else " fails"}">{"".join(map(_check, section.checks))}</ul>'
+    return (
+        f'<ul class="checks{"" if section.holds else " fails"}">{"".join(map(_check, section.checks))}</ul>'
+    )
 
 
 def _check(check: Check) -> str:
@@ -128,14 +135,19 @@ def _mark(holds: bool) -> str:
 
 def _figure(picture: Picture) -> str:
     caption = _text(picture.caption)
-    return f'<figure><img src="{svg_uri(picture)}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    return (
+        f'<figure><img src="{svg_uri(picture)}" alt="{caption}"><figcaption>{caption}</figcaption></figure>'
+    )
 
 
 def _table(table: Table) -> str:
     head = "".join(f"<th>{_text(column)}</th>" for column in table.columns)
-    body = "".join(f"<tr>{''.join(f'<td>{_text(cell)}</td>' for cell in row)}</tr>" for row in table.rows)
-    caption = f"<caption>{_text(table.caption)}</caption>"
-    return f'<div class="scroll"><table>{caption}<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>'
+    rows = ("".join(f"<td>{_text(cell)}</td>" for cell in row) for row in table.rows)
+    body = "".join(f"<tr>{row}</tr>" for row in rows)
+    return (
+        f'<div class="scroll"><table><caption>{_text(table.caption)}</caption>'
+        f"<thead><tr>{head}</tr></thead><tbody>{body}</tbody></table></div>"
+    )
 
 
 def _text(text: str) -> str:

@@ -1,4 +1,5 @@
-"""What a section of the tour is: a claim, what was computed, and how it is drawn. The terminal and the report render it."""
+"""What a section of the tour is: a claim, what was computed, and how it is drawn. The terminal and the "
+"report render it."""
 
 from collections.abc import Callable
 from dataclasses import dataclass

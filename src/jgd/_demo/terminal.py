@@ -106,7 +106,9 @@ def summary(sections: Sequence[Section]) -> str:
     """How many checks held, in one line."""
     checks = [check for section in sections for check in section.checks]
     held = sum(check.holds for check in checks)
-    return f"{held} of {len(checks)} checks hold" + ("." if held == len(checks) else "; the others are marked.")
+    return f"{held} of {len(checks)} checks hold" + (
+        "." if held == len(checks) else "; the others are marked."
+    )
 
 
 def _plain_table(table: Table) -> list[str]:
@@ -114,7 +116,11 @@ def _plain_table(table: Table) -> list[str]:
     widths = [max(len(line[k]) for line in lines) for k in range(len(table.columns))]
     rows = []
     for first, *figures in lines:
-        rows.append("  ".join([first.ljust(widths[0]), *(f.rjust(w) for f, w in zip(figures, widths[1:], strict=True))]))
+        rows.append(
+            "  ".join(
+                [first.ljust(widths[0]), *(f.rjust(w) for f, w in zip(figures, widths[1:], strict=True))]
+            )
+        )
     return [table.caption, rows[0], "-" * len(rows[0]), *rows[1:]]
 
 
