@@ -6,7 +6,15 @@ import subprocess
 import sys
 from pathlib import Path
 
+import jax.numpy as jnp
+import numpy as np
 import pytest
+from cases import B, Draw
+from cases.dense import squared
+
+import jgd
+from jgd._engine import rules
+from jgd._engine.jaxprs import prim
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()
@@ -56,8 +64,6 @@ def test_the_readme_links_to_files_that_are_there():
 
 
 def test_the_readme_names_every_reduction():
-    import jgd
-
     reductions = {
         name
         for name in dir(jgd)
@@ -84,15 +90,6 @@ def test_the_example_runs(file, tmp_path):
 
 
 def test_the_rule_of_the_contributors_page_is_right(monkeypatch, x64):
-    import jax.numpy as jnp
-    import numpy as np
-
-    import jgd
-    from cases import B, Draw
-    from cases.dense import squared
-    from jgd._engine import rules
-    from jgd._engine.jaxprs import prim
-
     rule_text, case_text = re.findall(
         r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL | re.MULTILINE
     )
