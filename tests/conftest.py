@@ -1,11 +1,14 @@
-"""What every test runs under: the CPU, quick compilation, no implicit promotion of ranks in jgd's own arithmetic."""
+"""What every test runs under: the CPU, quick compilation, reproducible random examples."""
 
 import os
 
 # Read when jax first makes a backend. The tests compile much and compute little.
 os.environ.setdefault("JAX_PLATFORMS", "cpu")
 if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
-    os.environ["XLA_FLAGS"] = os.environ.get("XLA_FLAGS", "") + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    os.environ["XLA_FLAGS"] = (
+        os.environ.get("XLA_FLAGS", "")
+        + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
+    )
 
 import hypothesis
 import jax
@@ -37,6 +40,6 @@ def key():
 
 @pytest.fixture(autouse=True, scope="module")
 def forget_compiled_functions():
-    """Every module starts and ends without compiled functions, so that memory does not grow with the suite."""
+    """No module leaves its compiled functions to the next: memory would grow with the suite."""
     yield
     jax.clear_caches()

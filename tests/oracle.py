@@ -7,7 +7,6 @@ from typing import Any
 
 import jax
 import numpy as np
-
 from cases import B, Problem
 
 
@@ -29,7 +28,11 @@ def loop_of_value_and_grad(problem: Problem) -> Any:
 
 def _example(problem: Problem, index: int) -> tuple[Any, ...]:
     def take(axis, tree):
-        return tree if axis is None else jax.tree.map(lambda x: x[(slice(None),) * (axis % x.ndim) + (index,)], tree)
+        return (
+            tree
+            if axis is None
+            else jax.tree.map(lambda x: x[(slice(None),) * (axis % x.ndim) + (index,)], tree)
+        )
 
     axes = tuple(problem.in_axes)[1:]
     return jax.tree.map(take, axes, tuple(problem.batch), is_leaf=lambda x: x is None)
@@ -93,7 +96,9 @@ def assert_close(got: Any, want: Any, tolerance: float, *, what: str = "") -> No
     scale = max([float(np.max(np.abs(x), initial=0)) for x in jax.tree.leaves(want)], default=0.0)
     for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
         x = np.asarray(x, np.float64)
-        assert x.shape == np.shape(y), f"{what}{jax.tree_util.keystr(path)}: shape {x.shape}, not {np.shape(y)}"
+        assert x.shape == np.shape(y), (
+            f"{what}{jax.tree_util.keystr(path)}: shape {x.shape}, not {np.shape(y)}"
+        )
         np.testing.assert_allclose(
             x, y, rtol=0, atol=tolerance * scale + 1e-14, err_msg=f"{what}{jax.tree_util.keystr(path)}"
         )

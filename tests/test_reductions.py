@@ -1,4 +1,4 @@
-"""Every reduction, of every case, by every strategy, against NumPy on the gradients of `vmap(grad)` in float64."""
+"""Every reduction, of every case, by every strategy, against NumPy on `vmap(grad)` in float64."""
 # ruff: noqa: E731
 
 import dataclasses
@@ -7,16 +7,23 @@ import functools
 import jax
 import jax.numpy as jnp
 import numpy as np
+import oracle
 import pytest
+from cases import CASES, B, problem
 
 import jgd
-import oracle
-from cases import CASES, B, problem
 
 STRATEGIES = ("auto", "factored", "materialized")
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
 FEW = ("mlp_classifier", "conv2d_all_options", "tied_embedding_and_head", "nested_scans", "auxiliary_output")
-NARROW = (*FEW, "recurrence", "embedding_repeated_indices", "layer_norm", "weight_normalisation", "physics_informed")
+NARROW = (
+    *FEW,
+    "recurrence",
+    "embedding_repeated_indices",
+    "layer_norm",
+    "weight_normalisation",
+    "physics_informed",
+)
 
 
 @functools.lru_cache(maxsize=2)
@@ -41,7 +48,9 @@ def solved(name, dtype=jnp.float64):
 
 def _cast(case, dtype):
     cast = lambda x: x.astype(dtype) if jnp.issubdtype(x.dtype, jnp.floating) else x
-    return dataclasses.replace(case, params=jax.tree.map(cast, case.params), batch=jax.tree.map(cast, case.batch))
+    return dataclasses.replace(
+        case, params=jax.tree.map(cast, case.params), batch=jax.tree.map(cast, case.batch)
+    )
 
 
 def _narrow(arguments):
@@ -72,7 +81,11 @@ def ask(grads, other, key, weights, max_norm, direction):
 
 def ask_without_weights(grads):
     """The reductions of which `ask` has only the weighted form: it would take longer to compile."""
-    return {"mean": jgd.mean(grads), "second_moment": jgd.second_moment(grads), "variance": jgd.variance(grads)}
+    return {
+        "mean": jgd.mean(grads),
+        "second_moment": jgd.second_moment(grads),
+        "variance": jgd.variance(grads),
+    }
 
 
 def gradients(case, strategy):
@@ -116,7 +129,7 @@ def test_every_reduction_outside_of_jit(name, strategy, key, x64):
 
 @pytest.mark.parametrize("name", FEW)
 def test_a_plain_pytree_gives_the_same_answers(name, key, x64):
-    case, other, blocks, arguments, want = solved(name)
+    _, other, blocks, arguments, want = solved(name)
     got = ask(blocks, gradients(other, "auto"), key, **arguments) | ask_without_weights(blocks)
     del got["project"]
     check(got, want, 1e-9)
@@ -137,7 +150,7 @@ def test_the_oracles_agree(name, x64):
 @pytest.mark.parametrize("strategy", STRATEGIES)
 @pytest.mark.parametrize("name", NARROW)
 def test_float32(name, strategy, key):
-    """The oracle takes the same float32 numbers and computes in float64; the tolerance is a few hundred roundings."""
+    """The oracle computes in float64, from the same float32 numbers: a few hundred roundings apart."""
     case, other, _, arguments, want = solved(name, jnp.float32)
     got = compiled_ask(gradients(case, strategy), gradients(other, strategy), key, **_narrow(arguments))
     assert all(x.dtype == jnp.float32 for x in jax.tree.leaves(got))

@@ -32,7 +32,11 @@ class Signature:
         leaves = {"params": iter(params), "shared": iter(shared), "batch": iter(example)}
         args = jax.tree.unflatten(self.treedef, [next(leaves[role]) for role in self.roles])
         out = self.loss(*args)
-        return out if self.has_aux else (out, None)
+        if not self.has_aux:
+            return out, None
+        if not isinstance(out, tuple | list) or len(out) != 2:
+            raise TypeError(f"with `has_aux=True` the loss must return a pair `(scalar, aux)`, got {describe(out)}")
+        return out[0], out[1]
 
 
 @dataclass(frozen=True)
@@ -142,7 +146,7 @@ def _check_param(leaf: Any, argument: str, path: Any) -> Any:
 def _batch_first(leaf: Any, axis: int, name: str) -> Any:
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
         leaf = np.asarray(leaf)
-    if not isinstance(leaf, jax.Array) and leaf.dtype == object:
+    if getattr(leaf.dtype, "kind", "") in "OSUMm":  # objects, text and dates
         raise TypeError(f"{name} is {describe(leaf)}, not an array; give it `in_axes` None, or leave it out")
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(

@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jgd._errors import is_concrete
+from jgd._errors import describe, is_concrete
 from jgd._gradients import PerExampleGrads
 from jgd._reductions.arguments import at_least_two, form_of, weights_of
 
@@ -63,10 +63,13 @@ def clipped_sum(
 
     Raises:
         ValueError: `max_norm` is negative or nan, or `weights` is not `(B,)`.
+        TypeError: `max_norm` or `weights` are not numbers.
 
     Cost: about the plain gradient's in all, with the pass that made `grads`.
     Source: Abadi et al., "Deep learning with differential privacy", 2016.
     """
+    if not isinstance(max_norm, int | float) and not hasattr(max_norm, "dtype"):
+        raise TypeError(f"`max_norm` must be one number, got {describe(max_norm)}")
     if jnp.ndim(max_norm) != 0:
         raise ValueError(f"`max_norm` must be one number, got an array of shape {jnp.shape(max_norm)}")
     if is_concrete(max_norm) and not float(max_norm) >= 0:

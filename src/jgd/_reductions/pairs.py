@@ -58,7 +58,7 @@ def project(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], key: jax.Arr
 
     Cost: B·P·dim operations at most, B·T·(rows + columns)·dim where the factors allow it.
     """
-    if not isinstance(dim, int) or dim < 1:
+    if not isinstance(dim, int) or isinstance(dim, bool) or dim < 1:
         raise ValueError(f"`dim` must be an int of at least 1, got {dim!r}")
     form, _ = form_of(grads)
     return _project(form, key, dim)
