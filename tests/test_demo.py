@@ -244,9 +244,15 @@ def test_the_recorded_path_is_the_path():
     fit = partial(
         jgd.fit, params=np.float32(0), data=(x, 3 * x), batch_size=2, epochs=3, key=jax.random.key(0)
     )
-    loss = lambda w, x, y: 0.5 * (x * w - y) ** 2
+
+    def loss(w, x, y):
+        return 0.5 * (x * w - y) ** 2
+
     path = fit(jgd.descent(loss, recorded(optax.sgd(0.5, momentum=0.9), steps=12))).state.opt_state.path
-    watch = lambda state, _: seen.append(float(state.params))
+
+    def watch(state, _):
+        return seen.append(float(state.params))
+
     fit(jgd.descent(loss, optax.sgd(0.5, momentum=0.9)), callback=watch)
     np.testing.assert_allclose(path, [0.0, *seen], rtol=1e-6)
     assert len(set(seen)) == 12

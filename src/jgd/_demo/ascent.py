@@ -13,14 +13,12 @@ from jgd._demo.policies import (
     ARMS,
     Training,
     bandit_objective,
-    gradient_variance,
     learn_bandit,
     train_cartpole,
 )
-from jgd._demo.section import Check, Picture, Section, Table
+from jgd._demo.section import Check, Picture, Section
 
 SOLVED = 475  # the mean return over 100 episodes at which CartPole-v1 counts as solved
-MEASURED_AT = (0, 5, 10)  # updates after which the gradient's variance is measured
 
 
 def score_identity_error() -> float:
@@ -33,28 +31,13 @@ def score_identity_error() -> float:
 
 
 def section(quick: bool) -> Section:
-    """Trains a bandit and CartPole, then measures the variance of the policy gradient under three "
-    "baselines."""
+    """Trains a policy for a bandit and one for CartPole."""
     bandit = learn_bandit(jax.random.key(0), updates=300)
     error = score_identity_error()
     start = time.perf_counter()
     training = train_cartpole(1, updates=60 if quick else 100)
     seconds = time.perf_counter() - start
-    variances = {n: gradient_variance(training.policies[n], jax.random.key(2)) for n in MEASURED_AT}
-
     score = training.evaluation.mean()
-    falls = [v.traces["least variance"] / v.traces["none"] for v in variances.values()]
-    gains = [v.traces["least variance"] / v.traces["mean return"] for v in variances.values()]
-    rows = tuple(
-        (
-            f"after {n} updates",
-            f"{v.baselines['mean return']:.0f}",
-            f"{v.baselines['least variance']:.0f}",
-            *(f"{v.traces[k]:.3g}" for k in v.traces),
-            f"{v.traces['least variance'] / v.traces['mean return']:.2f}",
-        )
-        for n, v in variances.items()
-    )
     return Section(
         title="Ascent maximises",
         claim=(
@@ -66,10 +49,6 @@ def section(quick: bool) -> Section:
             "actions of reward × log π has the same gradient: each action, or each whole episode, is an "
             "example. The bandit has ten arms. CartPole is CartPole-v1's physics written in JAX, 32 "
             "episodes played side by side for each update of a small network.",
-            "Subtracting a baseline b from the returns R leaves the mean of the gradient as it is and "
-            "changes its variance. Least is reached at b = Σ‖s‖²R / Σ‖s‖², with s an episode's score; "
-            "jgd.norms gives ‖s‖ for every episode. The baselines are fitted on one set of episodes, the "
-            "variance is measured on another.",
         ),
         checks=(
             Check(
@@ -84,30 +63,9 @@ def section(quick: bool) -> Section:
             ),
             Check(
                 f"CartPole: a mean return of {score:.1f} over 100 new episodes ({SOLVED} counts as solved, "
-                f"500 is the most), after {len(training.returns)} updates in {seconds:.1f} s",
+                f"500 is the most), after {len(training.returns)} updates in {seconds:.1f} s, compilation "
+                f"included",
                 bool(score >= SOLVED),
-            ),
-            Check(
-                f"The baseline of least variance cuts the gradient's variance to between {min(falls):.2f} "
-                f"and {max(falls):.2f} of what it is without, and to {min(gains):.2f} to {max(gains):.2f} "
-                f"of what the mean return leaves",
-                # Late in training the two baselines nearly agree: which comes out ahead is luck.
-                max(falls) < 1 and bool(np.mean(gains) < 1),
-            ),
-        ),
-        tables=(
-            Table(
-                "Variance of one episode's gradient, tr Σ, by baseline",
-                (
-                    "policy",
-                    "mean return",
-                    "least-variance b",
-                    "no baseline",
-                    "mean return as b",
-                    "least variance",
-                    "last two, ratio",
-                ),
-                rows,
             ),
         ),
         pictures=(
@@ -116,13 +74,6 @@ def section(quick: bool) -> Section:
                 "return of the episodes that an update learns from, the band runs from the shortest "
                 "episode to the longest.",
                 partial(_draw_learning, bandit, training),
-            ),
-            Picture(
-                "The variance of the gradient as the baseline changes: a parabola at every stage of the "
-                "training, here relative to no baseline. The further the episodes' lengths spread, the "
-                "more the best baseline differs from the mean return.",
-                partial(_draw_variance, variances),
-                (9.0, 3.4),
             ),
         ),
     )
@@ -158,21 +109,3 @@ def _draw_learning(bandit: np.ndarray, training: Training, figure: Any) -> None:
     right.set(
         title="CartPole", xlabel="updates, of 32 episodes each", ylabel="return, in steps", ylim=(0, 515)
     )
-
-
-def _draw_variance(variances: dict[int, Any], figure: Any) -> None:
-    marks = {
-        "none": ("o", style.RED),
-        "mean return": ("s", style.ORANGE),
-        "least variance": ("D", style.BLUE),
-    }
-    for axes, (n, v) in zip(figure.subplots(1, len(variances)), variances.items(), strict=True):
-        unit = v.traces["none"]
-        axes.plot(v.grid, v.grid_traces / unit, color=style.FAINT, lw=1.4)
-        for name, (marker, color) in marks.items():
-            axes.plot(
-                v.baselines[name], v.traces[name] / unit, marker, color=color, ms=8, label=name, zorder=3
-            )
-        axes.set(title=f"after {n} updates", xlabel="baseline, in steps", ylim=(0, 1.15))
-    figure.axes[0].set_ylabel("variance, relative to no baseline")
-    figure.axes[0].legend(fontsize=9)

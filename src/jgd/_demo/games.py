@@ -10,7 +10,7 @@ import optax
 
 import jgd
 from jgd._demo import style
-from jgd._demo.section import Check, Picture, Section, Table
+from jgd._demo.section import Check, Picture, Section, Table, figures
 from jgd._demo.walk import walk
 
 RATE = 0.2
@@ -60,7 +60,7 @@ def section(quick: bool) -> Section:
         checks=(
             Check(
                 f"Plain steps leave as predicted, from {distance[PLAIN][0]:.2f} to "
-                f"{distance[PLAIN][-1]:.2f} away (largest relative difference from the formula {error:.0e})",
+                f"{distance[PLAIN][-1]:.2f} away (to {error:.0e} of the formula)",
                 error < 1e-3,
             ),
             Check(
@@ -73,7 +73,7 @@ def section(quick: bool) -> Section:
             Table(
                 "Distance from the saddle",
                 ("steps", *(str(n) for n in marks)),
-                tuple((name, *(f"{d[n]:.3g}" for n in marks)) for name, d in distance.items()),
+                tuple((name, *(figures(d[n]) for n in marks)) for name, d in distance.items()),
             ),
         ),
         pictures=(

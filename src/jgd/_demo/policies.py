@@ -1,7 +1,6 @@
 """Policies that learn by ascent: the score function on a bandit, REINFORCE on CartPole, and the baseline "
 "of least variance."""
 
-from functools import partial
 from typing import Any, NamedTuple
 
 import jax
@@ -124,45 +123,3 @@ def train_cartpole(seed: int, *, updates: int = 100, episodes: int = SIDE_BY_SID
         policies.append(jax.device_get(state.params))
     evaluation = returns_of(play_many(state.params, jax.random.fold_in(key, updates), 100))
     return Training(policies, np.stack(returns), evaluation)
-
-
-class Variances(NamedTuple):
-    """tr Σ of one episode's gradient under three baselines, measured on episodes that chose none of them."""
-
-    baselines: dict[str, float]
-    traces: dict[str, float]
-    grid: np.ndarray  # other baselines,
-    grid_traces: np.ndarray  # and theirs
-
-
-def gradient_variance(params: Any, key: jax.Array, *, episodes: int = 2048) -> Variances:
-    """Estimates the baselines on one set of episodes, and the variance of the gradient on another."""
-    fitting, measuring = (play_many(params, jax.random.fold_in(key, k), episodes) for k in range(2))
-    _, norms = _scores_and_norms(params, fitting)
-    baselines = {
-        "none": 0.0,
-        "mean return": float(np.mean(returns_of(fitting))),
-        "least variance": least_variance_baseline(norms, returns_of(fitting)),
-    }
-    grid = np.linspace(0, 2 * baselines["least variance"], 41, dtype=np.float32)
-    each, _ = _scores_and_norms(params, measuring)
-    trace = partial(_trace_of_covariance, each, returns_of(measuring))
-    return Variances(
-        baselines,
-        traces={name: float(trace(np.float32(b))) for name, b in baselines.items()},
-        grid=grid,
-        grid_traces=np.array([trace(b) for b in grid]),
-    )
-
-
-@jax.jit
-def _scores_and_norms(params: Any, episodes: Episode) -> tuple[Any, jax.Array]:
-    grads = scores(params, episodes)
-    return jgd.materialize(grads), jgd.norms(grads)
-
-
-@jax.jit
-def _trace_of_covariance(each: Any, returns: jax.Array, baseline: Any) -> jax.Array:
-    advantage = (returns - baseline) / RETURN_UNIT
-    grads = jax.tree.map(lambda s: s * advantage.reshape(-1, *[1] * (s.ndim - 1)), each)
-    return jgd.noise_scale(grads).trace_covariance

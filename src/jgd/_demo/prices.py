@@ -62,7 +62,7 @@ def section(quick: bool) -> Section:
         text=(
             "The programs are compiled first and then take turns; the time is the least of their runs. "
             "Memory is what XLA allocates for intermediate values. Ratios are to the plain gradient of the "
-            "same model: jax.grad of the summed cost. `jgd bench` measures more models, larger ones, and "
+            "same model: jax.grad of the summed cost. jgd bench measures more models, larger ones, and "
             "other libraries.",
         ),
         tables=tuple(_table(model.name, [m for m in found if m.model == model.name]) for model in models),

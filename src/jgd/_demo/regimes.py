@@ -28,7 +28,7 @@ class Regime(NamedTuple):
 
     name: str
     batch_size: int | None
-    rate: Callable[[jax.Array], Any] | float
+    rate: Callable[[Any], Any] | float
     epochs: int
 
 
@@ -133,7 +133,7 @@ def section(quick: bool) -> Section:
     rows = tuple(
         (
             r.regime.name,
-            f"{r.slope[-1]:.2f}",
+            f"{r.slope[-1]:.4f}",
             f"{r.test_mse[-1]:.2f}",
             f"{r.r2:.2f}",
             f"{r.arrived:,}",
@@ -161,7 +161,7 @@ def section(quick: bool) -> Section:
         ),
         checks=tuple(
             Check(
-                f"{r.regime.name}: slope {r.slope[-1]:.2f} ({SLOPE}), test error {r.test_mse[-1]:.2f} "
+                f"{r.regime.name}: slope {r.slope[-1]:.4f} ({SLOPE}), test error {r.test_mse[-1]:.2f} "
                 f"({TEST_MSE}), R² {r.r2:.2f} ({R2})",
                 _reached(r),
             )
@@ -215,9 +215,8 @@ def _batch_lengths(examples: int, size: int, epochs: int) -> np.ndarray:
 def _excess_cost(path: Any, at: Split) -> np.ndarray:
     # On standardised inputs the cost is a bowl: its height above the least is half the squared distance.
     best = np.mean(at.x * at.y), np.mean(at.y)
-    return 0.5 * sum(
-        (np.asarray(path[n], np.float64) - b) ** 2 for n, b in zip(("slope", "intercept"), best, strict=True)
-    )
+    found = np.asarray(path["slope"], np.float64), np.asarray(path["intercept"], np.float64)
+    return 0.5 * ((found[0] - best[0]) ** 2 + (found[1] - best[1]) ** 2)
 
 
 def _draw(runs: list[Run], figure: Any) -> None:

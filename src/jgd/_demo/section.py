@@ -56,3 +56,8 @@ class Section:
     def holds(self) -> bool:
         """Whether every check does."""
         return all(check.holds for check in self.checks)
+
+
+def figures(value: float) -> str:
+    """Three significant figures, or all the digits before the point: 0.000293, 71.4, 5,321."""
+    return f"{value:,.0f}" if abs(value) >= 100 else f"{value:.3g}"

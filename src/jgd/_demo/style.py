@@ -14,7 +14,8 @@ GREEN = "#2e8b57"
 RED = "#b8323a"
 PURPLE = "#7b52ab"
 
-RC = {
+RC: Any = {
+    "axes.axisbelow": True,
     "axes.edgecolor": "#7b8794",
     "axes.grid": True,
     "axes.labelcolor": INK,

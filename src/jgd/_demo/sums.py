@@ -12,7 +12,7 @@ import optax
 
 import jgd
 from jgd._demo import data, style
-from jgd._demo.section import Check, Picture, Section, Table
+from jgd._demo.section import Check, Picture, Section, Table, figures
 
 # Both sides add the same N numbers, in different orders. The worst case of rounding grows with N, the usual
 # case with its logarithm: a handful of units in the last place of Σ|g_i|.
@@ -170,7 +170,7 @@ def section(quick: bool) -> Section:
             f"{a.problem}, {a.model}",
             a.dtype,
             f"{a.examples} × {a.parameters}",
-            f"{a.largest:.3g}",
+            figures(a.largest),
             f"{a.absolute:.1e}",
             f"{a.added:.1f}",
             f"{a.sums:.1f}",
@@ -178,6 +178,7 @@ def section(quick: bool) -> Section:
         )
         for a in found
     )
+    columns = ("data, model", "dtype", "B × P", "entry", "added up", "in units", "jgd.sum", "jgd.mean")
     each, whole = plane()
     return Section(
         title="The gradient of a batch is the sum of its examples' gradients",
@@ -194,17 +195,9 @@ def section(quick: bool) -> Section:
         checks=tuple(checks),
         tables=(
             Table(
-                "Largest difference of an entry from jax.grad's: as it is, then in units of rounding",
-                (
-                    "data, model",
-                    "dtype",
-                    "B × P",
-                    "largest entry",
-                    "added up",
-                    "added up",
-                    "jgd.sum",
-                    "jgd.mean",
-                ),
+                "Largest entry of jax.grad's gradient, and differences from it; all but the first in units "
+                "of rounding",
+                columns,
                 rows,
             ),
         ),

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from jgd._demo import ascent, games, opposites, prices, regimes, repeats, sums
+from jgd._demo import ascent, baselines, games, opposites, prices, regimes, repeats, sums
 from jgd._demo.section import Section
 
 
@@ -21,6 +21,7 @@ STOPS = (
     Stop("one example again and again", repeats.section),
     Stop("descent and ascent", opposites.section),
     Stop("ascent: a bandit and CartPole", ascent.section),
+    Stop("the baseline of least variance", baselines.section),
     Stop("a saddle", games.section),
     Stop("prices", prices.section),
 )

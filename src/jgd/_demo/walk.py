@@ -38,7 +38,7 @@ def recorded(optimizer: optax.GradientTransformation, *, steps: int) -> optax.Gr
         path = jax.tree.map(lambda p: jnp.zeros((steps + 1, *p.shape), p.dtype).at[0].set(p), params)
         return Record(jnp.zeros((), jnp.int32), path, inner.init(params))
 
-    def update(updates: Any, state: Record, params: Any = None, **extra: Any) -> tuple[Any, Record]:
+    def update(updates: Any, state: Any, params: Any = None, **extra: Any) -> tuple[Any, Record]:
         updates, inner_state = inner.update(updates, state.inner, params, **extra)
         after, count = optax.apply_updates(params, updates), state.count + 1
         path = jax.tree.map(lambda kept, p: kept.at[count].set(p), state.path, after)
