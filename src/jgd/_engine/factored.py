@@ -19,7 +19,7 @@ from jgd._engine.factors import Factor, Full, Outer
 from jgd._engine.plan import Part, Plan
 from jgd._materialized import Materialized, accumulator
 
-TILE = 1 << 20  # elements of the gradients that are built at once
+TILE = 1 << 18  # elements that are built at once, where it may be done in pieces
 
 
 @jax.tree_util.register_dataclass
@@ -63,7 +63,8 @@ class Factored:
         rest = [leaf for leaf in self._all if leaf not in sums]
         sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         if weights is not None:
-            sums = {leaf: jnp.where(jnp.any(weights != 0), s, 0) for leaf, s in sums.items()}
+            for leaf in self.plan.guarded:
+                sums[leaf] = jnp.where(jnp.any(weights != 0), sums[leaf], 0)
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
 
     def _direct_sum(self, leaf: int, examples: Example) -> jax.Array:
@@ -96,15 +97,17 @@ class Factored:
         """The examples with each δ times its weight, and nothing of those of weight 0.
 
         A product with 0 would let a nan through, on either side: δ becomes 0, and what an absent example left
-        becomes what a present one did, at which every site is known to have a derivative.
+        becomes what a present one did, at which every site is known to have a derivative. Where none is present
+        it becomes 0, at which all but the guarded leaves' sites have one.
         """
         present = weights != 0
-        stand_in = jnp.argmax(present)
+        first = jnp.argmax(present)
 
         def keep(x: jax.Array, axis: int) -> jax.Array:
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 return x
-            return jnp.where(_along(present, axis, x.ndim), x, jax.lax.dynamic_index_in_dim(x, stand_in, axis))
+            stand_in = jax.lax.dynamic_index_in_dim(x, first, axis)
+            return jnp.where(_along(present, axis, x.ndim), x, jnp.where(present[first], stand_in, 0))
 
         def scale(x: jax.Array, axis: int) -> jax.Array:
             kept = jnp.where(_along(present, axis, x.ndim), x, jnp.zeros((), x.dtype))
@@ -138,11 +141,8 @@ class Factored:
         """‖g_i‖² of each leaf."""
         totals = [jnp.zeros(self.size, jnp.float32) for _ in self.like]
         for part in self.plan.parts:
-            if part.method == "pairs":
-                square = self._each(lambda one, part=part: _square(self._factors(one, part)))
-            else:
-                square = self._tiled(part.size, lambda one, part=part: _sum_squares(self._part_gradient(one, part)))
-            totals[part.leaf] = totals[part.leaf] + square
+            square = lambda one, part=part: part.square(part_data(self.plan, self.model, one, part))
+            totals[part.leaf] = totals[part.leaf] + self._tiled(part.workspace, square)
         for leaf in sorted(self.plan.whole_leaves):
             block = lambda one, leaf=leaf: _sum_squares(self._gradient(one, [leaf])[0])
             totals[leaf] = totals[leaf] + self._tiled(self.like[leaf].size, block)
@@ -188,44 +188,56 @@ class Factored:
     def _factors(self, example: Example, part: Part) -> list[Factor]:
         return part.factors(part_data(self.plan, self.model, example, part))
 
-    def _each(self, fun: Callable[[Example], Any], examples: Example | None = None) -> Any:
-        """`fun` of each example, all at once."""
-        each = jax.vmap(fun, in_axes=(axes_of(self.plan),), axis_size=self.size)
+    def _each(self, fun: Callable[[Example], Any], examples: Example | None = None, size: int | None = None) -> Any:
+        """`fun` of each example, all at once; of all of them, or of as many others as `size` says."""
+        each = jax.vmap(fun, in_axes=(axes_of(self.plan),), axis_size=size or self.size)
         return each(self.examples if examples is None else examples)
 
-    def _tiled(self, size: int, fun: Callable[[Example], jax.Array]) -> jax.Array:
-        """`fun` of each example, as many at once as a tile of gradients of this size has room for."""
-        tile = _tile(self.size, size)
-        return self._each(fun) if tile == self.size else jax.lax.map(fun, self._batch_first, batch_size=tile)
+    def _tiled(self, workspace: int, fun: Callable[[Example], jax.Array]) -> jax.Array:
+        """`fun` of each example, as many at once as `TILE` has room for at this many elements for each."""
+        tile = _tile(self.size, workspace)
+        if tile == self.size:
+            return self._each(fun)
+        whole = self.size - self.size % tile
+        made = jax.lax.map(lambda start: self._each(fun, self._slice(start, tile), tile), jnp.arange(0, whole, tile))
+        made = made.reshape(whole, *made.shape[2:])
+        if whole == self.size:
+            return made
+        rest = self._each(fun, self._slice(whole, self.size - whole), self.size - whole)
+        return jnp.concatenate([made, rest])
 
     def _folded(
         self, leaves: Leaves, weights: jax.Array, add: Callable[[Materialized, jax.Array], list[jax.Array]]
     ) -> list[jax.Array]:
-        """Sums `add(gradients, weights)` over tiles of the examples; one past the last example has weight 0."""
+        """Sums `add(gradients, weights)` over tiles of the examples."""
         if not leaves:
             return []
         tile = _tile(self.size, sum(self.like[leaf].size for leaf in leaves))
+        gradients = lambda one: self._gradient(one, leaves)
         if tile == self.size:
-            return add(Materialized(self._each(lambda one: self._gradient(one, leaves))), weights)
-        count = -(-self.size // tile)
-        number = jnp.arange(count * tile).reshape(count, tile)
-        examples = self._batch_first
+            return add(Materialized(self._each(gradients)), weights)
 
-        def step(totals: list[jax.Array], numbers: jax.Array) -> tuple[list[jax.Array], None]:
-            one = jnp.minimum(numbers, self.size - 1)
-            blocks = jax.vmap(lambda x: self._gradient(x, leaves))(jax.tree.map(lambda x: x[one], examples))
-            more = add(Materialized(blocks), jnp.where(numbers < self.size, weights[one], 0))
-            return [a + b for a, b in zip(totals, more, strict=True)], None
+        def of_tile(start: Any, size: int) -> list[jax.Array]:
+            blocks = self._each(gradients, self._slice(start, size), size)
+            return add(Materialized(blocks), jax.lax.dynamic_slice_in_dim(weights, start, size))
 
-        start = [jnp.zeros(self.like[leaf].shape, accumulator(self.like[leaf].dtype)) for leaf in leaves]
-        return jax.lax.scan(step, start, number)[0]
+        def step(totals: list[jax.Array], start: jax.Array) -> tuple[list[jax.Array], None]:
+            return [a + b for a, b in zip(totals, of_tile(start, tile), strict=True)], None
 
-    @property
-    def _batch_first(self) -> Example:
+        zero = [jnp.zeros(self.like[leaf].shape, accumulator(self.like[leaf].dtype)) for leaf in leaves]
+        whole = self.size - self.size % tile
+        totals = jax.lax.scan(step, zero, jnp.arange(0, whole, tile))[0]
+        if whole == self.size:
+            return totals
+        return [a + b for a, b in zip(totals, of_tile(whole, self.size - whole), strict=True)]
+
+    def _slice(self, start: Any, size: int) -> Example:
+        """Some examples in a row, from where they lie."""
+        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, size, axis)
         axes = axes_of(self.plan)
-        first = lambda x, axis: jnp.moveaxis(x, axis, 0)
-        records = jax.tree.map(first, self.examples.records, axes.records)
-        return Example(self.examples.inputs, records, jax.tree.map(first, self.examples.deltas, axes.deltas))
+        inputs = [cut(x, 0) for x in self.examples.inputs]
+        records = jax.tree.map(cut, self.examples.records, axes.records)
+        return Example(inputs, records, jax.tree.map(cut, self.examples.deltas, axes.deltas))
 
 
 def _along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
@@ -243,26 +255,13 @@ def _sum_squares(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(x.astype(accumulator(x.dtype))))
 
 
-def _square(made: list[Any]) -> jax.Array:
-    only = made[0]
-    if len(made) == 1 and isinstance(only, Outer) and only.left.shape[1] == 1:
-        squares = [jnp.sum(jnp.square(x.astype(factors.wide(x))), axis=(1, 2)) for x in only]
-        return jnp.sum(squares[0] * squares[1])
-    # Rounding can leave a sum of pairs a little below 0, where the gradient nearly vanishes.
-    return jnp.maximum(_inner(made, made), 0)
-
-
-def _inner(ours: list[Any], theirs: list[Any]) -> jax.Array:
-    return sum((factors.inner(a, b) for a in ours for b in theirs), start=jnp.zeros((), jnp.float32))
-
-
 def _block_gram(ours: jax.Array, theirs: jax.Array) -> jax.Array:
     return Materialized([ours]).gram(Materialized([theirs]))
 
 
 def _factor_gram(ours: list[Any], theirs: list[Any]) -> jax.Array:
     if len(ours) > 1 or not isinstance(ours[0], Outer):
-        return jax.lax.map(lambda a: jax.vmap(lambda b: _inner(a, b))(theirs), ours)
+        return jax.lax.map(lambda a: jax.vmap(lambda b: factors.inner_sum(a, b))(theirs), ours)
     a, b = ours[0], theirs[0]
     if a.left.shape[2] == 1 and b.left.shape[2] == 1:
         rows = factors.contract("intp,jntp->nij", a.left, b.left)

@@ -9,6 +9,7 @@ of factors say it: `Outer` has both, `Rows` has the row's number in the place of
 built), and `Full` is the gradient itself, flat, in the order of the leaf's memory.
 """
 
+import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -110,8 +111,9 @@ class Outer(NamedTuple):
 class Rows(NamedTuple):
     """G[0, index[t], q] += right[0, t, q]: the rows that were looked up."""
 
-    index: jax.Array  # (T,), out of range for a lookup that met no row
+    index: jax.Array  # (T,), `rows` for a lookup that met no row
     right: jax.Array  # (1, T, Q)
+    rows: int | jax.Array  # P
 
 
 class Full(NamedTuple):
@@ -140,7 +142,7 @@ def concatenate(factors: Sequence[Factor]) -> Factor:
         return Full(total)
     join = lambda arrays, axis: jnp.concatenate(arrays, axis)
     if isinstance(first, Rows):
-        return Rows(join([f.index for f in factors], 0), join([f.right for f in factors], 1))
+        return Rows(join([f.index for f in factors], 0), join([f.right for f in factors], 1), first.rows)
     return Outer(join([f.left for f in factors], 1), join([f.right for f in factors], 1))
 
 
@@ -161,13 +163,28 @@ def inner(a: Factor, b: Factor) -> jax.Array:
         rows = contract("ntp,nsp->nts", a.left, b.left)
         return jnp.sum(rows * contract("ntq,nsq->nts", a.right, b.right))
     if isinstance(a, Rows) and isinstance(b, Rows):
-        same = a.index[:, None] == b.index[None, :]
-        return jnp.sum(jnp.where(same, contract("ntq,nsq->ts", a.right, b.right), 0))
+        same = (a.index[:, None] == b.index[None, :]) & (a.index < a.rows)[:, None]
+        return jnp.sum(jnp.where(same, contract("tq,sq->ts", a.right[0], b.right[0]), 0))
     if isinstance(a, Outer):
         a, b = b, a
     assert isinstance(a, Rows) and isinstance(b, Outer)
     picked = jnp.take(b.left[0], a.index, axis=1, mode="fill", fill_value=0)  # (s, t)
     return jnp.sum(picked * contract("nsq,ntq->st", b.right, a.right))
+
+
+def inner_sum(ours: Sequence[Factor], theirs: Sequence[Factor]) -> jax.Array:
+    """⟨Σ G, Σ G'⟩ over factors of one shape."""
+    return functools.reduce(jnp.add, (inner(a, b) for a in ours for b in theirs))
+
+
+def square(made: Sequence[Factor]) -> jax.Array:
+    """‖Σ G‖² over factors of one shape."""
+    only = made[0]
+    if len(made) == 1 and isinstance(only, Outer) and only.left.shape[1] == 1:
+        left, right = (jnp.sum(jnp.square(x.astype(wide(x))), axis=(1, 2)) for x in only)
+        return jnp.sum(left * right)
+    # Rounding can leave a sum of pairs a little below 0, where the gradient nearly vanishes.
+    return jnp.maximum(inner_sum(made, made), 0)
 
 
 def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:

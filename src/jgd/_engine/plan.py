@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from typing import Literal
 
 import jax
+import jax.numpy as jnp
 
 from jgd._engine import factors
 from jgd._engine.factors import Factor, Full, Outer, Shape
@@ -56,6 +57,26 @@ class Part:
             kinds.setdefault(type(factor), []).append(factor)
         return [factors.concatenate(same) for same in kinds.values()]
 
+    def square(self, data: dict[int, SiteData]) -> jax.Array:
+        """The squared norm of one example's gradient in this part, by the part's method."""
+        if self.method == "pairs":
+            return factors.square(self.factors(data))
+        use = self.uses[0]
+        if len(self.uses) == 1 and use.square is not None:
+            return use.square(data[id(use.site)])
+        gradient = self.gradient(data)
+        return jnp.sum(jnp.square(gradient.astype(factors.wide(gradient))))
+
+    @property
+    def workspace(self) -> int:
+        """The elements that `square` builds for one example, about."""
+        if self.method == "block":
+            return self.size
+        assert self.shape is not None
+        n, p, q = self.shape.sizes()
+        rows = q if all(use.rule == "lookup" for use in self.uses) else p + q
+        return 0 if self.positions == 1 else n * self.positions * (2 * self.positions + rows)
+
     def gradient(self, data: dict[int, SiteData]) -> jax.Array:
         """One example's gradient in this part, flat, in the order of the leaf's memory."""
         return factors.concatenate([Full(use.gradient(data[id(use.site)])) for use in self.uses]).flat
@@ -71,6 +92,7 @@ class Plan:
     whole_leaves: frozenset[int]  # leaves whose path cannot be followed: taken by `vjp`, one block each
     backward_only: frozenset[int]  # leaves that pass through a `custom_vjp`, which has no forward derivative
     direct: tuple[int, ...]  # leaves all of whose uses can sum over a batch by themselves
+    guarded: frozenset[int]  # leaves with a site that may have no derivative where its data is 0
 
 
 @functools.lru_cache(maxsize=256)
@@ -108,7 +130,8 @@ def plan_of(program: Program) -> Plan:
     indirect = {part.leaf for part in parts for use in part.uses if use.batch_block is None}
     backward_only = _backward_only(region)
     direct = tuple(sorted(met - indirect - backward_only))
-    return Plan(program, region, tuple(parts), frozenset(whole_leaves), backward_only, direct)
+    guarded = whole_leaves | {part.leaf for part in parts for use in part.uses if use.rule == "opaque"}
+    return Plan(program, region, tuple(parts), frozenset(whole_leaves), backward_only, direct, frozenset(guarded))
 
 
 def _sites(region: Region) -> list[Site]:

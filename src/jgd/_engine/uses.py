@@ -25,7 +25,8 @@ class Use:
     """One operand of one site, as a use of one leaf.
 
     `shape` says where n, p and q lie in the leaf; None where the gradient is not factored. `factor` makes the
-    factors of one example, `block` its `(N, P, Q)` gradient where there is a better way than the factors'.
+    factors of one example; `block` its `(N, P, Q)` gradient, and `square` that gradient's squared norm, where there
+    is a better way than the factors'.
     `batch_block` makes the block of the examples' sum, from data with a batch axis behind the loops': folded into
     the positions, it makes one large product of many.
     """
@@ -40,6 +41,7 @@ class Use:
     positions: int  # T
     factor: Callable[[SiteData], Factor]
     block: Callable[[SiteData], jax.Array] | None = None
+    square: Callable[[SiteData], jax.Array] | None = None
     batch_block: Callable[[SiteData], jax.Array] | None = None
 
     @property

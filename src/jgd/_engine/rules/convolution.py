@@ -5,6 +5,7 @@ group q. `left` is the input's patches; the gradient itself needs none: for each
 product of the input, shifted to that place, with δ.
 """
 
+import functools
 import itertools
 import math
 from collections.abc import Iterator
@@ -42,7 +43,7 @@ def match(site: Site, position: int, view: View) -> Use | None:
     positions = geometry.positions()
     return Use(
         "convolution", site, position, view.leaf, view.offset, shape.axes, shape, positions,
-        geometry.factor, geometry.block, geometry.batch_block,
+        geometry.factor, geometry.block, geometry.square,
     )  # fmt: skip
 
 
@@ -87,25 +88,23 @@ class _Geometry:
 
     def block(self, data: SiteData) -> jax.Array:
         """The gradient, one product for each place in the window."""
-        return self._products(data, batch=False)
-
-    def batch_block(self, data: SiteData) -> jax.Array:
-        """The sum over a batch, whose axis lies behind the loops'."""
-        return self._products(data, batch=True)
-
-    def _products(self, data: SiteData, *, batch: bool) -> jax.Array:
-        right = self._right(data.deltas[0], batch=batch)
         depth = len(self.stepping) + 1
-        shifted = self._shifted(data.values[0], batch=batch)
-        products = [contract("...tc,...tq->...cq", left, right) for left in shifted]
-        stacked = jnp.stack(products, axis=-2)  # (steps.., groups, channels, window, q)
+        stacked = jnp.stack(list(self._products(data)), axis=-2)  # (steps.., groups, channels, window, q)
         stacked = stacked.reshape(*stacked.shape[: depth + 1], *self.window, stacked.shape[-1])
         made = stacked.transpose(*self.n_order, *(depth + i for i in self.p_order), stacked.ndim - 1)
         return made.reshape(math.prod(made.shape[:depth]), -1, made.shape[-1])
 
-    def _right(self, delta: jax.Array, *, batch: bool = False) -> jax.Array:
+    def square(self, data: SiteData) -> jax.Array:
+        """The gradient's squared norm, of which no more than one place in the window is ever built."""
+        return functools.reduce(jnp.add, (jnp.sum(jnp.square(product)) for product in self._products(data)))
+
+    def _products(self, data: SiteData) -> Iterator[jax.Array]:
+        right = self._right(data.deltas[0])
+        return (contract("...tc,...tq->...cq", left, right) for left in self._shifted(data.values[0]))
+
+    def _right(self, delta: jax.Array) -> jax.Array:
         """δ as (stepping loops.., groups, t, channels out of a group)."""
-        steps, shared = self._outside(batch)
+        steps, shared = self._outside()
         depth = len(steps) + len(shared)
         spec = self.params["dimension_numbers"].out_spec
         channels = depth + spec[1]
@@ -115,14 +114,14 @@ class _Geometry:
         right = split.transpose(*steps, channels, *positions, channels + 1)
         return right.reshape(*right.shape[: len(steps) + 1], -1, right.shape[-1])
 
-    def _outside(self, batch: bool) -> tuple[list[int], list[int]]:
+    def _outside(self) -> tuple[list[int], list[int]]:
         """The axes around one convolution's own: those that step through the kernel, and those that share it."""
-        axes = range(len(self.site.loops) + batch)
+        axes = range(len(self.site.loops))
         return [i for i in axes if i in self.stepping], [i for i in axes if i not in self.stepping]
 
-    def _shifted(self, x: jax.Array, *, batch: bool = False) -> Iterator[jax.Array]:
+    def _shifted(self, x: jax.Array) -> Iterator[jax.Array]:
         """For each place in the window, the input that δ meets there: (stepping loops.., groups, t, channels)."""
-        steps, shared = self._outside(batch)
+        steps, shared = self._outside()
         depth = len(steps) + len(shared)
         numbers = self.params["dimension_numbers"]
         x = self._padded(x.transpose(*steps, *shared, *(depth + d for d in numbers.lhs_spec)), depth)

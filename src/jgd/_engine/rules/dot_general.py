@@ -98,5 +98,6 @@ class _Axes:
 
         shape = Shape(n, p, q)
         return Use(
-            rule, site, position, view.leaf, view.offset, shape.axes, shape, positions, factor, None, batch_block
+            rule, site, position, view.leaf, view.offset, shape.axes, shape, positions, factor,
+            batch_block=batch_block,
         )  # fmt: skip

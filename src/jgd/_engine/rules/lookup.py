@@ -98,10 +98,8 @@ def _rows(
             number = number * size + index.astype(jnp.int32)
         delta = right(data.deltas[0])
         number, valid = number.reshape(-1), valid.reshape(-1)
-        if clamps:
-            return Rows(number, delta)
-        # A row out of bounds was filled, not read: it has no part in the gradient.
-        return Rows(jnp.where(valid, number, rows), jnp.where(valid[:, None], delta, 0))
+        # A row out of bounds was filled, not read, where it was not clamped: it has no part in the gradient.
+        return Rows(number if clamps else jnp.where(valid, number, rows), delta, rows)
 
     count = 1
     for i in positions:
