@@ -1,8 +1,10 @@
 """The benchmark: its methods agree, its clock counts, its table says what was measured."""
 
 import dataclasses
+import importlib.util
 import json
 import time
+from pathlib import Path
 
 import chex
 import jax
@@ -13,6 +15,8 @@ from jgd._bench import command
 from jgd._bench.measure import BASELINE, Measurement, compile_program, measure, time_interleaved
 from jgd._bench.models import MODELS, build
 from jgd._bench.quantities import METHODS, QUANTITIES, by_jgd, by_vmap, plain
+
+ROOT = Path(__file__).parent.parent
 
 # One size of the convolutional net is enough: `small` makes them the same.
 DISTINCT = [name for name in MODELS if name != "cnn-128"]
@@ -155,6 +159,42 @@ def test_the_command_prints_a_table_and_writes_what_it_measured(tmp_path, capsys
     assert record["settings"] == {"repeats": 2, "seconds": 5.0, "small": True}
     fields = {field.name for field in dataclasses.fields(Measurement)}
     assert [set(m) == fields for m in record["measurements"]] == [True, True]
+
+
+@pytest.fixture
+def readme_table():
+    """The script that puts the table into the README, as a module."""
+    spec = importlib.util.spec_from_file_location("readme_table", ROOT / "benchmarks" / "readme_table.py")
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_the_readme_script_turns_the_table_on_its_side(readme_table):
+    found = [
+        _measurement("a", "sum", BASELINE, 1, 1),
+        _measurement("a", "norms", "jgd", 0.5, 2),
+        _measurement("b", "sum", BASELINE, 1, 1),
+        _measurement("b", "norms", "jgd", 2, 8),
+    ]
+    where = {"platform": "cpu", "device": "cpu", "cores": 4, "jax": "1.2", "jgd": "3.4"}
+    record = {"environment": where, "measurements": [dataclasses.asdict(m) for m in found]}
+    assert readme_table.render(record).splitlines() == [
+        "|  | plain gradient | norms, jgd |",
+        "| --- | --: | --: |",
+        "| a | 2.00 ms, 1.0 MiB | 0.50×, 2.00× |",
+        "| b | 2.00 ms, 1.0 MiB | 2.00×, 8.00× |",
+        "| **mean** |  | 1.00×, 4.00× |",
+        "",
+        "Measured on 4 CPU cores, jax 1.2, jgd 3.4, float32.",
+    ]
+
+
+def test_the_readme_has_the_table_of_the_measurements_that_are_kept(readme_table):
+    inside = readme_table.README.read_text().split(readme_table.BEGIN)[1].split(readme_table.END)[0]
+    file = ROOT / "benchmarks" / "cpu.json"
+    kept = readme_table.render(json.loads(file.read_text())) if file.exists() else ""
+    assert inside.strip() == kept
 
 
 @pytest.mark.parametrize(
