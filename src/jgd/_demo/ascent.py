@@ -24,7 +24,7 @@ SOLVED = 475  # the mean return over 100 episodes at which CartPole-v1 counts as
 def score_identity_error() -> float:
     """How far Σ_a π(a) r(a) ∇ log π(a), over all arms, is from the gradient of the expected reward."""
     logits = np.linspace(-1, 1, len(ARMS), dtype=np.float32)
-    grads = jgd.per_example_grad(bandit_objective)(logits, np.arange(len(ARMS)), ARMS)
+    grads = jgd.per_example_grad(bandit_objective)(logits, np.arange(len(ARMS), dtype=np.int32), ARMS)
     by_scores = jgd.mean(grads, weights=jax.nn.softmax(logits))
     expected = jax.grad(lambda logits: jax.nn.softmax(logits) @ ARMS)(logits)
     return float(np.max(np.abs(np.asarray(by_scores) - np.asarray(expected))))
