@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jgd._engine.examples import Model, pass_over
 from jgd._engine.factored import Factored
-from jgd._engine.plan import plan_of
+from jgd._engine.plan import MATERIALIZED_BELOW, plan_of
 from jgd._engine.program import Program, trace
 from jgd._errors import describe, leaf_name
 from jgd._loss import Loss, bind
@@ -103,7 +103,8 @@ def _pass(
 ) -> tuple[jax.Array, list[Any], Any]:
     if batch[0].shape[0] == 0:
         return _no_examples(program, params, constants, batch)
-    if strategy != "materialized":
+    total = batch[0].shape[0] * sum(p.size for p in program.param_avals)
+    if strategy == "factored" or (strategy == "auto" and total > MATERIALIZED_BELOW):
         plan = plan_of(program)
         model = Model(params, constants)
         values, aux, examples = pass_over(plan, model, batch)

@@ -142,7 +142,7 @@ class Factored:
         totals = [jnp.zeros(self.size, jnp.float32) for _ in self.like]
         for part in self.plan.parts:
             square = lambda one, part=part: part.square(part_data(self.plan, self.model, one, part))
-            totals[part.leaf] = totals[part.leaf] + self._tiled(part.workspace, square)
+            totals[part.leaf] = totals[part.leaf] + self._tiled(part.cost.numbers, square)
         for leaf in sorted(self.plan.whole_leaves):
             block = lambda one, leaf=leaf: _sum_squares(self._gradient(one, [leaf])[0])
             totals[leaf] = totals[leaf] + self._tiled(self.like[leaf].size, block)

@@ -2,13 +2,14 @@
 
 import functools
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Literal
 
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors
+from jgd._engine import costs, factors
+from jgd._engine.costs import Cost, Sizes
 from jgd._engine.factors import Factor, Full, Outer, Shape
 from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.program import Program
@@ -18,6 +19,9 @@ from jgd._engine.uses import SiteData, Use
 from jgd._engine.views import Axis, overlap, whole
 
 Method = Literal["pairs", "block"]
+
+# Gradients of this many numbers in all are held as they are: less than one tile, and quicker to compile.
+MATERIALIZED_BELOW = 1 << 13
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,14 +72,22 @@ class Part:
         return jnp.sum(jnp.square(gradient.astype(factors.wide(gradient))))
 
     @property
-    def workspace(self) -> int:
-        """The elements that `square` builds for one example, about."""
-        if self.method == "block":
-            return self.size
-        assert self.shape is not None
-        n, p, q = self.shape.sizes()
-        rows = q if all(use.rule == "lookup" for use in self.uses) else p + q
-        return 0 if self.positions == 1 else n * self.positions * (2 * self.positions + rows)
+    def costs(self) -> dict[str, Cost]:
+        """What `square` would cost for one example by each method that is open to it."""
+        total = Cost(2 * self.size, self.size)
+        for use in self.uses:
+            if use.shape is not None:
+                total = Cost(total.flops + costs.weight_gradient(use.sizes), total.numbers)
+        open_to = {"block": total}
+        if self.shape is not None:
+            lookup = all(use.rule == "lookup" for use in self.uses)
+            open_to["pairs"] = costs.pairs(_sizes(self.shape, self.positions), lookup=lookup)
+        return open_to
+
+    @property
+    def cost(self) -> Cost:
+        """What `square` costs for one example."""
+        return self.costs[self.method]
 
     def gradient(self, data: dict[int, SiteData]) -> jax.Array:
         """One example's gradient in this part, flat, in the order of the leaf's memory."""
@@ -109,7 +121,7 @@ def plan_of(program: Program) -> Plan:
             inputs.append(Value(aval, Side.CONST if k < n + program.num_shared else Side.DATA))
     region = read_regions(jaxpr, constants, inputs)
 
-    operands = [(site, i) for site in _sites(region) for i in site.params]
+    operands = [(site, i) for site in sites_of(region) for i in site.params]
     lost = frozenset(
         leaf for site, i in operands if site.inputs[i].view is None for leaf in site.inputs[i].leaves
     )
@@ -134,11 +146,12 @@ def plan_of(program: Program) -> Plan:
     return Plan(program, region, tuple(parts), frozenset(whole_leaves), backward_only, direct, frozenset(guarded))
 
 
-def _sites(region: Region) -> list[Site]:
+def sites_of(region: Region) -> list[Site]:
+    """All sites of a region, and of the regions inside."""
     sites: list[Site] = []
     for op in region.ops:
         if isinstance(op, Nested):
-            sites += [site for inner in op.regions for site in _sites(inner)]
+            sites += [site for inner in op.regions for site in sites_of(inner)]
         elif isinstance(op, Site):
             sites.append(op)
     return sites
@@ -169,27 +182,29 @@ _MANY = 64  # parts of one leaf beyond which looking at every pair of them, and 
 
 
 def _part(leaf: int, offset: int, axes: tuple[Axis, ...], uses: tuple[Use, ...]) -> Part:
-    if any(use.shape is None for use in uses):
-        return Part(leaf, offset, axes, uses, None, (False,) * len(uses), "block")
+    part = Part(leaf, offset, axes, uses, *_common_shape(uses), "block")
+    open_to = part.costs
+    if "pairs" in open_to and open_to["pairs"].flops < open_to["block"].flops:
+        return replace(part, method="pairs")
+    return part
+
+
+def _common_shape(uses: Sequence[Use]) -> tuple[Shape | None, tuple[bool, ...]]:
+    """The shape that all uses have, where they agree, and which of them have it with p and q exchanged."""
+    nothing = None, (False,) * len(uses)
     lookups = [use for use in uses if use.rule == "lookup"]
-    shape = (lookups or uses)[0].shape
-    assert shape is not None
+    shape = (lookups or list(uses))[0].shape
     swaps = []
     for use in uses:
-        assert use.shape is not None
+        if use.shape is None or shape is None:
+            return nothing
         same, swapped = use.shape.merged() == shape.merged(), use.shape.swapped().merged() == shape.merged()
         if not same and not (swapped and use.rule != "lookup"):
-            return Part(leaf, offset, axes, uses, None, (False,) * len(uses), "block")
+            return nothing
         swaps.append(not same)
-    return Part(leaf, offset, axes, uses, shape, tuple(swaps), _method(uses, shape))
+    return shape, tuple(swaps)
 
 
-def _method(uses: Sequence[Use], shape: Shape) -> Method:
-    """Pairs of positions or the block itself, by the operations that the norm of one example takes."""
+def _sizes(shape: Shape, positions: int) -> Sizes:
     n, p, q = shape.sizes()
-    if all(use.rule == "lookup" for use in uses):
-        return "pairs"
-    t = sum(use.positions for use in uses)
-    pairs = p + q if t == 1 else t * t * (p + q)
-    return "pairs" if pairs < t * p * q else "block"
-
+    return Sizes(n, positions, p, q)

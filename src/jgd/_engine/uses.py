@@ -6,7 +6,8 @@ from typing import Any
 
 import jax
 
-from jgd._engine.factors import Arrangement, Factor, Full, Shape, block, group, split_axes
+from jgd._engine.costs import Sizes
+from jgd._engine.factors import Arrangement, Factor, Full, Shape, block, group, product, split_axes
 from jgd._engine.regions import Site
 from jgd._engine.views import Axis, View, merge_axes
 
@@ -48,6 +49,14 @@ class Use:
     def needs_operand_grad(self) -> bool:
         """Whether the gradient at the operand has to be computed by the equation's own `vjp`."""
         return self.shape is None
+
+    @property
+    def sizes(self) -> Sizes:
+        """The sizes of the factors; of an opaque use, those of its part, each element by itself."""
+        if self.shape is None:
+            return Sizes(product(self.axes), self.positions, 1, 1)
+        n, p, q = self.shape.sizes()
+        return Sizes(n, self.positions, p, q)
 
     def gradient(self, data: SiteData) -> jax.Array:
         """One example's gradient in this part, flat, in the order of the leaf's memory."""

@@ -1,0 +1,184 @@
+"""`jgd.explain`: the plan as a table, one row for each place where a parameter meets data."""
+
+from collections.abc import Sequence
+from dataclasses import dataclass, fields
+from typing import Any
+
+from jgd._engine.costs import weight_gradient
+from jgd._engine.plan import MATERIALIZED_BELOW, Part, Plan, plan_of, sites_of
+from jgd._engine.program import trace
+from jgd._engine.regions import Site
+from jgd._engine.uses import Use
+from jgd._loss import Loss, bind
+
+
+@dataclass(frozen=True)
+class ExplainRow:
+    """One place where a parameter meets data.
+
+    Attributes:
+        leaf: the leaf's path in the parameters.
+        primitive: the equation's primitive; "identity" where a parameter itself becomes data.
+        n, t, p, q: block axes, summed positions, and the two sides of the leaf; 0 where nothing is factored.
+        uses: how many uses share this row's part of the leaf; they are added before they are squared.
+        rule: how the norm is taken: "norms" (‖a‖²‖δ‖²), "pairs" (inner products of positions), "block" (the
+            gradient itself, then its square), "whole leaf" (the block of that leaf, by `vjp`), "none".
+        flops: floating-point operations of this part's squared norm, for one example.
+        bytes: what they hold in float32, for one example.
+        why: the reason, in words.
+    """
+
+    leaf: str
+    primitive: str
+    n: int
+    t: int
+    p: int
+    q: int
+    uses: int
+    rule: str
+    flops: int
+    bytes: int
+    why: str
+
+
+@dataclass(frozen=True)
+class Explanation:
+    """A plan as data; `str()` prints it.
+
+    Attributes:
+        rows: one `ExplainRow` for each place where a parameter meets data, and for each leaf that meets none.
+        examples: B.
+        parameters: P.
+        strategy: what `strategy="auto"` does with this loss and batch: "factored" or "materialized".
+        norms: the predicted operations of `jgd.norms`, in units of the plain gradient's.
+        clipped_sum: the same of `jgd.clipped_sum`.
+    """
+
+    rows: tuple[ExplainRow, ...]
+    examples: int
+    parameters: int
+    strategy: str
+    norms: float
+    clipped_sum: float
+
+    def __str__(self) -> str:
+        names = [f.name for f in fields(ExplainRow)]
+        cells = [names] + [[_cell(getattr(row, name)) for name in names] for row in self.rows]
+        widths = [max(len(line[k]) for line in cells) for k in range(len(names))]
+        lines = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in cells]
+        lines.insert(1, "─" * max(map(len, lines)))
+        total = (
+            f"{self.examples} examples, {self.parameters:,} parameters; \"auto\" is {self.strategy!r}. Predicted from "
+            f"the products alone, against the plain gradient's operations: norms {self.norms:.2f}×, clipped sum "
+            f"{self.clipped_sum:.2f}×."
+        )
+        return "\n".join([*lines, "", total])
+
+
+def explain(
+    loss: Loss, params: Any, *batch: Any, argnums: int | Sequence[int] = 0, in_axes: Any = None, has_aux: bool = False
+) -> Explanation:
+    """Says where each parameter meets data, how its per-example gradients are held there, what that costs, and why.
+
+    Nothing of the loss is run: it is traced on shapes.
+
+    Args:
+        loss: as for `jgd.per_example_grad`, and so are `argnums`, `in_axes` and `has_aux`.
+        params: the loss's first argument; arrays, or their shapes by `jax.eval_shape`.
+        *batch: its other arguments, with a leading axis of examples.
+
+    Returns:
+        An `Explanation`: a table by `str()`, data by `.rows`. Costs are of one example's squared norm.
+
+    Example:
+        >>> import jax.numpy as jnp, jgd
+        >>> loss = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+        >>> [row.rule for row in jgd.explain(loss, jnp.ones((200, 300)), jnp.ones((32, 200))).rows]
+        ['norms']
+    """
+    call = bind(loss, (params, *batch), argnums=argnums, in_axes=in_axes, has_aux=has_aux)
+    plan = plan_of(trace(call))
+    rows = [*_rows(plan), *_unmet(plan)]
+    total = sum(x.size for x in plan.program.param_avals)
+    weights = sum(weight_gradient(use.sizes) for part in plan.parts for use in part.uses)
+    weights += sum(2 * plan.program.param_avals[leaf].size for leaf in plan.whole_leaves)
+    squares = sum(part.cost.flops for part in plan.parts)
+    squares += sum(4 * plan.program.param_avals[leaf].size for leaf in plan.whole_leaves)
+    plain = max(3 * weights, 1)
+    return Explanation(
+        tuple(rows),
+        examples=call.size,
+        parameters=total,
+        strategy="materialized" if call.size * total <= MATERIALIZED_BELOW else "factored",
+        norms=(2 * weights + squares) / plain,
+        clipped_sum=(3 * weights + squares) / plain,
+    )
+
+
+def _cell(value: Any) -> str:
+    return f"{value:,}" if isinstance(value, int) else str(value)
+
+
+def _rows(plan: Plan) -> list[ExplainRow]:
+    parts = {(id(use.site), use.position): (part, use) for part in plan.parts for use in part.uses}
+    rows = []
+    for site in sites_of(plan.region):
+        for position in site.params:
+            found = parts.get((id(site), position))
+            if found is None:
+                leaves = sorted(site.inputs[position].leaves)
+                rows += [_whole_row(plan, site, position, leaf) for leaf in leaves]
+            else:
+                rows.append(_part_row(plan, *found))
+    return rows
+
+
+def _primitive(site: Site) -> str:
+    return "identity" if site.eqn is None else site.eqn.primitive.name
+
+
+def _part_row(plan: Plan, part: Part, use: Use) -> ExplainRow:
+    cost, sizes = part.cost, use.sizes
+    rule = part.method if part.positions > 1 or part.method == "block" else "norms"
+    n, t, p, q = sizes if use.shape is not None else (0, 0, 0, 0)
+    return ExplainRow(
+        plan.program.param_paths[part.leaf], _primitive(use.site), n, t, p, q, len(part.uses), rule,
+        cost.flops, 4 * cost.numbers, _why(part, use),
+    )  # fmt: skip
+
+
+def _why(part: Part, use: Use) -> str:
+    shared = f"; {len(part.uses)} uses add up before the square" if len(part.uses) > 1 else ""
+    if use.shape is None:
+        return f"no product over positions: the gradient at the operand is the size of the operand{shared}"
+    if part.shape is None:
+        return f"its uses lie in the leaf in different ways: the block holds their sum{shared}"
+    if part.method == "pairs" and use.rule == "lookup":
+        return f"only the rows looked up have a gradient: pairs of lookups of one row{shared}"
+    if part.method == "pairs" and part.positions == 1:
+        return "one position: the norm of a product is the product of the norms"
+    verb = "take" if part.method == "pairs" else "would take"
+    return f"pairs of positions {verb} {_ratio(part)} the operations of the block{shared}"
+
+
+def _ratio(part: Part) -> str:
+    costs = part.costs
+    return f"{costs['pairs'].flops / max(costs['block'].flops, 1):.2g}×"
+
+
+def _whole_row(plan: Plan, site: Site, position: int, leaf: int) -> ExplainRow:
+    size = plan.program.param_avals[leaf].size
+    if site.inputs[position].view is None:
+        why = "the path from leaf to operand computes: the leaf's gradient is pulled back through it"
+    else:
+        why = "another use of this leaf overlaps, or is reached by a path that computes: the uses add up in the leaf"
+    return ExplainRow(
+        plan.program.param_paths[leaf], _primitive(site), 0, 0, 0, 0, 1, "whole leaf", 4 * size, 4 * size, why
+    )
+
+
+def _unmet(plan: Plan) -> list[ExplainRow]:
+    met = plan.region.leaves
+    missing = [path for leaf, path in enumerate(plan.program.param_paths) if leaf not in met]
+    why = "it never meets data: its gradient is 0 at every example"
+    return [ExplainRow(path, "—", 0, 0, 0, 0, 0, "none", 0, 0, why) for path in missing]
