@@ -84,7 +84,9 @@ def per_example_grad(
     done by the reductions. The reference makes B gradients and holds them all.
     """
     if strategy not in get_args(Strategy):
-        raise ValueError(f"`strategy` must be one of {', '.join(map(repr, get_args(Strategy)))}, got {strategy!r}")
+        raise ValueError(
+            f"`strategy` must be one of {', '.join(map(repr, get_args(Strategy)))}, got {strategy!r}"
+        )
 
     def gradients(*args: Any) -> PerExampleGrads:
         call = bind(loss, args, argnums=argnums, in_axes=in_axes, has_aux=has_aux)

@@ -35,7 +35,9 @@ class Signature:
         if not self.has_aux:
             return out, None
         if not isinstance(out, tuple | list) or len(out) != 2:
-            raise TypeError(f"with `has_aux=True` the loss must return a pair `(scalar, aux)`, got {describe(out)}")
+            raise TypeError(
+                f"with `has_aux=True` the loss must return a pair `(scalar, aux)`, got {describe(out)}"
+            )
         return out[0], out[1]
 
 
@@ -63,7 +65,9 @@ def bind(
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     for number in chosen:
         if not -len(args) <= number < len(args):
-            raise ValueError(f"`argnums`={argnums} names argument {number}, but the loss got {len(args)} arguments")
+            raise ValueError(
+                f"`argnums`={argnums} names argument {number}, but the loss got {len(args)} arguments"
+            )
     chosen = tuple(number % len(args) for number in chosen)
     axes = _axes_by_argument(args, chosen, in_axes)
 
@@ -89,7 +93,9 @@ def bind(
                           jax.tree.structure(tuple(args)), tuple(roles))  # fmt: skip
     if not by_role["params"]:
         raise ValueError("`params` has no leaves: there is nothing to differentiate with respect to")
-    return Call(signature, params, by_role["params"], by_role["shared"], by_role["batch"], _common_length(lengths))
+    return Call(
+        signature, params, by_role["params"], by_role["shared"], by_role["batch"], _common_length(lengths)
+    )
 
 
 def example_of(batch_leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
@@ -158,7 +164,9 @@ def _batch_first(leaf: Any, axis: int, name: str) -> Any:
 
 def _common_length(lengths: list[tuple[str, int]]) -> int:
     if not lengths:
-        raise ValueError("the loss got no batch: at least one argument beside the parameters must hold examples")
+        raise ValueError(
+            "the loss got no batch: at least one argument beside the parameters must hold examples"
+        )
     first_name, size = lengths[0]
     for name, length in lengths[1:]:
         if length != size:

@@ -86,11 +86,11 @@ class Materialized:
             sums.append(jnp.sum(scale_rows(weights, jnp.square(mask_rows(weights != 0, deviation))), axis=0))
         return sums
 
-    def project(self, key: jax.Array, dim: int) -> jax.Array:
-        """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
+    def project(self, key: jax.Array, dim: int, numbers: Sequence[int] | None = None) -> jax.Array:
+        """⟨g_i, r_k⟩/√dim for `dim` random directions r_k; `numbers` are the leaves', by default 0, 1, ..."""
         total = jnp.zeros((self.size, dim), jnp.float32)
-        for k, block in enumerate(self.blocks):
-            rows, columns = directions(key, k, block.shape[1:], dim)
+        for number, block in zip(numbers or range(len(self.blocks)), self.blocks, strict=True):
+            rows, columns = directions(key, number, block.shape[1:], dim)
             wide = accumulator(block.dtype)
             matrix = block.reshape(self.size, rows.shape[1], columns.shape[1]).astype(wide)
             total = total + jnp.einsum("brc,kr,kc->bk", matrix, rows.astype(wide), columns.astype(wide))

@@ -129,7 +129,9 @@ class _Collector:
         records, deltas, bumps = trees
         values = given | {id(v): x for v, x in zip(region.records, records[0], strict=True)}
         own_bumps = None if bumps is None else iter(bumps[0])
-        inner = iter(zip(records[1], deltas[1], [None] * len(records[1]) if bumps is None else bumps[1], strict=True))
+        inner = iter(
+            zip(records[1], deltas[1], [None] * len(records[1]) if bumps is None else bumps[1], strict=True)
+        )
         for op in region.ops:
             if isinstance(op, Nested):
                 in_records, in_deltas, in_bumps = next(inner)
@@ -143,7 +145,9 @@ class _Collector:
                     kept = {id(v) for v in recorded(op)}
                     data = {i: values[id(v)] for i, v in enumerate(op.inputs) if id(v) in kept}
                     mine = [deltas[0][region.delta_at(op.outputs[i])] for i in op.tapped]
-                    self.found[id(op)] = SiteData(data, mine, {i: g for i, g in bumped.items() if g is not None})
+                    self.found[id(op)] = SiteData(
+                        data, mine, {i: g for i, g in bumped.items() if g is not None}
+                    )
 
     def _given(self, op: Nested, region: Region, values: dict[int, Any], depth: int) -> dict[int, Any]:
         """The inputs that an inner region asks for, with the steps of its scan leading."""

@@ -68,7 +68,7 @@ class Explanation:
         lines = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in cells]
         lines.insert(1, "─" * max(map(len, lines)))
         total = (
-            f"{self.examples} examples, {self.parameters:,} parameters; \"auto\" is {self.strategy!r}. Predicted from "
+            f'{self.examples} examples, {self.parameters:,} parameters; "auto" is {self.strategy!r}. Predicted from '
             f"the products alone, against the plain gradient's operations: norms {self.norms:.2f}×, clipped sum "
             f"{self.clipped_sum:.2f}×."
         )
@@ -76,7 +76,12 @@ class Explanation:
 
 
 def explain(
-    loss: Loss, params: Any, *batch: Any, argnums: int | Sequence[int] = 0, in_axes: Any = None, has_aux: bool = False
+    loss: Loss,
+    params: Any,
+    *batch: Any,
+    argnums: int | Sequence[int] = 0,
+    in_axes: Any = None,
+    has_aux: bool = False,
 ) -> Explanation:
     """Says where each parameter meets data, how its per-example gradients are held there, what that costs, and why.
 

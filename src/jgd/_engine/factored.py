@@ -4,6 +4,7 @@ Linear questions replay the sites: one `vjp` with the examples inside, so that t
 `jvp`. Norms, Grams and moments go part by part, and build at most a tile of the examples' gradients.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -17,7 +18,8 @@ from jgd._engine.examples import (
 )  # fmt: skip
 from jgd._engine.factors import Factor, Full, Outer
 from jgd._engine.plan import Part, Plan
-from jgd._materialized import Materialized, accumulator
+from jgd._materialized import Materialized, accumulator, scale_rows
+from jgd._random import directions
 
 TILE = 1 << 18  # elements that are built at once, where it may be done in pieces
 
@@ -74,7 +76,9 @@ class Factored:
         for part in self.plan.parts:
             if part.leaf == leaf:
                 data = batch_data(self.plan, self.model, examples, part)
-                flat = factors.concatenate([Full(use.batch_gradient(data[id(use.site)])) for use in part.uses]).flat
+                flat = factors.concatenate(
+                    [Full(use.batch_gradient(data[id(use.site)])) for use in part.uses]
+                ).flat
                 total = factors.place(flat, part.offset, part.axes, like, total)
         assert total is not None
         return total
@@ -129,7 +133,9 @@ class Factored:
             primals = [self.model.params[leaf] for leaf in forward]
             _, moved = jax.jvp(outputs, (primals,), ([tangents[leaf] for leaf in forward],))
             pairs = list(zip(deltas_of(self.plan, example, forward), moved, strict=True))
-            pairs += zip(self._gradient(example, backward), (tangents[leaf] for leaf in backward), strict=True)
+            pairs += zip(
+                self._gradient(example, backward), (tangents[leaf] for leaf in backward), strict=True
+            )
             products = [jnp.sum((a.astype(accumulator(a.dtype)) * b).real) for a, b in pairs]
             return sum(products, start=jnp.zeros((), jnp.float32))
 
@@ -156,7 +162,9 @@ class Factored:
         total = jnp.zeros((self.size, other.size), jnp.float32)
         for part in self.plan.parts:
             if part.shape is not None:
-                total = total + _factor_gram(*(f._each(lambda one, f=f: f._factors(one, part)) for f in (self, other)))
+                total = total + _factor_gram(
+                    *(f._each(lambda one, f=f: f._factors(one, part)) for f in (self, other))
+                )
             else:
                 blocks = (f._each(lambda one, f=f: f._part_gradient(one, part)) for f in (self, other))
                 total = total + _block_gram(*blocks)
@@ -167,15 +175,52 @@ class Factored:
 
     def squared_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
         """Σ w_i (g_i − c)², elementwise; `center` None is 0. Leaves in the accumulator's dtype."""
-        return self._folded(self._all, weights, lambda blocks, w: blocks.squared_deviations(w, center))
+        sums: dict[int, jax.Array] = {}
+        if center is None:
+            sums = {
+                part.leaf: self._direct_squares(part, weights)
+                for part in self.plan.parts
+                if self._is_outer(part)
+            }
+        rest = [leaf for leaf in self._all if leaf not in sums]
+        chosen = None if center is None else [center[leaf] for leaf in rest]
+        tiled = self._folded(rest, weights, lambda blocks, w: blocks.squared_deviations(w, chosen))
+        sums.update(zip(rest, tiled, strict=True))
+        return [sums[leaf] for leaf in self._all]
+
+    def _is_outer(self, part: Part) -> bool:
+        """Whether a part is a whole leaf whose gradient is, in each block, the outer product of two vectors."""
+        rules = {use.rule for use in part.uses}
+        return rules == {"dot_general"} and part.positions == 1 and part.size == self.like[part.leaf].size
+
+    def _direct_squares(self, part: Part, weights: jax.Array) -> jax.Array:
+        """Σ w_i (l_i r_iᵀ)² = (w L²)ᵀ R²: the square of a product is the product of the squares."""
+        assert part.shape is not None
+        (made,) = self._each(lambda one: self._factors(one, part))
+        left, right = (jnp.square(x[:, :, 0].astype(factors.wide(x))) for x in made)
+        left, right = scale_rows(weights, left), scale_rows(jnp.ones_like(weights) * (weights != 0), right)
+        block = factors.contract("inp,inq->npq", left, right)
+        return factors.place(part.shape.flatten(block), part.offset, part.axes, self.like[part.leaf], None)
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
+        total = jnp.zeros((self.size, dim), jnp.float32)
+        apart = [part for part in self.plan.parts if part.as_matrix(self.like[part.leaf].shape)]
+        for part in apart:
+            rows, columns = directions(key, part.leaf, self.like[part.leaf].shape, dim)
+            one = lambda example, part=part, r=rows, c=columns: part.projected(
+                self._factors(example, part), r, c
+            )
+            total = total + self._tiled(2 * part.positions * dim, one)
+        rest = [leaf for leaf in self._all if leaf not in {part.leaf for part in apart}]
 
-        def one(example: Example) -> jax.Array:
-            return Materialized([g[None] for g in self._gradient(example, self._all)]).project(key, dim)[0]
+        def blocks(example: Example) -> jax.Array:
+            made = Materialized([g[None] for g in self._gradient(example, rest)])
+            return made.project(key, dim, rest)[0] * math.sqrt(dim)
 
-        return self._tiled(sum(x.size for x in self.like), one)
+        if rest:
+            total = total + self._tiled(sum(self.like[leaf].size for leaf in rest), blocks)
+        return total / math.sqrt(dim)
 
     # One example, all examples, or a tile of them
 
@@ -188,7 +233,9 @@ class Factored:
     def _factors(self, example: Example, part: Part) -> list[Factor]:
         return part.factors(part_data(self.plan, self.model, example, part))
 
-    def _each(self, fun: Callable[[Example], Any], examples: Example | None = None, size: int | None = None) -> Any:
+    def _each(
+        self, fun: Callable[[Example], Any], examples: Example | None = None, size: int | None = None
+    ) -> Any:
         """`fun` of each example, all at once; of all of them, or of as many others as `size` says."""
         each = jax.vmap(fun, in_axes=(axes_of(self.plan),), axis_size=size or self.size)
         return each(self.examples if examples is None else examples)
@@ -199,7 +246,9 @@ class Factored:
         if tile == self.size:
             return self._each(fun)
         whole = self.size - self.size % tile
-        made = jax.lax.map(lambda start: self._each(fun, self._slice(start, tile), tile), jnp.arange(0, whole, tile))
+        made = jax.lax.map(
+            lambda start: self._each(fun, self._slice(start, tile), tile), jnp.arange(0, whole, tile)
+        )
         made = made.reshape(whole, *made.shape[2:])
         if whole == self.size:
             return made
@@ -278,8 +327,12 @@ def _tiled_gram(a: Outer, b: Outer) -> jax.Array:
     columns = [jnp.moveaxis(x.left.reshape(*x.left.shape[:3], p // width, width), 3, 0) for x in (a, b)]
 
     def add(total: jax.Array, step: Any) -> tuple[jax.Array, None]:
-        blocks = [factors.contract("intp,intq->inpq", left, x.right) for left, x in zip(step, (a, b), strict=True)]
+        blocks = [
+            factors.contract("intp,intq->inpq", left, x.right) for left, x in zip(step, (a, b), strict=True)
+        ]
         return total + factors.contract("inpq,jnpq->ij", *blocks), None
 
-    start = jnp.zeros((a.left.shape[0], b.left.shape[0]), jnp.promote_types(factors.wide(a.left), factors.wide(a.right)))
+    start = jnp.zeros(
+        (a.left.shape[0], b.left.shape[0]), jnp.promote_types(factors.wide(a.left), factors.wide(a.right))
+    )
     return jax.lax.scan(add, start, tuple(columns))[0]

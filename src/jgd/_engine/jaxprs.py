@@ -11,7 +11,20 @@ import jax
 from jax.extend.core import Literal, Var
 from jax.extend.core import primitives as prim
 
-__all__ = ["Literal", "Scan", "Var", "aval_of", "bind", "evaluate", "inner_jaxpr", "mentions", "prim", "scan_of", "split_p", "trace_jaxpr"]
+__all__ = [
+    "Literal",
+    "Scan",
+    "Var",
+    "aval_of",
+    "bind",
+    "evaluate",
+    "inner_jaxpr",
+    "mentions",
+    "prim",
+    "scan_of",
+    "split_p",
+    "trace_jaxpr",
+]
 
 
 def trace_jaxpr(fun: Callable[..., Any], *args: Any) -> tuple[Any, list[Any], Any]:

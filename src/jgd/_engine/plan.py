@@ -1,6 +1,7 @@
 """Which uses make up which part of which leaf, and how each part's norms are best computed."""
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Literal
@@ -10,13 +11,13 @@ import jax.numpy as jnp
 
 from jgd._engine import costs, factors
 from jgd._engine.costs import Cost, Sizes
-from jgd._engine.factors import Factor, Full, Outer, Shape
+from jgd._engine.factors import Factor, Full, Outer, Rows, Shape
 from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.program import Program
 from jgd._engine.regions import Nested, Region, Side, Site, Value, read_regions
 from jgd._engine.rules import use_of
 from jgd._engine.uses import SiteData, Use
-from jgd._engine.views import Axis, overlap, whole
+from jgd._engine.views import Axis, merge_axes, overlap, whole
 
 Method = Literal["pairs", "block"]
 
@@ -89,6 +90,34 @@ class Part:
         """What `square` costs for one example."""
         return self.costs[self.method]
 
+    def as_matrix(self, shape: Sequence[int]) -> bool:
+        """Whether the part is a whole leaf of this shape, its rows made of n and p and its columns of q."""
+        columns = shape[-1] if shape else 1
+        leaf = merge_axes(((self.size // columns, columns), (columns, 1)))
+        if self.shape is None or self.offset != 0 or self.axes != leaf or math.prod(shape) != self.size:
+            return False
+        rows = merge_axes((*self.shape.n, *self.shape.p))
+        return rows == merge_axes(((self.size // columns, columns),)) and self.shape.merged().q == merge_axes(
+            ((columns, 1),)
+        )
+
+    def projected(self, made: Sequence[Factor], rows: jax.Array, columns: jax.Array) -> jax.Array:
+        """⟨G, r_k cᵀ_k⟩ for each k, where the part is a matrix: Σ_t (left_t · r_k)(right_t · c_k)."""
+        assert self.shape is not None
+        n, p, _ = self.shape.sizes()
+        rows = rows.reshape(-1, n, p)
+        total = jnp.zeros(rows.shape[0], jnp.float32)
+        for factor in made:
+            assert not isinstance(factor, Full)
+            if isinstance(factor, Rows):
+                left = jnp.take(rows[:, 0], factor.index, axis=1, mode="fill", fill_value=0).T[None]
+            else:
+                left = factors.contract("ntp,knp->ntk", factor.left, rows)
+            total = total + jnp.sum(
+                left * factors.contract("ntq,kq->ntk", factor.right, columns), axis=(0, 1)
+            )
+        return total
+
     def gradient(self, data: dict[int, SiteData]) -> jax.Array:
         """One example's gradient in this part, flat, in the order of the leaf's memory."""
         return factors.concatenate([Full(use.gradient(data[id(use.site)])) for use in self.uses]).flat
@@ -143,7 +172,9 @@ def plan_of(program: Program) -> Plan:
     backward_only = _backward_only(region)
     direct = tuple(sorted(met - indirect - backward_only))
     guarded = whole_leaves | {part.leaf for part in parts for use in part.uses if use.rule == "opaque"}
-    return Plan(program, region, tuple(parts), frozenset(whole_leaves), backward_only, direct, frozenset(guarded))
+    return Plan(
+        program, region, tuple(parts), frozenset(whole_leaves), backward_only, direct, frozenset(guarded)
+    )
 
 
 def sites_of(region: Region) -> list[Site]:
@@ -178,7 +209,9 @@ def _parts(leaf: int, uses: Sequence[Use]) -> list[Part] | None:
     return [_part(leaf, *key, tuple(same)) for key, same in places.items()]
 
 
-_MANY = 64  # parts of one leaf beyond which looking at every pair of them, and a program for each, is too much
+_MANY = (
+    64  # parts of one leaf beyond which looking at every pair of them, and a program for each, is too much
+)
 
 
 def _part(leaf: int, offset: int, axes: tuple[Axis, ...], uses: tuple[Use, ...]) -> Part:

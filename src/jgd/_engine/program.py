@@ -34,12 +34,16 @@ class Program:
         """The values that no example changes: shared arguments, then what the loss closes over."""
         return [*shared, *self.captured]
 
-    def run(self, params: Sequence[Any], constants: Sequence[Any], example: Sequence[Any]) -> tuple[Any, list[Any]]:
+    def run(
+        self, params: Sequence[Any], constants: Sequence[Any], example: Sequence[Any]
+    ) -> tuple[Any, list[Any]]:
         """The loss of one example and its auxiliary leaves."""
         value, *aux = jaxprs.evaluate(self.jaxpr, self.environment(params, constants, example))
         return value, aux
 
-    def environment(self, params: Sequence[Any], constants: Sequence[Any], example: Sequence[Any]) -> dict[Any, Any]:
+    def environment(
+        self, params: Sequence[Any], constants: Sequence[Any], example: Sequence[Any]
+    ) -> dict[Any, Any]:
         """The value of each of the jaxpr's inputs."""
         shared, captured = constants[: self.num_shared], constants[self.num_shared :]
         inputs = dict(zip(self.jaxpr.constvars, captured, strict=True))
@@ -72,7 +76,11 @@ def trace(call: Call) -> Program:
 
 
 def _aval_key(x: Any) -> tuple[Any, ...]:
-    return (jnp.shape(x), jnp.result_type(x), getattr(getattr(x, "aval", x), "weak_type", not hasattr(x, "dtype")))
+    return (
+        jnp.shape(x),
+        jnp.result_type(x),
+        getattr(getattr(x, "aval", x), "weak_type", not hasattr(x, "dtype")),
+    )
 
 
 _SHAPES_KEPT = 64

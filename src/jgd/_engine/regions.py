@@ -152,7 +152,9 @@ class _Reader:
         side = max((x.side for x in inputs), default=Side.CONST)
         leaves = frozenset().union(*(x.leaves for x in inputs)) if side == Side.PARAM else frozenset()
         sources = views.follow(eqn, inputs[0].view if inputs and side == Side.PARAM else None)
-        outputs = tuple(_derived(aval_of(v), side, leaves, view) for v, view in zip(eqn.outvars, sources, strict=True))
+        outputs = tuple(
+            _derived(aval_of(v), side, leaves, view) for v, view in zip(eqn.outvars, sources, strict=True)
+        )
         self.ops.append(Op(eqn, inputs, outputs))
         return outputs
 
@@ -165,14 +167,21 @@ class _Reader:
         return output
 
     def body(
-        self, jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Value], loop: tuple[int, int] | None, carried: range
+        self,
+        jaxpr: Any,
+        consts: Sequence[Any],
+        inputs: Sequence[Value],
+        loop: tuple[int, int] | None,
+        carried: range,
     ) -> Region:
         """The region of an inner jaxpr, all of whose outputs are data or constant."""
         reader = _Reader(self.loops + (() if loop is None else (loop,)), self.numbers)
         outputs = reader.read(jaxpr, _literals(jaxpr, consts), inputs)
         return _region(inputs, reader, [reader.as_data(x) for x in outputs], carried)
 
-    def nest(self, eqn: Any, inputs: Sequence[Value], regions: Sequence[Region], loop: Any = None) -> Sequence[Value]:
+    def nest(
+        self, eqn: Any, inputs: Sequence[Value], regions: Sequence[Region], loop: Any = None
+    ) -> Sequence[Value]:
         outputs = tuple(Value(aval_of(v), Side.DATA) for v in eqn.outvars)
         self.ops.append(Nested(eqn, tuple(inputs), outputs, tuple(regions), loop))
         return outputs
@@ -215,7 +224,9 @@ _CALLS = {prim.jit_p, prim.closed_call_p, prim.call_p}
 _NESTED = {prim.scan_p: _scan, prim.remat_p: _checkpoint, prim.cond_p: _cond}
 
 
-def _region(inputs: Sequence[Value], reader: _Reader, outputs: Sequence[Value], carried: range = range(0)) -> Region:
+def _region(
+    inputs: Sequence[Value], reader: _Reader, outputs: Sequence[Value], carried: range = range(0)
+) -> Region:
     """Drops what nothing needs, and lists what the sites need to be replayed.
 
     What a site needs is kept where it is made: an input is the affair of the region around, but for what a scan
@@ -269,7 +280,9 @@ def needed_by(op: Op) -> tuple[Value, ...]:
     if isinstance(op, Site):
         return recorded(op)
     if isinstance(op, Nested):
-        first = len(op.inputs) - len(op.regions[0].inputs)  # a `cond` has its index before the branches' inputs
+        first = len(op.inputs) - len(
+            op.regions[0].inputs
+        )  # a `cond` has its index before the branches' inputs
         asked = [op.inputs[first + i] for region in op.regions for i in region.asks]
         return tuple(x for x in asked if x.side == Side.DATA)
     return ()

@@ -146,7 +146,11 @@ def _arrays(operands: list[Any], values: Sequence[Value]) -> list[tuple[Any, Val
 
 
 def replay(
-    region: Region, known: Sequence[Any], records: Tree, wanted: Callable[[Op], bool], bumps: Tree | None = None
+    region: Region,
+    known: Sequence[Any],
+    records: Tree,
+    wanted: Callable[[Op], bool],
+    bumps: Tree | None = None,
 ) -> list[Any]:
     """The tapped outputs of the wanted sites, from the known inputs and the records of one example.
 
@@ -231,7 +235,9 @@ def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], want
     bumps = [None] * len(op.regions) if bumps is None else bumps
     if op.eqn.primitive is not prim.scan_p:
         inputs = operands[1:] if op.eqn.primitive is prim.cond_p else operands
-        each = [replay(r, inputs, rec, wanted, b) for r, rec, b in zip(op.regions, records, bumps, strict=True)]
+        each = [
+            replay(r, inputs, rec, wanted, b) for r, rec, b in zip(op.regions, records, bumps, strict=True)
+        ]
         return [x for outputs in each for x in outputs]
     # What the carry held is recorded, so the steps do not wait for each other: they are one more batch axis.
     scan = scan_of(op.eqn)
@@ -248,7 +254,9 @@ def picked(region: Region, tree: Tree, wanted: Callable[[Op], bool]) -> list[Any
         if isinstance(op, Nested):
             parts = next(inner)
             if wanted(op):
-                found += [x for r, part in zip(op.regions, parts, strict=True) for x in picked(r, part, wanted)]
+                found += [
+                    x for r, part in zip(op.regions, parts, strict=True) for x in picked(r, part, wanted)
+                ]
         elif isinstance(op, Site) and wanted(op):
             found += [tree[0][region.delta_at(op.outputs[i])] for i in op.tapped]
     return found

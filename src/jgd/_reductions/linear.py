@@ -56,7 +56,9 @@ def mean(
     return jax.tree.unflatten(treedef, _weighted_mean(form, weights))
 
 
-def dot(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], direction: PyTree[Float[Array, "..."]]) -> Float[Array, "B"]:
+def dot(
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], direction: PyTree[Float[Array, "..."]]
+) -> Float[Array, "B"]:
     """The inner product of each gradient with a direction, ⟨g_i, v⟩: the loss's slope along v at each example.
 
     Args:

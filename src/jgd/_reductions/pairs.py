@@ -10,9 +10,7 @@ from jgd._gradients import PerExampleGrads
 from jgd._reductions.arguments import form_of
 
 
-def gram(
-    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], other: Any = None
-) -> Float[Array, "B C"]:
+def gram(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], other: Any = None) -> Float[Array, "B C"]:
     """All inner products ⟨g_i, g'_j⟩ between the gradients of two batches, or of one with itself: JJ'ᵀ.
 
     Args:
@@ -39,7 +37,9 @@ def gram(
     return _gram(form, other_form)
 
 
-def project(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], key: jax.Array, dim: int) -> Float[Array, "B dim"]:
+def project(
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], key: jax.Array, dim: int
+) -> Float[Array, "B dim"]:
     """A random projection of each gradient that keeps inner products in expectation: E⟨y_i, y_j⟩ = ⟨g_i, g_j⟩.
 
     Each of the `dim` directions is, leaf by leaf, the outer product of random signs for the rows (every axis but

@@ -36,7 +36,9 @@ def match(site: Site, position: int, view: View) -> Use | None:
     each = out_size // groups
     stepping = [(i, axis) for i, axis in enumerate(around) if axis[1] != 0]
     # In the arrays below: the stepping loops, groups | positions | channels in, window | channels out.
-    n_order, n = group([*enumerate(axis for _, axis in stepping), (len(stepping), (groups, out_stride * each))])
+    n_order, n = group(
+        [*enumerate(axis for _, axis in stepping), (len(stepping), (groups, out_stride * each))]
+    )
     p_order, p = group([(0, own[in_channel]), *((1 + k, own[d]) for k, d in enumerate(window))])
     shape = Shape(n, p, ((each, out_stride),))
     geometry = _Geometry(params, site, tuple(i for i, _ in stepping), n_order, p_order)
@@ -77,7 +79,9 @@ class _Geometry:
 
     def factor(self, data: SiteData) -> Outer:
         """Patches and δ."""
-        slices = jnp.stack(list(self._shifted(data.values[0])), axis=-1)  # (steps.., groups, t, channels, window)
+        slices = jnp.stack(
+            list(self._shifted(data.values[0])), axis=-1
+        )  # (steps.., groups, t, channels, window)
         slices = slices.reshape(*slices.shape[:-1], *self.window)
         depth = len(self.stepping) + 1
         left = slices.transpose(*self.n_order, depth, *(depth + 1 + i for i in self.p_order))
@@ -135,7 +139,13 @@ class _Geometry:
                 x, (0,) * lead + tuple(starts), x.shape[:lead] + tuple(limits), (1,) * lead + tuple(stride)
             )
             split = piece.reshape(*piece.shape[: depth + 1], self.groups, -1, *out)
-            axes = [*range(first), depth + 1, *range(first, depth + 1), *range(depth + 3, split.ndim), depth + 2]
+            axes = [
+                *range(first),
+                depth + 1,
+                *range(first, depth + 1),
+                *range(depth + 3, split.ndim),
+                depth + 2,
+            ]
             piece = split.transpose(axes)
             yield piece.reshape(*piece.shape[: first + 1], -1, piece.shape[-1])
 

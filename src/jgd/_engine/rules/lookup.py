@@ -27,7 +27,11 @@ def match_gather(site: Site, position: int, view: View) -> Use | None:
     if any(sizes[d] != (1 if d in indexed else operand.shape[d]) for d in range(operand.ndim)):
         return None
     mode = GatherScatterMode.from_any(params["mode"])
-    if mode not in (GatherScatterMode.CLIP, GatherScatterMode.FILL_OR_DROP, GatherScatterMode.PROMISE_IN_BOUNDS):
+    if mode not in (
+        GatherScatterMode.CLIP,
+        GatherScatterMode.FILL_OR_DROP,
+        GatherScatterMode.PROMISE_IN_BOUNDS,
+    ):
         return None
     kept = [d for d in range(operand.ndim) if d not in numbers.collapsed_slice_dims]
     where = dict(zip(kept, numbers.offset_dims, strict=True))  # of each axis of the row, in the output
@@ -105,5 +109,3 @@ def _rows(
     for i in positions:
         count *= site.loops[i][1] if i < depth else site.outputs[0].aval.shape[i - depth]
     return Use("lookup", site, 0, view.leaf, view.offset, shape.axes, shape, count, factor)
-
-
