@@ -1,11 +1,11 @@
 """Per-example gradients for JAX: everything you may ask of them, at about the price of their sum."""
 
+from jgd._engine.explain import ExplainRow as ExplainRow
+from jgd._engine.explain import Explanation as Explanation
+from jgd._engine.explain import explain as explain
 from jgd._fit.fit import FitResult as FitResult
 from jgd._fit.fit import fit as fit
 from jgd._fit.history import History as History
-from jgd._engine.explain import Explanation as Explanation
-from jgd._engine.explain import ExplainRow as ExplainRow
-from jgd._engine.explain import explain as explain
 from jgd._gradients import PerExampleGrads as PerExampleGrads
 from jgd._gradients import per_example_grad as per_example_grad
 from jgd._methods.descent import ascent as ascent

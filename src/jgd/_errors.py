@@ -4,7 +4,7 @@ import importlib
 from types import ModuleType
 from typing import Any
 
-import jax
+from jax.core import Tracer
 from jax.tree_util import keystr
 
 
@@ -22,7 +22,7 @@ def describe(leaf: Any) -> str:
 
 def is_concrete(x: Any) -> bool:
     """Whether the value of `x` can be looked at now, that is, outside of `jit`, `vmap` and `grad`."""
-    return not isinstance(x, jax.core.Tracer)
+    return not isinstance(x, Tracer)
 
 
 def require(module: str, extra: str) -> ModuleType:

@@ -40,8 +40,8 @@ class PerExampleGrads:
         return self.values.shape[0]
 
     def __repr__(self) -> str:
-        params = sum(x.size for x in self.form.like)
-        return f"PerExampleGrads({len(self)} examples, {params:,} parameters, held as {type(self.form).__name__.lower()})"
+        params, held = sum(x.size for x in self.form.like), type(self.form).__name__.lower()
+        return f"PerExampleGrads({len(self)} examples, {params:,} parameters, held as {held})"
 
 
 def per_example_grad(
@@ -152,6 +152,7 @@ def held_form(grads: Any) -> tuple[Any, Any]:
         first = first or (name, leaf.shape[0])
         if leaf.shape[0] != first[1]:
             raise ValueError(
-                f"the leaves of `grads` disagree in length: {first[0]} holds {first[1]} examples, {name} {leaf.shape[0]}"
+                f"the leaves of `grads` disagree in length: {first[0]} holds {first[1]} examples, "
+                f"{name} {leaf.shape[0]}"
             )
     return Materialized([jnp.asarray(leaf) for _, leaf in paths]), treedef

@@ -81,7 +81,7 @@ def bind(
             if number in chosen:
                 role, leaf = "params", _check_param(leaf, argument, path)
             elif axis is None:
-                role = "shared"
+                role, leaf = "shared", on_device(leaf)
             else:
                 role, name = "batch", leaf_name(argument, path)
                 leaf = _batch_first(leaf, axis, name)
@@ -139,6 +139,7 @@ def _leaf_axes(axis_tree: Any, arg: Any, number: int) -> list[int | None]:
 def _check_param(leaf: Any, argument: str, path: Any) -> Any:
     if isinstance(leaf, float):
         return jnp.asarray(leaf)
+    leaf = on_device(leaf)
     dtype = getattr(leaf, "dtype", None)
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
@@ -152,14 +153,21 @@ def _check_param(leaf: Any, argument: str, path: Any) -> Any:
 def _batch_first(leaf: Any, axis: int, name: str) -> Any:
     if not hasattr(leaf, "dtype") or not hasattr(leaf, "ndim"):
         leaf = np.asarray(leaf)
-    if getattr(leaf.dtype, "kind", "") in "OSUMm":  # objects, text and dates
+    if isinstance(leaf, np.ndarray) and leaf.dtype.kind in "OSUMm":  # objects, text and dates
         raise TypeError(f"{name} is {describe(leaf)}, not an array; give it `in_axes` None, or leave it out")
     if not -leaf.ndim <= axis < leaf.ndim:
         raise ValueError(
             f"{name} is {describe(leaf)} and has no axis {axis} to hold the examples; a leaf that every example "
             "shares gets None in `in_axes`"
         )
+    leaf = on_device(leaf)
     return leaf if axis % leaf.ndim == 0 else jnp.moveaxis(leaf, axis, 0)
+
+
+def on_device(leaf: Any) -> Any:
+    """A NumPy array as JAX takes it, 64 bits only where JAX is told to; anything else as it is."""
+    numeric = isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc"
+    return jnp.asarray(leaf) if numeric else leaf
 
 
 def _common_length(lengths: list[tuple[str, int]]) -> int:

@@ -14,9 +14,17 @@ import jax.numpy as jnp
 
 from jgd._engine import factors
 from jgd._engine.examples import (
-    Example, Leaves, Model, axes_of, batch_data, deltas_of, gradient, part_data, site_outputs,
+    Example,
+    Leaves,
+    Model,
+    axes_of,
+    batch_data,
+    deltas_of,
+    gradient,
+    part_data,
+    site_outputs,
 )  # fmt: skip
-from jgd._engine.factors import Factor, Full, Outer
+from jgd._engine.factors import Factor, Outer
 from jgd._engine.plan import Part, Plan
 from jgd._materialized import Materialized, accumulator, scale_rows
 from jgd._random import directions
@@ -76,9 +84,7 @@ class Factored:
         for part in self.plan.parts:
             if part.leaf == leaf:
                 data = batch_data(self.plan, self.model, examples, part)
-                flat = factors.concatenate(
-                    [Full(use.batch_gradient(data[id(use.site)])) for use in part.uses]
-                ).flat
+                flat = factors.add([use.batch_gradient(data[id(use.site)]) for use in part.uses])
                 total = factors.place(flat, part.offset, part.axes, like, total)
         assert total is not None
         return total
@@ -162,11 +168,12 @@ class Factored:
         total = jnp.zeros((self.size, other.size), jnp.float32)
         for part in self.plan.parts:
             if part.shape is not None:
-                total = total + _factor_gram(
-                    *(f._each(lambda one, f=f: f._factors(one, part)) for f in (self, other))
-                )
+                made = (f._each(lambda one, f=f, part=part: f._factors(one, part)) for f in (self, other))
+                total = total + _factor_gram(*made)
             else:
-                blocks = (f._each(lambda one, f=f: f._part_gradient(one, part)) for f in (self, other))
+                blocks = (
+                    f._each(lambda one, f=f, part=part: f._part_gradient(one, part)) for f in (self, other)
+                )
                 total = total + _block_gram(*blocks)
         for leaf in sorted(self.plan.whole_leaves):
             blocks = (f._each(lambda one, f=f, leaf=leaf: f._gradient(one, [leaf])[0]) for f in (self, other))

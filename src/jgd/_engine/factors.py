@@ -130,16 +130,18 @@ def wide(x: jax.Array) -> Any:
     return jnp.promote_types(x.dtype, jnp.float32)
 
 
-def concatenate(factors: Sequence[Factor]) -> Factor:
+def add(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The sum of some arrays, in at least float32 where there are several."""
+    return functools.reduce(lambda total, x: total.astype(wide(total)) + x, arrays)
+
+
+def concatenate(factors: Sequence[Any]) -> Factor:
     """The sum of factors of one kind and shape, as one: positions add up."""
-    first = factors[0]
+    first: Any = factors[0]
     if len(factors) == 1:
         return first
     if isinstance(first, Full):
-        total = first.flat.astype(wide(first.flat))
-        for factor in factors[1:]:
-            total = total + factor.flat
-        return Full(total)
+        return Full(add([f.flat for f in factors]))
     join = lambda arrays, axis: jnp.concatenate(arrays, axis)
     if isinstance(first, Rows):
         return Rows(join([f.index for f in factors], 0), join([f.right for f in factors], 1), first.rows)

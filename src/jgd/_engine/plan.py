@@ -120,7 +120,7 @@ class Part:
 
     def gradient(self, data: dict[int, SiteData]) -> jax.Array:
         """One example's gradient in this part, flat, in the order of the leaf's memory."""
-        return factors.concatenate([Full(use.gradient(data[id(use.site)])) for use in self.uses]).flat
+        return factors.add([use.gradient(data[id(use.site)]) for use in self.uses])
 
 
 @dataclass(frozen=True, eq=False)

@@ -4,7 +4,6 @@ import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from functools import cached_property
 from typing import Any
 
 import jax
@@ -60,8 +59,7 @@ def trace(call: Call) -> Program:
         call.signature.argnums, call.signature.has_aux, call.signature.treedef, call.signature.roles,
         tuple(_aval_key(x) for x in (*call.param_leaves, *call.shared_leaves)),
         tuple((x.shape[1:], x.dtype) for x in call.batch_leaves),
-        jax.config.jax_enable_x64, jax.config.jax_disable_jit, jax.config.jax_default_matmul_precision,
-        jax.config.jax_numpy_dtype_promotion, jax.config.jax_default_prng_impl,
+        *(getattr(jax.config, name) for name in _CONFIG),
         jax.sharding.get_abstract_mesh(),
     )  # fmt: skip
     programs = _programs_of(call.signature.loss)
@@ -83,6 +81,11 @@ def _aval_key(x: Any) -> tuple[Any, ...]:
     )
 
 
+# What changes a trace, of all that JAX can be told.
+_CONFIG = (
+    "jax_enable_x64", "jax_disable_jit", "jax_default_matmul_precision", "jax_numpy_dtype_promotion",
+    "jax_numpy_rank_promotion", "jax_default_prng_impl",
+)  # fmt: skip
 _SHAPES_KEPT = 64
 _LOSSES_KEPT = 64
 _by_loss: weakref.WeakKeyDictionary[Any, OrderedDict[Any, Program]] = weakref.WeakKeyDictionary()

@@ -67,7 +67,8 @@ def zeros(region: Region, of: Callable[[Region], Sequence[Value]], lead: tuple[i
 def _zero(aval: jax.ShapeDtypeStruct, lead: tuple[int, ...]) -> jax.Array:
     shape = (*lead, *aval.shape)
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
-        return jnp.broadcast_to(jax.random.key(0, impl=str(jax.random.key_impl(aval))), shape)
+        like: Any = aval
+        return jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(like)), shape)
     return jnp.zeros(shape, aval.dtype)
 
 

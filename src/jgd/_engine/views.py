@@ -96,7 +96,8 @@ def overlap(a: tuple[int, Sequence[Axis]], b: tuple[int, Sequence[Axis]]) -> boo
     shift = [as_strided(_BASE, [offset + 1], [1])[offset:] for offset, _ in (a, b)]
     moved = [as_strided(s, x.shape, x.strides) for s, x in zip(shift, arrays, strict=True)]
     try:
-        return np.shares_memory(*moved, max_work=100_000)
+        most: Any = 100_000
+        return np.shares_memory(*moved, max_work=most)
     except np.exceptions.TooHardError:
         return True
 
@@ -142,7 +143,9 @@ _RULES: dict[Any, Callable[[np.ndarray, int, Any], list[np.ndarray]]] = {
     prim.squeeze_p: lambda array, loops, eqn: [
         array.squeeze(tuple(loops + d % (array.ndim - loops) for d in eqn.params["dimensions"]))
     ],
-    prim.rev_p: lambda array, loops, eqn: [np.flip(array, [loops + d for d in eqn.params["dimensions"]])],
+    prim.rev_p: lambda array, loops, eqn: [
+        np.flip(array, tuple(loops + d for d in eqn.params["dimensions"]))
+    ],
     prim.broadcast_in_dim_p: _broadcast,
     prim.slice_p: _slice,
     split_p: _split,

@@ -20,7 +20,7 @@ def materialize(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> PyTre
     return jax.tree.unflatten(treedef, _materialize(form))
 
 
-def sum(  # noqa: A001
+def sum(
     grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Float[Array, "B"] | None = None
 ) -> PyTree[Float[Array, "..."]]:
     """The weighted sum Σ w_i g_i; without weights it is `jax.grad` of the summed loss.
