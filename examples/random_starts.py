@@ -43,7 +43,7 @@ def train(model, key: jax.Array) -> jax.Array:
     shapes = SHAPES[model]
     keys = dict(zip(shapes, jax.random.split(key, len(shapes)), strict=True))
     start = {name: 2 * jax.random.normal(keys[name], shape) for name, shape in shapes.items()}
-    loss = lambda params, x, label: optax.sigmoid_binary_cross_entropy(model(params, x), label)  # noqa: E731
+    loss = lambda params, x, label: optax.sigmoid_binary_cross_entropy(model(params, x), label)
     method = jgd.descent(loss, optax.adam(0.05))
     return jgd.fit(method, start, data, batch_size=None, steps=UPDATES, key=key).history.value
 
