@@ -1,11 +1,10 @@
 """Random losses out of the primitives that have rules, and some that have none.
 
-`random_program(seed)` draws a chain of steps, each of which turns one array of the example into another and may
-meet parameters: products, convolutions, lookups, arithmetic, norms, and control flow with chains of its own
+`random_program(seed)` draws a chain of steps, each of which turns one array of the example into another and
+may meet parameters: products, convolutions, lookups, arithmetic, norms, and control flow with chains of its own
 inside. An *operand* is what a step meets: a leaf, new or met before, behind a path of transposes, slices,
 arithmetic. Sizes stay small, so that a program compiles in about a second.
 """
-# ruff: noqa: E731
 
 import math
 from collections.abc import Callable, Sequence
@@ -34,7 +33,7 @@ Operand = Callable[[Env], jax.Array]
 
 @dataclass
 class Loop:
-    """A scan or a vmap that steps are drawn in: `stacked` operands it steps through, `hoisted` ones it does not."""
+    """A scan or a vmap around steps: it steps through `stacked` operands, and shares `hoisted` ones."""
 
     length: int
     stacked: dict[int, Operand] = field(default_factory=dict)
@@ -411,7 +410,7 @@ class Writer:
         }[how]
 
     def convolution(self, shape: Shape) -> Step:
-        """One or two dimensions, in any layout, with all of its options; the parameter is the kernel, mostly."""
+        """One or two dimensions, in any layout, with all options; the parameter is the kernel, mostly."""
         space = self.int(1, 2)
         groups, by_batch = self.pick([1, 1, 2]), self.chance(0.1)
         channels_in, out = self.pick([1, 2]), self.pick([1, 2])
@@ -434,7 +433,8 @@ class Writer:
         rhs = _laid_out([2 * out if by_batch else groups * out, channels_in, *window], numbers.rhs_spec)
         as_input = self.chance(0.15)
         self.say(
-            f"convolution {lhs} with {rhs}, {options}, {tuple(numbers)}, parameter {'input' if as_input else 'kernel'}"
+            f"convolution {lhs} with {rhs}, {options}, {tuple(numbers)}, "
+            f"parameter {'input' if as_input else 'kernel'}"
         )
         operand = self.operand(lhs if as_input else rhs)
 
