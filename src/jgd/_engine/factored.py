@@ -12,7 +12,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors
+from jgd._engine import factors, moments
 from jgd._engine.examples import (
     Example,
     Leaves,
@@ -26,7 +26,7 @@ from jgd._engine.examples import (
 )  # fmt: skip
 from jgd._engine.factors import Factor, Outer
 from jgd._engine.plan import Part, Plan
-from jgd._materialized import Materialized, accumulator, scale_rows
+from jgd._materialized import Materialized, accumulator
 from jgd._random import directions
 
 TILE = 1 << 18  # elements that are built at once, where it may be done in pieces
@@ -183,31 +183,32 @@ class Factored:
     def squared_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
         """Σ w_i (g_i − c)², elementwise; `center` None is 0. Leaves in the accumulator's dtype."""
         sums: dict[int, jax.Array] = {}
-        if center is None:
-            sums = {
-                part.leaf: self._direct_squares(part, weights)
-                for part in self.plan.parts
-                if self._is_outer(part)
-            }
+        for part in self.plan.parts:
+            block = self._direct_moment(part, weights, center)
+            if block is not None and part.shape is not None:
+                flat, like = part.shape.flatten(block), self.like[part.leaf]
+                sums[part.leaf] = factors.place(flat, part.offset, part.axes, like, None)
         rest = [leaf for leaf in self._all if leaf not in sums]
         chosen = None if center is None else [center[leaf] for leaf in rest]
         tiled = self._folded(rest, weights, lambda blocks, w: blocks.squared_deviations(w, chosen))
         sums.update(zip(rest, tiled, strict=True))
         return [sums[leaf] for leaf in self._all]
 
-    def _is_outer(self, part: Part) -> bool:
-        """Whether a part is a whole leaf whose gradient is, in each block, the outer product of two vectors."""
+    def _direct_moment(
+        self, part: Part, weights: jax.Array, center: Sequence[jax.Array] | None
+    ) -> jax.Array | None:
+        """Σ w_i (g_i − c)² of a part that is a whole leaf, where its factors give it without the gradients."""
         rules = {use.rule for use in part.uses}
-        return rules == {"dot_general"} and part.positions == 1 and part.size == self.like[part.leaf].size
-
-    def _direct_squares(self, part: Part, weights: jax.Array) -> jax.Array:
-        """Σ w_i (l_i r_iᵀ)² = (w L²)ᵀ R²: the square of a product is the product of the squares."""
-        assert part.shape is not None
-        (made,) = self._each(lambda one: self._factors(one, part))
-        left, right = (jnp.square(x[:, :, 0].astype(factors.wide(x))) for x in made)
-        left, right = scale_rows(weights, left), scale_rows(jnp.ones_like(weights) * (weights != 0), right)
-        block = factors.contract("inp,inq->npq", left, right)
-        return factors.place(part.shape.flatten(block), part.offset, part.axes, self.like[part.leaf], None)
+        if part.shape is None or part.size != self.like[part.leaf].size:
+            return None
+        if rules == {"lookup"}:
+            (rows,) = self._each(lambda one: self._factors(one, part))
+            around = None if center is None else part.shape.unflatten(center[part.leaf].reshape(-1))[0]
+            return moments.of_rows(rows, weights, around, part.shape.sizes()[1])[None]
+        if rules == {"dot_general"} and part.positions == 1 and center is None:
+            (outer,) = self._each(lambda one: self._factors(one, part))
+            return moments.of_outer(outer, weights)
+        return None
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
