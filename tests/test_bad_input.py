@@ -157,6 +157,16 @@ def test_argnums_out_of_range(argnums):
         grads_of(argnums=argnums)
 
 
+def test_argnums_that_name_an_argument_twice():
+    with raises(ValueError, "`argnums`", "(0, -3)", "twice"):
+        grads_of(argnums=(0, -3))
+
+
+def test_a_bad_leaf_of_several_arguments():
+    with raises(TypeError, "`params[1]`", "int32[4]"):
+        grads_of(argnums=(0, 2), in_axes=(None, 0, None), batch=(X, jnp.arange(4)))
+
+
 def test_in_axes_of_the_wrong_length():
     with raises(ValueError, "`in_axes`", "3 arguments", "(None, 0)"):
         grads_of(in_axes=(None, 0))

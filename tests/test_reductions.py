@@ -1,5 +1,4 @@
 """Every reduction, of every case, by every strategy, against NumPy on `vmap(grad)` in float64."""
-# ruff: noqa: E731
 
 import dataclasses
 import functools

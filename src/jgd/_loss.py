@@ -3,6 +3,7 @@
 Everything behind this module sees flat lists of leaves, and the batch on axis 0.
 """
 
+import itertools
 from collections.abc import Callable, Hashable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -25,12 +26,12 @@ class Signature:
     argnums: int | tuple[int, ...]
     has_aux: bool
     treedef: Hashable  # of all the arguments
-    roles: tuple[str, ...]  # of each leaf of them: "params", "shared" or "batch"
+    roles: tuple[tuple[str, int], ...]  # of each leaf of them: which list holds it, and where
 
     def call(self, params: Sequence[Any], shared: Sequence[Any], example: Sequence[Any]) -> tuple[Any, Any]:
         """The loss of one example, from leaves: `(value, aux)`, with `aux` None unless `has_aux`."""
-        leaves = {"params": iter(params), "shared": iter(shared), "batch": iter(example)}
-        args = jax.tree.unflatten(self.treedef, [next(leaves[role]) for role in self.roles])
+        leaves = {"params": params, "shared": shared, "batch": example}
+        args = jax.tree.unflatten(self.treedef, [leaves[role][place] for role, place in self.roles])
         out = self.loss(*args)
         if not self.has_aux:
             return out, None
@@ -69,15 +70,19 @@ def bind(
                 f"`argnums`={argnums} names argument {number}, but the loss got {len(args)} arguments"
             )
     chosen = tuple(number % len(args) for number in chosen)
+    if len(set(chosen)) < len(chosen):
+        raise ValueError(f"`argnums`={argnums} names an argument twice")
     axes = _axes_by_argument(args, chosen, in_axes)
 
     params = args[chosen[0]] if isinstance(argnums, int) else tuple(args[i] for i in chosen)
-    roles, by_role = [], {"params": [], "shared": [], "batch": []}
+    by_role: dict[str, list[Any]] = {"params": [], "shared": [], "batch": []}
+    roles: list[list[tuple[str, int]]] = [[] for _ in args]
     lengths: list[tuple[str, int]] = []
-    for number, (arg, axis_tree) in enumerate(zip(args, axes, strict=True)):
-        argument = "params" if number in chosen else f"batch[{number - sum(i < number for i in chosen)}]"
-        leaves = tree_flatten_with_path(arg)[0]
-        for (path, leaf), axis in zip(leaves, _leaf_axes(axis_tree, arg, number), strict=True):
+    # The parameters' leaves in the order of `argnums`, which is that of the gradients.
+    for number in (*chosen, *(i for i in range(len(args)) if i not in chosen)):
+        argument = _argument_name(number, chosen, argnums)
+        leaves = tree_flatten_with_path(args[number])[0]
+        for (path, leaf), axis in zip(leaves, _leaf_axes(axes[number], args[number], number), strict=True):
             if number in chosen:
                 role, leaf = "params", _check_param(leaf, argument, path)
             elif axis is None:
@@ -86,11 +91,11 @@ def bind(
                 role, name = "batch", leaf_name(argument, path)
                 leaf = _batch_first(leaf, axis, name)
                 lengths.append((name, leaf.shape[0]))
-            roles.append(role)
+            roles[number].append((role, len(by_role[role])))
             by_role[role].append(leaf)
 
     signature = Signature(loss, argnums if isinstance(argnums, int) else tuple(argnums), has_aux,
-                          jax.tree.structure(tuple(args)), tuple(roles))  # fmt: skip
+                          jax.tree.structure(tuple(args)), tuple(itertools.chain(*roles)))  # fmt: skip
     if not by_role["params"]:
         raise ValueError("`params` has no leaves: there is nothing to differentiate with respect to")
     return Call(
@@ -101,6 +106,12 @@ def bind(
 def example_of(batch_leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one example, from the leaves of a batch."""
     return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in batch_leaves]
+
+
+def _argument_name(number: int, chosen: tuple[int, ...], argnums: int | Sequence[int]) -> str:
+    if number not in chosen:
+        return f"batch[{number - sum(i < number for i in chosen)}]"
+    return "params" if isinstance(argnums, int) else f"params[{chosen.index(number)}]"
 
 
 def _axes_by_argument(args: Sequence[Any], chosen: tuple[int, ...], in_axes: Any) -> list[Any]:

@@ -1,5 +1,4 @@
 """Convolutions of every kind: dimensions, layouts, strides, padding, dilations, groups."""
-# ruff: noqa: E731
 
 import functools
 

@@ -1,5 +1,4 @@
 """Dense layers, contractions, and parameters that meet data element by element."""
-# ruff: noqa: E731
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,4 @@
 """Checkpoints, derivatives that the user wrote, derivatives inside the loss."""
-# ruff: noqa: E731
 
 import functools
 

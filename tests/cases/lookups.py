@@ -1,5 +1,4 @@
 """Rows taken from tables, positions, slices at data's indices, writes into parameters."""
-# ruff: noqa: E731
 
 import jax
 import jax.numpy as jnp

@@ -1,5 +1,4 @@
 """Linear algebra, normalisation, complex numbers, randomness."""
-# ruff: noqa: E731
 
 import jax
 import jax.numpy as jnp

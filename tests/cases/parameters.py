@@ -1,5 +1,4 @@
 """Arithmetic between a leaf and the operand it becomes: paths that rearrange, and paths that compute."""
-# ruff: noqa: E731
 
 import jax
 import jax.numpy as jnp

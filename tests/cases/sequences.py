@@ -1,5 +1,4 @@
 """Attention, recurrences, loops and branches."""
-# ruff: noqa: E731
 
 import jax
 import jax.numpy as jnp
