@@ -23,7 +23,7 @@ def of_rows(made: Rows, weights: jax.Array, center: jax.Array | None, rows: int)
     right = right.astype(wide(right))
     same = index[:, :, None] == index[:, None, :]
     earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
-    first = ~jnp.any(same & earlier, axis=2) & (index < rows)
+    first = ~jnp.any(same & earlier[None], axis=2) & (index < rows)
     total = contract("its,isq->itq", same.astype(right.dtype), right)
     present = weights != 0
     share = jnp.where(first & present[:, None], weights[:, None], 0).astype(right.dtype)
