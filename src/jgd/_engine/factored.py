@@ -203,7 +203,9 @@ class Factored:
             return None
         if rules == {"lookup"}:
             (rows,) = self._each(lambda one: self._factors(one, part))
-            around = None if center is None else part.shape.unflatten(center[part.leaf].reshape(-1))[0]
+            around = None
+            if center is not None:
+                around = part.shape.unflatten(factors.pick(center[part.leaf], part.offset, part.axes))[0]
             return moments.of_rows(rows, weights, around, part.shape.sizes()[1])[None]
         if rules == {"dot_general"} and part.positions == 1 and center is None:
             (outer,) = self._each(lambda one: self._factors(one, part))

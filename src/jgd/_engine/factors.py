@@ -199,14 +199,29 @@ def place(
     flat: jax.Array, offset: int, axes: Sequence[Axis], like: jax.ShapeDtypeStruct, onto: jax.Array | None
 ) -> jax.Array:
     """A part, flat in the order of memory, as a leaf of zeros elsewhere, or added to the leaf `onto`."""
-    if tuple(axes) in ((), ((like.size, 1),)) and flat.size == like.size:
+    if _is_whole(offset, axes, like.size):
         leaf = flat.reshape(like.shape)
         return leaf if onto is None else onto + leaf
+    empty = jnp.zeros(like.size, flat.dtype) if onto is None else onto.reshape(-1)
+    return empty.at[_elements(offset, axes)].add(flat, unique_indices=True).reshape(like.shape)
+
+
+def pick(leaf: jax.Array, offset: int, axes: Sequence[Axis]) -> jax.Array:
+    """A part of a leaf, flat: what `place` puts back."""
+    flat = leaf.reshape(-1)
+    return flat if _is_whole(offset, axes, leaf.size) else flat[_elements(offset, axes)]
+
+
+def _is_whole(offset: int, axes: Sequence[Axis], size: int) -> bool:
+    return offset == 0 and (tuple(axes) == ((size, 1),) or (not axes and size == 1))
+
+
+def _elements(offset: int, axes: Sequence[Axis]) -> jax.Array:
+    """Where in the leaf each element of a part lies."""
     index: Any = offset
     for size, stride in axes:
         index = jnp.expand_dims(index, -1) + jnp.arange(size) * stride
-    empty = jnp.zeros(like.size, flat.dtype) if onto is None else onto.reshape(-1)
-    return empty.at[jnp.reshape(index, -1)].add(flat, unique_indices=True).reshape(like.shape)
+    return jnp.reshape(index, -1)
 
 
 def split_axes(view: View, loops: Sequence[tuple[int, int]]) -> tuple[list[Axis], tuple[Axis, ...]]:
