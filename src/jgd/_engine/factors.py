@@ -218,10 +218,10 @@ def _is_whole(offset: int, axes: Sequence[Axis], size: int) -> bool:
 
 def _elements(offset: int, axes: Sequence[Axis]) -> jax.Array:
     """Where in the leaf each element of a part lies."""
-    index: Any = offset
+    index = jnp.asarray(offset)
     for size, stride in axes:
-        index = jnp.expand_dims(index, -1) + jnp.arange(size) * stride
-    return jnp.reshape(index, -1)
+        index = jnp.add.outer(index, jnp.arange(size) * stride)
+    return index.reshape(-1)
 
 
 def split_axes(view: View, loops: Sequence[tuple[int, int]]) -> tuple[list[Axis], tuple[Axis, ...]]:
