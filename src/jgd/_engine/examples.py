@@ -136,9 +136,9 @@ class _Collector:
             if isinstance(op, Nested):
                 in_records, in_deltas, in_bumps = next(inner)
                 in_bumps = [None] * len(op.regions) if in_bumps is None else in_bumps
-                for each in zip(op.regions, in_records, in_deltas, in_bumps, strict=True):
+                for k, each in enumerate(zip(op.regions, in_records, in_deltas, in_bumps, strict=True)):
                     below = depth if op.loop is None else depth + 1
-                    self.collect(each[0], self._given(op, each[0], values, depth), each[1:], below)
+                    self.collect(each[0], self._given(op, k, values, depth), each[1:], below)
             elif isinstance(op, Site):
                 bumped = {i: None if own_bumps is None else next(own_bumps) for i in op.params}
                 if id(op) in self.sites:
@@ -149,8 +149,9 @@ class _Collector:
                         data, mine, {i: g for i, g in bumped.items() if g is not None}
                     )
 
-    def _given(self, op: Nested, region: Region, values: dict[int, Any], depth: int) -> dict[int, Any]:
+    def _given(self, op: Nested, number: int, values: dict[int, Any], depth: int) -> dict[int, Any]:
         """The inputs that an inner region asks for, with the steps of its scan leading."""
+        region = op.regions[number]
         first = len(op.inputs) - len(region.inputs)
         given = {}
         for i in region.asks:
@@ -161,5 +162,10 @@ class _Collector:
                 array = jnp.broadcast_to(jnp.expand_dims(array, depth), shape)
             elif op.loop is not None and self.batch:
                 array = jnp.swapaxes(array, depth, depth + 1)
+            if first and jnp.issubdtype(array.dtype, jnp.inexact) and id(op.inputs[0]) in values:
+                taken = (
+                    values[id(op.inputs[0])] == number
+                )  # a branch not taken was spared what it cannot bear
+                array = jnp.where(taken.reshape(taken.shape + (1,) * (array.ndim - taken.ndim)), array, 0)
             given[id(own)] = array
         return given

@@ -131,7 +131,9 @@ class Plan:
     region: Region
     parts: tuple[Part, ...]
     whole_leaves: frozenset[int]  # leaves whose path cannot be followed: taken by `vjp`, one block each
-    backward_only: frozenset[int]  # leaves that pass through a `custom_vjp`, which has no forward derivative
+    # Leaves whose gradient is taken for each example apart: those that pass through a `custom_vjp`, which has no
+    # forward derivative, and those without rule in a `cond`, whose other branch may have no derivative.
+    backward_only: frozenset[int]
     direct: tuple[int, ...]  # leaves all of whose uses can sum over a batch by themselves
     guarded: frozenset[int]  # leaves with a site that may have no derivative where its data is 0
 
@@ -169,9 +171,9 @@ def plan_of(program: Program) -> Plan:
             parts += found
     met = {part.leaf for part in parts}
     indirect = {part.leaf for part in parts for use in part.uses if use.batch_block is None}
-    backward_only = _backward_only(region)
-    direct = tuple(sorted(met - indirect - backward_only))
     guarded = whole_leaves | {part.leaf for part in parts for use in part.uses if use.rule == "opaque"}
+    backward_only = _backward_only(region) | (guarded & _branched(region))
+    direct = tuple(sorted(met - indirect - backward_only))
     return Plan(
         program, region, tuple(parts), frozenset(whole_leaves), backward_only, direct, frozenset(guarded)
     )
@@ -196,6 +198,13 @@ def _backward_only(region: Region) -> frozenset[int]:
         elif op.eqn is not None and mentions(op.eqn, prim.custom_vjp_call_p):
             leaves = leaves.union(*(x.leaves for x in op.inputs))
     return leaves
+
+
+def _branched(region: Region) -> frozenset[int]:
+    nested = [op for op in region.ops if isinstance(op, Nested)]
+    return frozenset().union(
+        *(op.leaves if len(op.regions) > 1 else _branched(op.regions[0]) for op in nested)
+    )
 
 
 def _parts(leaf: int, uses: Sequence[Use]) -> list[Part] | None:

@@ -280,10 +280,9 @@ def needed_by(op: Op) -> tuple[Value, ...]:
     if isinstance(op, Site):
         return recorded(op)
     if isinstance(op, Nested):
-        first = len(op.inputs) - len(
-            op.regions[0].inputs
-        )  # a `cond` has its index before the branches' inputs
-        asked = [op.inputs[first + i] for region in op.regions for i in region.asks]
+        # A `cond` has its index before the branches' inputs, and a replay takes the branch that was taken.
+        first = len(op.inputs) - len(op.regions[0].inputs)
+        asked = [*op.inputs[:first], *(op.inputs[first + i] for region in op.regions for i in region.asks)]
         return tuple(x for x in asked if x.side == Side.DATA)
     return ()
 

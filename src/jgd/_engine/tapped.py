@@ -234,18 +234,44 @@ _REPLAYED = {prim.pad_p: _pad, prim.gather_p: _gather}
 def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], wanted: Any) -> list[Any]:
     records, bumps = parts
     bumps = [None] * len(op.regions) if bumps is None else bumps
-    if op.eqn.primitive is not prim.scan_p:
-        inputs = operands[1:] if op.eqn.primitive is prim.cond_p else operands
-        each = [
-            replay(r, inputs, rec, wanted, b) for r, rec, b in zip(op.regions, records, bumps, strict=True)
-        ]
-        return [x for outputs in each for x in outputs]
+    if op.eqn.primitive is prim.remat_p:
+        return replay(op.regions[0], operands, records[0], wanted, bumps[0])
+    if op.eqn.primitive is prim.cond_p:
+        return _replay_cond(op, operands, (records, bumps), wanted)
     # What the carry held is recorded, so the steps do not wait for each other: they are one more batch axis.
     scan = scan_of(op.eqn)
     first = scan.num_consts + scan.num_carry
     axes = [None if i < first or x is None else 0 for i, x in enumerate(operands)]
     step = lambda operands, records, bumps: replay(op.regions[0], operands, records, wanted, bumps)
-    return jax.vmap(step, in_axes=(axes, 0, 0), axis_size=scan.length)(operands, records[0], bumps[0])
+    if not has_branches(op.regions[0]):
+        return jax.vmap(step, in_axes=(axes, 0, 0), axis_size=scan.length)(operands, records[0], bumps[0])
+
+    def one(_: None, xs: Any) -> tuple[None, list[Any]]:
+        return None, step([*operands[:first], *xs[0]], *xs[1:])
+
+    # Under `vmap` every branch would be differentiated, and those not taken may have no derivative.
+    return jax.lax.scan(one, None, (operands[first:], records[0], bumps[0]), length=scan.length)[1]
+
+
+def _replay_cond(op: Nested, operands: list[Any], parts: tuple[Any, Any], wanted: Any) -> list[Any]:
+    """The outputs of all branches: zeros for those that were not taken."""
+    blank = [[jnp.zeros_like(x) for x in picked(r, zeros(r, taps_of), wanted)] for r in op.regions]
+
+    def branch(number: int, region: Region, records: Tree, bumps: Any) -> Callable[[], list[Any]]:
+        def replay_branch() -> list[Any]:
+            own = replay(region, operands[1:], records, wanted, bumps)
+            return [x for each in (*blank[:number], own, *blank[number + 1 :]) for x in each]
+
+        return replay_branch
+
+    each = zip(range(len(blank)), op.regions, *parts, strict=True)
+    return jax.lax.switch(operands[0], [branch(*arguments) for arguments in each])
+
+
+def has_branches(region: Region) -> bool:
+    """Whether a region has a `cond` in which a parameter meets data, at any depth."""
+    nested = [op for op in region.ops if isinstance(op, Nested)]
+    return any(len(op.regions) > 1 or any(map(has_branches, op.regions)) for op in nested)
 
 
 def picked(region: Region, tree: Tree, wanted: Callable[[Op], bool]) -> list[Any]:
