@@ -499,7 +499,10 @@ class Writer:
             "custom_jvp": lambda env, x: bent(x, operand(env)),
             "update": update,
             "cumulative": lambda env, x: jnp.cumsum(x * operand(env), -1) * operand(env),
-            "pad": lambda env, x: lax.pad(x, operand(env), [(1, 0, 0)] + [(0, 0, 0)] * (len(shape) - 1)),
+            # JAX cannot differentiate a pad in its value alone, so the operand depends on the parameter too.
+            "pad": lambda env, x: lax.pad(
+                x * operand(env), operand(env), [(1, 0, 0)] + [(0, 0, 0)] * (len(shape) - 1)
+            ),
             "atan2": lambda env, x: jnp.arctan2(x, operand(env)),
         }[name]
 
