@@ -28,7 +28,7 @@ def pairs(sizes: Sizes, *, lookup: bool) -> Cost:
     sides = q if lookup else p + q
     if t == 1:
         return Cost(2 * n * sides, 0)
-    return Cost(2 * n * t * t * (sides + 1), n * t * (2 * t + sides))
+    return Cost(2 * n * t * t * (sides + 1), n * t * (t if lookup else 2 * t + sides))
 
 
 def block(sizes: Sizes) -> Cost:

@@ -166,7 +166,7 @@ def inner(a: Factor, b: Factor) -> jax.Array:
         return jnp.sum(rows * contract("ntq,nsq->nts", a.right, b.right))
     if isinstance(a, Rows) and isinstance(b, Rows):
         same = (a.index[:, None] == b.index[None, :]) & (a.index < a.rows)[:, None]
-        return jnp.sum(jnp.where(same, contract("tq,sq->ts", a.right[0], b.right[0]), 0))
+        return jnp.sum(a.right[0] * contract("ts,sq->tq", same.astype(b.right.dtype), b.right[0]))
     if isinstance(a, Outer):
         a, b = b, a
     assert isinstance(a, Rows) and isinstance(b, Outer)
