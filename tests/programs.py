@@ -6,6 +6,7 @@ inside. An *operand* is what a step meets: a leaf, new or met before, behind a p
 arithmetic. Sizes stay small, so that a program compiles in about a second.
 """
 
+import itertools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -98,6 +99,7 @@ class Writer:
         self.text: list[str] = []
         self.loops: list[Loop] = []
         self.slices: dict[int, jax.ShapeDtypeStruct] = {}
+        self.numbers_of_slices = itertools.count()
         self.depth = 0
 
     # Small things
@@ -306,17 +308,11 @@ class Writer:
 
     def handed_in(self, shape: Shape) -> tuple[Operand, str]:
         """A slice of what the loop around steps through, or what was made outside of it."""
-        loop, number = self.loops.pop(), len(self.slices)
+        loop, number = self.loops.pop(), next(self.numbers_of_slices)
         stepped = self.chance(0.7)
         source, text = self.path((loop.length, *shape) if stepped else shape, 1)
         (loop.stacked if stepped else loop.hoisted)[number] = source
         self.loops.append(loop)
-        while number in self.slices:  # the path may have taken the number
-            moved = len(self.slices) + 1
-            (loop.stacked if stepped else loop.hoisted)[moved] = (
-                loop.stacked if stepped else loop.hoisted
-            ).pop(number)
-            number = moved
         self.slices[number] = jax.ShapeDtypeStruct(shape, jnp.float64)
         return lambda env: env.slices[number], f"{'step of' if stepped else 'outer'} {text}"
 

@@ -1,0 +1,574 @@
+"""The engine from inside: each method and tile forced in turn, the algebra of views, what compiled programs hold."""
+
+import dataclasses
+import functools
+import math
+import re
+
+import hypothesis
+import hypothesis.strategies as st
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import B, Draw, Problem
+from jax import lax
+
+import jgd
+from jgd._engine import factored, views
+from jgd._engine.jaxprs import trace_jaxpr
+from jgd._engine.views import View, overlap
+
+WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
+
+
+def gradients(problem, strategy="factored"):
+    return jgd.per_example_grad(problem.loss, strategy=strategy)(problem.params, *problem.batch)
+
+
+def made(loss, params, *batch):
+    """A problem of these arrays, in float64."""
+    return Problem(loss, jax.tree.map(jnp.asarray, params), tuple(jnp.asarray(x) for x in batch))
+
+
+# Each rule, by each method, for one position and for many
+
+
+def dense(draw, t):
+    return made(lambda p, x: jnp.sum(jnp.sin(x @ p)), draw(4, 3), draw(B, t, 4))
+
+
+def parameter_first(draw, t):
+    return made(lambda p, x: jnp.sum(jnp.sin(p @ x)), draw(3, 4), draw(B, 4, t))
+
+
+def in_groups(draw, t):
+    loss = lambda p, x: jnp.sum(jnp.sin(jnp.einsum("gio,tgi->tgo", p, x)))
+    return made(loss, draw(2, 4, 3), draw(B, t, 2, 4))
+
+
+def several_contracted(draw, t):
+    loss = lambda p, x: jnp.sum(jnp.sin(jnp.einsum("iojk,tjik->to", p, x)))
+    return made(loss, draw(2, 3, 4, 2), draw(B, t, 4, 2, 2))
+
+
+def convolved(groups, space, draw, t):
+    size = (t + 1, 2)[:space]
+    names = "NCH" + "W" * (space > 1), "OIH" + "W" * (space > 1)
+
+    def loss(p, x):
+        options = {"feature_group_count": groups, "dimension_numbers": (*names, names[0])}
+        return jnp.sum(jnp.sin(lax.conv_general_dilated(x[None], p, (1,) * space, "VALID", **options)))
+
+    return made(loss, draw(2 * groups, 3, *((2,) * space)), draw(B, 3 * groups, *size))
+
+
+def depthwise(draw, t):
+    def loss(p, x):
+        names = ("NHC", "HIO", "NHC")
+        options = {"feature_group_count": 3, "dimension_numbers": names, "rhs_dilation": (2,)}
+        return jnp.sum(jnp.sin(lax.conv_general_dilated(x[None], p, (1,), "VALID", **options)))
+
+    return made(loss, draw(2, 1, 6), draw(B, t + 2, 3))
+
+
+def looked_up(draw, t):
+    loss = lambda p, ix: jnp.sum(jnp.sin(jnp.sum(p[ix], 0) * jnp.arange(1.0, 4)))
+    return made(loss, draw(5, 3), draw.integers(5, B, t))
+
+
+def tied(draw, t):
+    loss = lambda p, ix: jnp.sum(jnp.sin(jnp.tanh(p[ix]) @ p.T))
+    return made(loss, draw(5, 3), draw.integers(5, B, t))
+
+
+def both_ways(draw, t):
+    """The same matrix and its transpose."""
+    return made(lambda p, x: jnp.sum(jnp.sin(jnp.tanh(x @ p) @ p.T)), draw(4, 3), draw(B, t, 4))
+
+
+def recurrent(draw, t):
+    def loss(p, xs):
+        step = lambda h, x: (jnp.tanh(h @ p + x), h)
+        return jnp.sum(jnp.sin(lax.scan(step, jnp.ones(3), xs)[0]))
+
+    return made(loss, draw(3, 3), draw(B, t, 3))
+
+
+def stacked(draw, t):
+    def loss(p, x):
+        step = lambda h, w: (jnp.tanh(h @ w), None)
+        return jnp.sum(jnp.sin(lax.scan(step, x, p, reverse=True)[0]))
+
+    return made(loss, draw(2, 4, 4), draw(B, t, 4))
+
+
+RULED = {
+    "dot_general": (dense, parameter_first, in_groups, several_contracted, both_ways, recurrent, stacked),
+    "convolution": (
+        functools.partial(convolved, 1, 1),
+        functools.partial(convolved, 2, 1),
+        functools.partial(convolved, 2, 2),
+        depthwise,
+    ),
+    "lookup": (looked_up, tied),
+}
+FORCED = [(rule, build) for rule, builds in RULED.items() for build in builds]
+
+
+def named(value):
+    if isinstance(value, functools.partial):
+        return "convolved_in_{}_groups_{}d".format(*value.args)
+    return getattr(value, "__name__", None)
+
+
+@pytest.mark.parametrize("t", [1, 2, 7])
+@pytest.mark.parametrize(("rule", "build"), FORCED, ids=named)
+def test_each_method_of_each_rule(rule, build, t, x64):
+    problem = build(Draw(t), t)
+    grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
+    plan = grads.form.plan
+    (part,) = plan.parts
+    assert rule in {use.rule for use in part.uses} and part.shape is not None and not plan.whole_leaves
+    norms = oracle.answers(blocks, blocks, WEIGHTS, 1.0, problem.params)["norms"]
+    for method in ("pairs", "block"):
+        forced = dataclasses.replace(plan, parts=(dataclasses.replace(part, method=method),))
+        held = dataclasses.replace(grads, form=dataclasses.replace(grads.form, plan=forced))
+        oracle.assert_close(jgd.norms(held), norms, 1e-9, what=method)
+        clipped = oracle.answers(blocks, blocks, WEIGHTS, 0.7 * norms.mean(), problem.params)["clipped_sum"]
+        oracle.assert_close(jgd.clipped_sum(held, 0.7 * norms.mean()), clipped, 1e-9, what=method)
+    oracle.assert_close(jgd.gram(grads), oracle.matrix(blocks) @ oracle.matrix(blocks).T, 1e-9)
+
+
+def test_the_planner_takes_either_method(x64):
+    """Pairs where there are few positions, the block where there are many."""
+    methods = [gradients(dense(Draw(0), t)).form.plan.parts[0].method for t in (1, 40)]
+    assert methods == ["pairs", "block"]
+
+
+# Tiles
+
+
+@jax.custom_vjp
+def cubed(x, w):
+    return x * w
+
+
+def _cubed_bwd(kept, ct):
+    x, w = kept
+    return ct**3 * w, jnp.sum(jnp.sin(ct * x).reshape(-1, *w.shape), 0)
+
+
+cubed.defvjp(lambda x, w: (x * w, (x, w)), _cubed_bwd)
+
+
+def of_every_kind(draw):
+    """A leaf for each way in which the engine takes a gradient."""
+
+    def loss(p, x, ix):
+        h = jnp.tanh(x @ p["dense"]) + jnp.tanh(p["table"][ix])
+        h = h * p["opaque"] + h @ (p["whole"] / jnp.linalg.norm(p["whole"]))
+        h = lax.conv_general_dilated(
+            h[None], p["kernel"], (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )[0]
+        return jnp.sum(cubed(jnp.sin(h), p["custom"]))
+
+    params = {
+        "dense": draw(4, 3), "table": draw(6, 3), "opaque": draw(3),
+        "whole": draw(3, 3), "kernel": draw(2, 3, 3), "custom": draw(3),
+    }  # fmt: skip
+    return made(loss, params, draw(B, 3, 4), draw.integers(6, B, 3))
+
+
+def every_reduction(grads, arguments):
+    return {
+        "materialize": jgd.materialize(grads),
+        "sum": jgd.sum(grads),
+        "weighted_sum": jgd.sum(grads, arguments["weights"]),
+        "leaf_norms": jgd.norms(grads, per_leaf=True),
+        "dot": jgd.dot(grads, arguments["direction"]),
+        "gram": jgd.gram(grads),
+        "clipped_sum": jgd.clipped_sum(grads, arguments["max_norm"]),
+        "weighted_second_moment": jgd.second_moment(grads, arguments["weights"]),
+        "weighted_variance": jgd.variance(grads, arguments["weights"]),
+    }
+
+
+@pytest.fixture
+def forget():
+    """What is compiled for one size of tile is not for another."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+def tiled_answers(monkeypatch, tile=None, elements=None):
+    if elements is not None:
+        monkeypatch.setattr(factored, "TILE", elements)
+    if tile is not None:
+        monkeypatch.setattr(factored, "_tile", lambda size, elements: min(tile, size))
+    problem = of_every_kind(Draw(0))
+    blocks = oracle.vmap_of_grad(problem)
+    direction = jax.tree.map(lambda x: Draw(1)(*x.shape), problem.params)
+    arguments = {"weights": WEIGHTS, "max_norm": 1.0, "direction": direction}
+    want = oracle.answers(blocks, blocks, **arguments)
+    grads = gradients(problem)
+    got = jax.jit(every_reduction)(grads, arguments)
+    for quantity in got:
+        oracle.assert_close(got[quantity], want[quantity], 1e-9, what=quantity)
+    return grads.form.plan
+
+
+@pytest.mark.parametrize("tile", [1, 2, 3, 4])
+def test_tiles_of_every_number_of_examples(tile, monkeypatch, forget, x64):
+    plan = tiled_answers(monkeypatch, tile=tile)
+    rules = {use.rule for part in plan.parts for use in part.uses}
+    assert rules >= {"dot_general", "convolution", "lookup", "opaque"}
+    assert len(plan.whole_leaves) == 1 and len(plan.backward_only) == 1
+
+
+@pytest.mark.parametrize("elements", [1, 40, 100])
+def test_tiles_of_every_number_of_elements(elements, monkeypatch, forget, x64):
+    tiled_answers(monkeypatch, elements=elements)
+
+
+@pytest.mark.parametrize("size", range(1, 14))
+@pytest.mark.parametrize("elements", [0, 1, 30, 1000])
+def test_a_tile_fits_and_divides_where_a_divisor_is_near(size, elements, monkeypatch):
+    monkeypatch.setattr(factored, "TILE", 100)
+    tile = factored._tile(size, elements)
+    most = max(1, min(size, 100 // max(elements, 1)))
+    assert most // 2 < tile <= most or tile == most == 1
+    assert size % tile == 0 or all(size % k for k in range(most // 2 + 1, most + 1))
+
+
+# Views
+
+
+def chain(rng, shape):
+    """A random path of rearrangements, as a function of an array of this shape."""
+    steps = []
+    for _ in range(rng.integers(1, 6)):
+        step = rearrangement(rng, shape)
+        shape = jax.eval_shape(step, jax.ShapeDtypeStruct(shape, jnp.float32)).shape
+        if math.prod(shape) > 200:
+            break
+        steps.append(step)
+    return lambda x: functools.reduce(lambda x, step: step(x), steps, x)
+
+
+def rearrangement(rng, shape):
+    n, size = len(shape), math.prod(shape)
+    kind = rng.choice(["transpose", "reshape", "slice", "rev", "squeeze", "broadcast", "split", "cast"])
+    if kind == "transpose":
+        order = rng.permutation(n).tolist()
+        return lambda x: lax.transpose(x, order)
+    if kind == "reshape":
+        first = int(rng.choice([d for d in range(1, size + 1) if size % d == 0]))
+        return lambda x: lax.reshape(x, (first, size // first))
+    if kind == "slice" and n:
+        starts = [int(rng.integers(s)) for s in shape]
+        limits = [int(rng.integers(a + 1, s + 1)) for a, s in zip(starts, shape, strict=True)]
+        strides = [int(rng.integers(1, 3)) for _ in shape]
+        return lambda x: lax.slice(x, starts, limits, strides)
+    if kind == "rev" and n:
+        axes = [int(i) for i in range(n) if rng.random() < 0.5]
+        return lambda x: lax.rev(x, axes)
+    if kind == "squeeze":
+        axes = [i - n * int(rng.random() < 0.5) for i in range(n) if shape[i] == 1]
+        return lambda x: lax.squeeze(x, axes)
+    if kind == "broadcast":
+        places = sorted(rng.choice(n + 1, size=n, replace=False).tolist())
+        to = [int(rng.integers(1, 3))] * (n + 1)
+        for place, length in zip(places, shape, strict=True):
+            to[place] = length if length > 1 or rng.random() < 0.5 else 2
+        return lambda x: lax.broadcast_in_dim(x, to, places)
+    if kind == "split" and n and shape[0] > 1:
+        cut = int(rng.integers(1, shape[0]))
+        which = int(rng.integers(2))
+        return lambda x: lax.split(x, (cut, shape[0] - cut))[which]
+    return lambda x: lax.convert_element_type(x, jnp.bfloat16).astype(jnp.float32)
+
+
+def elements(view: View) -> np.ndarray:
+    """Which element of the leaf each element of a view is."""
+    index = np.full(view.array.shape, view.offset)
+    for axis, (size, stride) in enumerate(zip(view.array.shape, view.array.strides, strict=True)):
+        index = index + (np.arange(size) * stride).reshape(
+            [-1 if i == axis else 1 for i in range(index.ndim)]
+        )
+    return index
+
+
+def followed(fun, shape):
+    """The view that `fun` makes of a leaf; None where there is none."""
+    jaxpr, _, _ = trace_jaxpr(fun, jax.ShapeDtypeStruct(shape, jnp.float32))
+    env = {jaxpr.invars[0]: views.whole(0, shape)}
+    for eqn in jaxpr.eqns:
+        view = env.get(eqn.invars[0])
+        env.update(zip(eqn.outvars, views.follow(eqn, view), strict=True))
+    return env[jaxpr.outvars[0]]
+
+
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(st.integers(0, 2**32 - 1))
+def test_a_view_says_which_elements_a_path_picks(seed):
+    rng = np.random.default_rng(seed)
+    shape = tuple(rng.integers(1, 5, size=rng.integers(0, 4)).tolist())
+    fun = chain(rng, shape)
+    view = followed(fun, shape)
+    hypothesis.assume(view is not None)  # a reshape may have to copy: that leaf is materialised
+    picked = fun(jnp.arange(math.prod(shape), dtype=jnp.float32).reshape(shape))
+    np.testing.assert_array_equal(elements(view), np.asarray(picked, int))
+    assert tuple(size for size, _ in view.axes) == picked.shape
+
+
+def test_a_reshape_that_copies_has_no_view():
+    assert followed(lambda x: lax.reshape(lax.transpose(x, (1, 0)), (6,)), (2, 3)) is None
+    assert followed(lambda x: lax.reshape(lax.transpose(x, (1, 0)), (3, 2, 1)), (2, 3)) is not None
+    assert followed(lambda x: x * 2.0, (2, 3)) is None
+
+
+def test_a_step_of_a_loop_is_one_slice_of_the_leaf():
+    flipped = followed(lambda x: lax.rev(lax.transpose(x, (1, 0)), (0,)), (2, 3))
+    step = views.step_of(views.step_of(flipped, loop=4), loop=5)
+    whole = np.arange(6).reshape(2, 3).T[::-1]
+    np.testing.assert_array_equal(elements(step), whole.T)  # the inner loop leads
+    assert step.loops == (5, 4) and step.axes == ()
+    assert (step.loop_axis(4), step.loop_axis(5), step.loop_axis(6)) == ((3, -1), (2, 3), None)
+
+
+AXES = st.lists(st.tuples(st.integers(1, 4), st.integers(-6, 6)), max_size=3)
+
+
+@hypothesis.settings(max_examples=200)
+@hypothesis.given(AXES, AXES, st.integers(0, 40), st.integers(0, 40))
+def test_overlap_is_that_of_the_sets_of_elements(a, b, start, other):
+    # An address below the leaf's first element is nobody's: both are moved up by as much.
+    sets = []
+    for offset, axes in ((start + 80, a), (other + 80, b)):
+        places = {offset}
+        for size, stride in axes:
+            places = {place + k * stride for place in places for k in range(size)}
+        sets.append(places)
+    assert overlap((start + 80, a), (other + 80, b)) == bool(sets[0] & sets[1])
+
+
+# What is compiled
+
+
+def _matrix(rng, *shape):
+    return jnp.asarray(rng.normal(size=shape) / shape[0] ** 0.5, jnp.float32)
+
+
+def mlp(rng, size=16):
+    def loss(p, x, y):
+        return -jax.nn.log_softmax(jax.nn.relu(jax.nn.relu(x @ p[0]) @ p[1]) @ p[2])[y]
+
+    params = [_matrix(rng, 40, 64), _matrix(rng, 64, 48), _matrix(rng, 48, 10)]
+    return loss, params, (_matrix(rng, size, 40), jnp.asarray(rng.integers(10, size=size)))
+
+
+def transformer(rng, size=16, d=32, t=3):
+    def loss(p, tokens):
+        x = p["table"][tokens[:-1]]
+        for q, k, v, out, up, down in p["layers"]:
+            h = jax.nn.standardize(x)
+            x = x + jax.nn.softmax((h @ q) @ (h @ k).T) @ (h @ v) @ out
+            x = x + jax.nn.gelu(jax.nn.standardize(x) @ up) @ down
+        return -jnp.mean(jax.nn.log_softmax(x @ p["table"].T)[jnp.arange(t), tokens[1:]])
+
+    shapes = [(d, d)] * 4 + [(d, 4 * d), (4 * d, d)]
+    params = {"table": _matrix(rng, 40, d), "layers": [[_matrix(rng, *s) for s in shapes] for _ in range(1)]}
+    return loss, params, (jnp.asarray(rng.integers(40, size=(size, t + 1))),)
+
+
+def gru(rng, size=16, d=32, t=4):
+    def loss(p, xs):
+        def step(h, x):
+            r, z = jnp.split(jax.nn.sigmoid(x @ p["gates_x"] + h @ p["gates_h"]), 2)
+            return z * h + (1 - z) * jnp.tanh(x @ p["x"] + (r * h) @ p["h"]), None
+
+        return jnp.sum(lax.scan(step, jnp.zeros(d), xs)[0] ** 2)
+
+    params = {
+        "gates_x": _matrix(rng, d, 2 * d), "gates_h": _matrix(rng, d, 2 * d),
+        "x": _matrix(rng, d, d), "h": _matrix(rng, d, d),
+    }  # fmt: skip
+    return loss, params, (_matrix(rng, size, t, d),)
+
+
+def embedding(rng, size=16):
+    def loss(p, ix, y):
+        return -jax.nn.log_softmax(jnp.mean(p["table"][ix], 0) @ p["head"])[y]
+
+    params = {"table": _matrix(rng, 500, 16), "head": _matrix(rng, 16, 40)}
+    batch = jnp.asarray(rng.integers(500, size=(size, 6))), jnp.asarray(rng.integers(40, size=size))
+    return loss, params, batch
+
+
+def norms_and_clipped_sum(loss, strategy):
+    def both(params, *batch):
+        grads = jgd.per_example_grad(loss, strategy=strategy)(params, *batch)
+        return jgd.norms(grads), jgd.clipped_sum(grads, 1.0)
+
+    return both
+
+
+def largest_array(fun, *args):
+    """The elements of the largest array in the compiled program."""
+    text = jax.jit(fun).lower(*args).compile().as_text()
+    shapes = re.findall(r"\b(?:f|bf|s|u|pred)\d*\[([\d,]*)\]", text)
+    return max(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
+
+
+@pytest.mark.parametrize("model", [mlp, transformer, gru, embedding])
+def test_no_program_holds_a_block_of_all_examples_gradients(model):
+    loss, params, batch = model(np.random.default_rng(0))
+    size = batch[0].shape[0]
+    plan = jgd.per_example_grad(loss, strategy="factored")(params, *batch).form.plan
+    assert {part.method for part in plan.parts} == {"pairs"} and not plan.whole_leaves
+    smallest = size * min(leaf.size for leaf in jax.tree.leaves(params))
+    largest = max(leaf.size for leaf in jax.tree.leaves(params))
+    assert smallest > largest  # or the parameters themselves would be taken for a block
+    assert largest_array(norms_and_clipped_sum(loss, "factored"), params, *batch) < smallest
+    # The measure sees a block where there is one.
+    assert largest_array(norms_and_clipped_sum(loss, "materialized"), params, *batch) >= size * largest
+
+
+def flops(fun, *args):
+    return jax.jit(fun).lower(*args).compile().cost_analysis()["flops"]
+
+
+@pytest.mark.parametrize("model", [mlp, transformer, gru])
+def test_several_reductions_share_one_forward_and_one_backward_pass(model):
+    loss, params, batch = model(np.random.default_rng(0))
+    questions = {
+        "norms": jgd.norms,
+        "clipped_sum": lambda grads: jgd.clipped_sum(grads, 1.0),
+        "noise_scale": jgd.noise_scale,
+    }
+    ask = lambda names: (
+        lambda params, *batch: [
+            questions[name](jgd.per_example_grad(loss, strategy="factored")(params, *batch)) for name in names
+        ]
+    )
+    apart = {name: flops(ask([name]), params, *batch) for name in questions}
+    together = flops(ask(list(questions)), params, *batch)
+    # Norms cost little but the pass. What the others add to it is a sum each, and that alone is added.
+    added = sum(apart[name] - apart["norms"] for name in ("clipped_sum", "noise_scale"))
+    assert together < 1.01 * (apart["norms"] + added)
+    assert together < 0.75 * sum(apart.values())
+
+
+# Numbers that JAX takes care to keep
+
+
+def test_minus_zero_stays_minus_zero(x64):
+    def loss(p, x):
+        h = x * p["scale"] + p["shift"]
+        return jnp.sum(jnp.where(jnp.signbit(h), 2.0 * h + 1.0, 3.0 * h + 5.0))
+
+    params = {"scale": jnp.array([-1.0, 1.0]), "shift": jnp.array([-0.0, -0.0])}
+    problem = made(loss, params, np.array([[0.0, -0.0], [1.0, -2.0], [-3.0, 0.0]]))
+    grads = gradients(problem)
+    np.testing.assert_array_equal(grads.values, jax.vmap(loss, (None, 0))(params, *problem.batch))
+    np.testing.assert_array_equal(grads.values[0], 2.0)
+    oracle.assert_close(jgd.materialize(grads), oracle.vmap_of_grad(problem), 1e-15)
+
+
+def test_relu_has_no_slope_at_zero(x64):
+    loss = lambda p, x: jnp.sum(jax.nn.relu(x @ p["w"] + p["b"]))
+    problem = made(loss, {"w": np.ones((2, 3)), "b": np.zeros(3)}, np.array([[1.0, -1.0], [0.0, 0.0]]))
+    grads = gradients(problem)
+    for reduced in (jgd.materialize(grads), jgd.norms(grads), jgd.sum(grads), jgd.gram(grads)):
+        assert all(np.all(np.asarray(x) == 0) for x in jax.tree.leaves(reduced))
+
+
+@pytest.mark.parametrize("inside", ["plain", "scan", "checkpoint", "cond"])
+def test_a_custom_vjp_whose_backward_is_not_linear(inside, x64):
+    def loss(p, x):
+        if inside == "scan":
+            return jnp.sum(jnp.sin(lax.scan(lambda h, x: (cubed(h + x, p), None), x[0], x)[0]))
+        body = lambda x: cubed(jnp.sin(x), p)
+        if inside == "checkpoint":
+            body = jax.checkpoint(body)
+        if inside == "cond":
+            return jnp.sum(jnp.sin(lax.cond(x[0, 0] > 0, body, lambda x: x * p, x)))
+        return jnp.sum(jnp.sin(body(x)) * jnp.arange(1.0, 4))
+
+    draw = Draw(3)
+    problem = made(loss, draw(3), draw(B, 2, 3))
+    blocks = oracle.vmap_of_grad(problem)
+    arguments = {"weights": WEIGHTS, "max_norm": 0.5, "direction": draw(3)}
+    want = oracle.answers(blocks, blocks, **arguments)
+    for quantity, got in jax.jit(every_reduction)(gradients(problem), arguments).items():
+        oracle.assert_close(got, want[quantity], 1e-9, what=quantity)
+
+
+# Branches: one that was not taken has no part, whatever its derivative would be
+
+
+def singular(p, x):
+    """Fine above 0 alone."""
+    return jnp.sum(p["opaque"] / x + jnp.log(x) ** p["power"] + jnp.sqrt(x) * p["power"])
+
+
+def in_a_cond(p, x):
+    return lax.cond(jnp.all(x > 1), lambda x: singular(p, x), lambda x: jnp.sum(jnp.sin(x * p["opaque"])), x)
+
+
+def in_a_scan(p, x):
+    step = lambda h, x: (h + in_a_cond(p, x[None]), None)
+    return lax.scan(step, 0.0, x)[0]
+
+
+def of_missing_data(p, x):
+    """An example may hold nan, which its branch does not look at."""
+    known = lambda x: jnp.sum(jnp.tanh(x @ p["matrix"])) + jnp.sum(x * p["opaque"])
+    return lax.cond(jnp.all(x > 1), known, lambda x: jnp.sum(jnp.sin(p["opaque"])), x)
+
+
+@pytest.mark.parametrize("loss", [in_a_cond, in_a_scan, of_missing_data])
+def test_a_branch_not_taken_has_no_part(loss, x64):
+    params = {"opaque": np.array([0.7]), "power": np.array([2.5]), "matrix": np.ones((3, 2))}
+    x = np.array([[1.5, 2.0, 3.0], [-1.0, -2.0, 0.0], [2.0, 0.0, 1.5], [np.nan, 1.0, 1.0], [4.0, 1.1, 1.2]])
+    problem = made(loss, params, x if loss is of_missing_data else np.nan_to_num(x))
+    blocks = oracle.vmap_of_grad(problem)
+    assert all(np.all(np.isfinite(x)) for x in jax.tree.leaves(blocks))
+    arguments = {"weights": WEIGHTS, "max_norm": 1.0, "direction": jax.tree.map(np.ones_like, params)}
+    want = oracle.answers(blocks, blocks, **arguments)
+    for quantity, got in jax.jit(every_reduction)(gradients(problem), arguments).items():
+        oracle.assert_close(got, want[quantity], 1e-9, what=quantity)
+
+
+# The second call
+
+
+def test_the_second_call_traces_nothing(x64):
+    calls = []
+
+    def loss(p, x):
+        calls.append(None)
+        return jnp.sum(jnp.sin(x @ p))
+
+    draw = Draw(0)
+    params, batch = jnp.asarray(draw(4, 3)), [jnp.asarray(draw(B, 2, 4)) for _ in range(2)]
+    weights = jnp.asarray(WEIGHTS)
+
+    def ask(x):
+        grads = jgd.per_example_grad(loss, strategy="factored")(params, x)
+        return (
+            jgd.norms(grads), jgd.clipped_sum(grads, 1.0), jgd.gram(grads), jgd.sum(grads, weights),
+            jgd.dot(grads, params), jgd.variance(grads), jgd.noise_scale(grads),
+        )  # fmt: skip
+
+    first = ask(batch[0])
+    number = len(calls)
+    with jax.no_tracing(True):
+        ask(batch[1])
+        again = ask(batch[0])
+    assert len(calls) == number
+    for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
+        np.testing.assert_array_equal(a, b)
