@@ -143,7 +143,7 @@ class Writer:
         shape = tuple(self.pick([2, 3, 4]) for _ in range(self.int(1, 3)))
         start = shape
         self.say(f"x{list(shape)}")
-        run, shape = self.chain(shape, self.int(2, 5))
+        run, shape = self.chain(shape, self.int(2, 4))
         head = self.pick(["sin", "square", "logsumexp", "product"])
         penalty, unused = self.chance(0.1), self.chance(0.1)
         if not self.leaves or unused:
