@@ -84,7 +84,7 @@ def _aval_key(x: Any) -> tuple[Any, ...]:
 # What changes a trace, of all that JAX can be told.
 _CONFIG = (
     "jax_enable_x64", "jax_disable_jit", "jax_default_matmul_precision", "jax_numpy_dtype_promotion",
-    "jax_numpy_rank_promotion", "jax_default_prng_impl",
+    "jax_default_prng_impl",
 )  # fmt: skip
 _SHAPES_KEPT = 64
 _LOSSES_KEPT = 64
