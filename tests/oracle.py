@@ -44,8 +44,7 @@ def answers(blocks: Any, other: Any, weights: np.ndarray, max_norm: float, direc
     rows, others = matrix(blocks), matrix(other)
     norms = np.linalg.norm(rows, axis=1)
     share = weights / weights.sum()
-    clip = weights * np.minimum(1, max_norm / np.maximum(norms, np.finfo(float).tiny))
-    unclipped = np.minimum(1, max_norm / np.maximum(norms, np.finfo(float).tiny))
+    unit = np.where(norms > max_norm, max_norm / np.where(norms > max_norm, norms, 1), 1)
     trace = rows.var(axis=0, ddof=1).sum()
     signal = np.sum(rows.mean(axis=0) ** 2) - trace / len(rows)
     return {
@@ -59,8 +58,8 @@ def answers(blocks: Any, other: Any, weights: np.ndarray, max_norm: float, direc
         "dot": rows @ matrix(jax.tree.map(lambda x: x[None], direction))[0],
         "gram": rows @ rows.T,
         "cross_gram": rows @ others.T,
-        "clipped_sum": weighted(unclipped, blocks),
-        "weighted_clipped_sum": weighted(clip, blocks),
+        "clipped_sum": weighted(unit, blocks),
+        "weighted_clipped_sum": weighted(weights * unit, blocks),
         "second_moment": jax.tree.map(lambda x: np.mean(x**2, axis=0), blocks),
         "weighted_second_moment": weighted(share, jax.tree.map(np.square, blocks)),
         "variance": jax.tree.map(lambda x: np.var(x, axis=0, ddof=1), blocks),

@@ -147,6 +147,23 @@ def test_the_planner_takes_either_method(x64):
     assert methods == ["pairs", "block"]
 
 
+@pytest.mark.parametrize("weights", [np.ones(B), WEIGHTS])
+@pytest.mark.parametrize("broken", [None, 1, 3])
+def test_blocks_that_were_kept_for_the_clipped_sum(broken, weights, x64):
+    """Of an example without weight, or without a finite norm, nothing is left in the sum."""
+    problem = dense(Draw(0), 40)
+    (x, *rest) = problem.batch
+    if broken is not None:
+        problem = dataclasses.replace(problem, batch=(x.at[broken, 2].set(jnp.nan), *rest))
+    grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
+    assert grads.form.plan.kept == {part.leaf for part in grads.form.plan.parts}
+    present = [i for i in range(B) if i != broken]
+    held = jax.tree.map(lambda g: g[present], blocks)
+    bound = 0.7 * np.linalg.norm(oracle.matrix(held), axis=1).mean()
+    want = oracle.answers(held, held, weights[present], bound, problem.params)["weighted_clipped_sum"]
+    oracle.assert_close(jgd.clipped_sum(grads, bound, weights=weights), want, 1e-9)
+
+
 # Tiles
 
 

@@ -49,8 +49,11 @@ class Materialized:
         """The blocks themselves."""
         return self.blocks
 
-    def weighted_sum(self, weights: jax.Array | None, *, keep_wide: bool = False) -> list[jax.Array]:
+    def weighted_sum(
+        self, weights: jax.Array | None, *, keep_wide: bool = False, after_norms: bool = False
+    ) -> list[jax.Array]:
         """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'."""
+        del after_norms  # the gradients are there either way
         if weights is None:
             sums = [jnp.sum(b, axis=0, dtype=accumulator(b.dtype)) for b in self.blocks]
         else:

@@ -55,7 +55,8 @@ def custom_jvp_that_differs(draw):
 
 @jax.custom_vjp
 def _straight_through(x, scale):
-    return jnp.round(x * 4.0) * scale
+    # Ranks are made equal: JAX traces these functions when it differentiates, under the settings of that moment.
+    return jnp.round(x * 4.0) * jnp.broadcast_to(scale, x.shape)
 
 
 def _straight_through_forward(x, scale):
@@ -64,7 +65,8 @@ def _straight_through_forward(x, scale):
 
 def _straight_through_backward(residuals, cotangent):
     x, scale = residuals
-    return cotangent * scale, jnp.sum(cotangent * x, axis=-2 if x.ndim > 1 else ()) * 7.0
+    passed = cotangent * jnp.broadcast_to(scale, x.shape)
+    return passed, jnp.sum(cotangent * x, axis=-2 if x.ndim > 1 else ()) * 7.0
 
 
 _straight_through.defvjp(_straight_through_forward, _straight_through_backward)

@@ -61,10 +61,20 @@ class Factored:
         """g_i, every leaf with a leading axis B."""
         return self._each(lambda one: self._gradient(one, self._all))
 
-    def weighted_sum(self, weights: jax.Array | None, *, keep_wide: bool = False) -> list[jax.Array]:
-        """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'."""
+    def weighted_sum(
+        self, weights: jax.Array | None, *, keep_wide: bool = False, after_norms: bool = False
+    ) -> list[jax.Array]:
+        """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'.
+
+        `after_norms`: the norms were asked for in the same program, so what they built can be used again.
+        """
         examples = self.examples if weights is None else self._weighted(weights)
-        sums = {leaf: self._direct_sum(leaf, examples) for leaf in self.plan.direct}
+        sums: dict[int, jax.Array] = {}
+        if after_norms and weights is not None:
+            sums = {leaf: self._kept_sum(leaf, weights) for leaf in self.plan.kept}
+        for leaf in self.plan.direct:
+            if leaf not in sums:
+                sums[leaf] = self._direct_sum(leaf, examples)
         # A custom derivative need not be linear in what it is given: it gets each example's own.
         apart = sorted(self.plan.backward_only)
         ones = jnp.ones(self.size) if weights is None else weights
@@ -76,6 +86,20 @@ class Factored:
             for leaf in self.plan.guarded:
                 sums[leaf] = jnp.where(jnp.any(weights != 0), sums[leaf], 0)
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
+
+    def _kept_sum(self, leaf: int, weights: jax.Array) -> jax.Array:
+        """Σ w_i g_i of one leaf, from the blocks that its norms were taken of."""
+        total = None
+        for part in self.plan.parts:
+            if part.leaf == leaf:
+                flat = moments.of_blocks(self._blocks(part), weights)
+                total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
+        assert total is not None
+        return total
+
+    def _blocks(self, part: Part) -> jax.Array:
+        """The examples' gradients in one part: `(B, part)`."""
+        return self._each(lambda one: self._part_gradient(one, part))
 
     def _direct_sum(self, leaf: int, examples: Example) -> jax.Array:
         """Σ g_i of one leaf, by one product for each use, the examples among its positions."""
@@ -153,10 +177,14 @@ class Factored:
         """‖g_i‖² of each leaf."""
         totals = [jnp.zeros(self.size, jnp.float32) for _ in self.like]
         for part in self.plan.parts:
-            square = lambda one, part=part: part.square(part_data(self.plan, self.model, one, part))
-            totals[part.leaf] = totals[part.leaf] + self._tiled(part.cost.numbers, square)
+            if part.leaf in self.plan.kept:
+                squares = jax.vmap(factors.sum_squares)(self._blocks(part))
+            else:
+                square = lambda one, part=part: part.square(part_data(self.plan, self.model, one, part))
+                squares = self._tiled(part.cost.numbers, square)
+            totals[part.leaf] = totals[part.leaf] + squares
         for leaf in sorted(self.plan.whole_leaves):
-            block = lambda one, leaf=leaf: _sum_squares(self._gradient(one, [leaf])[0])
+            block = lambda one, leaf=leaf: factors.sum_squares(self._gradient(one, [leaf])[0])
             totals[leaf] = totals[leaf] + self._tiled(self.like[leaf].size, block)
         return totals
 
@@ -308,10 +336,6 @@ def _tile(size: int, elements: int) -> int:
     """How many examples to take at once; a divisor of their number where one is near."""
     most = max(1, min(size, TILE // max(elements, 1)))
     return next((k for k in range(most, most // 2, -1) if size % k == 0), most)
-
-
-def _sum_squares(x: jax.Array) -> jax.Array:
-    return jnp.sum(jnp.square(x.astype(accumulator(x.dtype))))
 
 
 def _block_gram(ours: jax.Array, theirs: jax.Array) -> jax.Array:

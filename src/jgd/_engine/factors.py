@@ -135,6 +135,11 @@ def add(arrays: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(lambda total, x: total.astype(wide(total)) + x, arrays)
 
 
+def sum_squares(x: jax.Array) -> jax.Array:
+    """Σ x², in at least float32."""
+    return jnp.sum(jnp.square(x.astype(wide(x))))
+
+
 def concatenate(factors: Sequence[Any]) -> Factor:
     """The sum of factors of one kind and shape, as one: positions add up."""
     first: Any = factors[0]

@@ -1,10 +1,20 @@
-"""Σ w_i (g_i − c)², straight from a batch of factors: for outer products, and for rows that were looked up."""
+"""Σ w_i g_i and Σ w_i (g_i − c)² of a part, straight from a batch of its blocks or factors."""
 
 import jax
 import jax.numpy as jnp
 
 from jgd._engine.factors import Outer, Rows, contract, wide
 from jgd._materialized import mask_rows, scale_rows
+
+
+def of_blocks(blocks: jax.Array, weights: jax.Array) -> jax.Array:
+    """Σ w_i g_i of `(B, size)` gradients, as one product where all is finite.
+
+    A product with 0 lets a nan through: then the rows of weight 0 are silenced first, which costs a copy.
+    """
+    total = contract("i,is->s", weights, blocks)
+    masked = lambda: contract("i,is->s", weights, mask_rows(weights != 0, blocks))
+    return jax.lax.cond(jnp.all(jnp.isfinite(total)), lambda: total, masked)
 
 
 def of_outer(made: Outer, weights: jax.Array) -> jax.Array:

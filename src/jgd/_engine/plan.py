@@ -24,6 +24,9 @@ Method = Literal["pairs", "block"]
 # Gradients of this many numbers in all are held as they are: less than one tile, and quicker to compile.
 MATERIALIZED_BELOW = 1 << 13
 
+# How many times larger than its factors a block may be and still be kept for the clipped sum.
+_KEPT = 2
+
 
 @dataclass(frozen=True, eq=False)
 class Part:
@@ -118,6 +121,13 @@ class Part:
             )
         return total
 
+    @property
+    def kept(self) -> bool:
+        """Whether the block is so little larger than the factors that it may stay until the norms are known."""
+        products = {use.rule for use in self.uses} <= {"dot_general", "convolution"}
+        sides = sum(use.sizes.n * use.sizes.t * (use.sizes.p + use.sizes.q) for use in self.uses)
+        return products and self.method == "block" and self.size <= _KEPT * sides
+
     def gradient(self, data: dict[int, SiteData]) -> jax.Array:
         """One example's gradient in this part, flat, in the order of the leaf's memory."""
         return factors.add([use.gradient(data[id(use.site)]) for use in self.uses])
@@ -135,6 +145,7 @@ class Plan:
     # forward derivative, and those without rule in a `cond`, whose other branch may have no derivative.
     backward_only: frozenset[int]
     direct: tuple[int, ...]  # leaves all of whose uses can sum over a batch by themselves
+    kept: frozenset[int]  # leaves whose blocks, built for the norms, also make the clipped sum
     guarded: frozenset[int]  # leaves with a site that may have no derivative where its data is 0
 
 
@@ -173,9 +184,17 @@ def plan_of(program: Program) -> Plan:
     indirect = {part.leaf for part in parts for use in part.uses if use.batch_block is None}
     guarded = whole_leaves | {part.leaf for part in parts for use in part.uses if use.rule == "opaque"}
     backward_only = _backward_only(region) | (guarded & _branched(region))
+    kept = frozenset(met - backward_only - {part.leaf for part in parts if not part.kept})
     direct = tuple(sorted(met - indirect - backward_only))
     return Plan(
-        program, region, tuple(parts), frozenset(whole_leaves), backward_only, direct, frozenset(guarded)
+        program,
+        region,
+        tuple(parts),
+        frozenset(whole_leaves),
+        backward_only,
+        direct,
+        kept,
+        frozenset(guarded),
     )
 
 
@@ -201,10 +220,11 @@ def _backward_only(region: Region) -> frozenset[int]:
 
 
 def _branched(region: Region) -> frozenset[int]:
-    nested = [op for op in region.ops if isinstance(op, Nested)]
-    return frozenset().union(
-        *(op.leaves if len(op.regions) > 1 else _branched(op.regions[0]) for op in nested)
-    )
+    leaves: frozenset[int] = frozenset()
+    for op in region.ops:
+        if isinstance(op, Nested):
+            leaves = leaves.union(op.leaves if len(op.regions) > 1 else _branched(*op.regions))
+    return leaves
 
 
 def _parts(leaf: int, uses: Sequence[Use]) -> list[Part] | None:

@@ -122,7 +122,7 @@ def _clipped_sum(form, max_norm, weights):
     factor = jnp.where(jnp.isfinite(norm), factor, 0)
     if weights is not None:
         factor = jnp.where(weights != 0, factor * weights, 0)
-    return form.weighted_sum(factor)
+    return form.weighted_sum(factor, after_norms=True)
 
 
 @jax.jit
