@@ -3,6 +3,7 @@
 Nothing of jgd is imported here.
 """
 
+import functools
 from typing import Any
 
 import jax
@@ -19,11 +20,17 @@ def vmap_of_grad(problem: Problem) -> Any:
 
 def loop_of_value_and_grad(problem: Problem) -> Any:
     """`((losses, aux), gradients)`, one example after the other; aux is None without `has_aux`."""
-    step = jax.jit(jax.value_and_grad(problem.loss, has_aux=problem.has_aux))
+    step = _step(problem.loss, problem.has_aux)
     outs = [step(problem.params, *_example(problem, i)) for i in range(B)]
     if not problem.has_aux:
         outs = [((value, None), grad) for value, grad in outs]
     return jax.tree.map(lambda *x: np.stack(x), *outs)
+
+
+@functools.lru_cache(maxsize=1)
+def _step(loss: Any, has_aux: bool) -> Any:
+    """Compiled once for the batches of one problem."""
+    return jax.jit(jax.value_and_grad(loss, has_aux=has_aux))
 
 
 def _example(problem: Problem, index: int) -> tuple[Any, ...]:

@@ -163,7 +163,11 @@ def _why(part: Part, use: Use) -> str:
     if part.method == "pairs" and part.positions == 1:
         return "one position: the norm of a product is the product of the norms"
     verb = "take" if part.method == "pairs" else "would take"
-    kept = "; the blocks stay, being little larger than the factors, and make the clipped sum" if part.kept else ""
+    kept = (
+        "; the blocks stay, being little larger than the factors, and make the clipped sum"
+        if part.kept
+        else ""
+    )
     return f"pairs of positions {verb} {_ratio(part)} the operations of the block{shared}{kept}"
 
 
