@@ -72,6 +72,11 @@ class Materialized:
         """‖g_i‖² of each leaf."""
         return [jnp.sum(jnp.square(_flat(b).astype(accumulator(b.dtype))), axis=1) for b in self.blocks]
 
+    def squared_sum(self) -> jax.Array:
+        """‖Σ g_i‖²."""
+        sums = self.weighted_sum(None, keep_wide=True)
+        return jnp.sum(jnp.stack([jnp.sum(jnp.square(x)) for x in sums]))
+
     def gram(self, other: Any) -> jax.Array:
         """⟨g_i, g'_j⟩, with gradients that are held in any form."""
         total = jnp.zeros((self.size, other.size), jnp.float32)
@@ -80,13 +85,26 @@ class Materialized:
             total = total + _flat(ours).astype(wide) @ _flat(theirs).astype(wide).T
         return total
 
-    def squared_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
-        """Σ w_i (g_i − c)², elementwise; `center` None is 0. Leaves in the accumulator's dtype."""
+    def self_gram(self) -> jax.Array:
+        """⟨g_i, g_j⟩."""
+        return self.gram(self)
+
+    def second_moments(self, weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i g_i², elementwise. Leaves in the accumulator's dtype."""
+        zero = [jnp.zeros(x.shape, accumulator(x.dtype)) for x in self.like]
+        return self._squares_around(zero, weights)
+
+    def spreads(self, weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulator's dtype."""
+        total = jnp.sum(weights)
+        mean = [x / total for x in self.weighted_sum(weights, keep_wide=True)]
+        return self._squares_around(mean, weights)
+
+    def _squares_around(self, center: Sequence[jax.Array], weights: jax.Array) -> list[jax.Array]:
         sums = []
-        for k, block in enumerate(self.blocks):
-            wide = block.astype(accumulator(block.dtype))
-            deviation = wide if center is None else wide - center[k].astype(wide.dtype)[None]
-            sums.append(jnp.sum(scale_rows(weights, jnp.square(mask_rows(weights != 0, deviation))), axis=0))
+        for block, c in zip(self.blocks, center, strict=True):
+            deviation = mask_rows(weights != 0, block.astype(c.dtype) - c[None])
+            sums.append(jnp.sum(scale_rows(weights, jnp.square(deviation)), axis=0))
         return sums
 
     def project(self, key: jax.Array, dim: int, numbers: Sequence[int] | None = None) -> jax.Array:

@@ -4,6 +4,7 @@ Linear questions replay the sites: one `vjp` with the examples inside, so that t
 `jvp`. Norms, Grams and moments go part by part, and build at most a tile of the examples' gradients.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors, moments
+from jgd._engine import factors, grams, lookups, moments
 from jgd._engine.examples import (
     Example,
     Leaves,
@@ -24,7 +25,7 @@ from jgd._engine.examples import (
     part_data,
     site_outputs,
 )  # fmt: skip
-from jgd._engine.factors import Factor, Outer
+from jgd._engine.factors import Factor
 from jgd._engine.plan import Part, Plan
 from jgd._materialized import Materialized, accumulator
 from jgd._random import directions
@@ -70,16 +71,15 @@ class Factored:
         """
         examples = self.examples if weights is None else self._weighted(weights)
         sums: dict[int, jax.Array] = {}
-        if after_norms and weights is not None:
+        if after_norms:
             sums = {leaf: self._kept_sum(leaf, weights) for leaf in self.plan.kept}
         for leaf in self.plan.direct:
             if leaf not in sums:
                 sums[leaf] = self._direct_sum(leaf, examples)
         # A custom derivative need not be linear in what it is given: it gets each example's own.
         apart = sorted(self.plan.backward_only)
-        ones = jnp.ones(self.size) if weights is None else weights
-        add = lambda blocks, w: blocks.weighted_sum(w, keep_wide=True)
-        sums.update(zip(apart, self._folded(apart, ones, add), strict=True))
+        if apart:
+            sums.update(zip(apart, self._apart_sum(apart, weights), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]
         sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         if weights is not None:
@@ -87,7 +87,7 @@ class Factored:
                 sums[leaf] = jnp.where(jnp.any(weights != 0), sums[leaf], 0)
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
 
-    def _kept_sum(self, leaf: int, weights: jax.Array) -> jax.Array:
+    def _kept_sum(self, leaf: int, weights: jax.Array | None) -> jax.Array:
         """Σ w_i g_i of one leaf, from the blocks that its norms were taken of."""
         total = None
         for part in self.plan.parts:
@@ -96,6 +96,17 @@ class Factored:
                 total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
         assert total is not None
         return total
+
+    def _apart_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
+        """Σ w_i g_i of some leaves, from the examples' gradients, a tile at a time."""
+
+        def of_tile(examples: Example, weights: jax.Array) -> list[jax.Array]:
+            blocks = self._each(lambda one: self._gradient(one, leaves), examples, weights.shape[0])
+            return Materialized(blocks).weighted_sum(weights, keep_wide=True)
+
+        ones = jnp.ones(self.size) if weights is None else weights
+        join = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]
+        return self._folded(sum(self.like[leaf].size for leaf in leaves), ones, of_tile, join)
 
     def _blocks(self, part: Part) -> jax.Array:
         """The examples' gradients in one part: `(B, part)`."""
@@ -188,57 +199,95 @@ class Factored:
             totals[leaf] = totals[leaf] + self._tiled(self.like[leaf].size, block)
         return totals
 
+    def squared_sum(self) -> jax.Array:
+        """‖Σ g_i‖²."""
+        short = frozenset(self._all) - self.plan.whole_leaves - self.plan.backward_only
+        short -= {part.leaf for part in self.plan.parts if not part.short_sum(self.size)}
+        total = jnp.zeros((), jnp.float32)
+        for part in self.plan.parts:
+            if part.leaf in short and part.shape is not None and part.looks_up:
+                (rows,) = self._each(lambda one, part=part: self._factors(one, part))
+                total = total + lookups.squared_sum(rows, part.shape.sizes()[1])
+            elif part.leaf in short:
+                data = batch_data(self.plan, self.model, self.examples, part)
+                total = total + factors.square(part.factors(data, batch=True))
+        sums = self.weighted_sum(None, keep_wide=True, after_norms=True)
+        return total + sum(factors.sum_squares(x) for leaf, x in enumerate(sums) if leaf not in short)
+
     def gram(self, other: Any) -> jax.Array:
         """⟨g_i, g'_j⟩."""
         if not isinstance(other, Factored) or other.plan is not self.plan:
             theirs = other if isinstance(other, Materialized) else Materialized(other.materialize())
             return Materialized(self.materialize()).gram(theirs)
-        total = jnp.zeros((self.size, other.size), jnp.float32)
+        return self._gram([self, other])
+
+    def self_gram(self) -> jax.Array:
+        """⟨g_i, g_j⟩, each pair once."""
+        return self._gram([self])
+
+    def _gram(self, forms: Sequence["Factored"]) -> jax.Array:
+        total = jnp.zeros((self.size, forms[-1].size), jnp.float32)
+        of_each = lambda fun: [form._each(functools.partial(fun, form)) for form in forms]
         for part in self.plan.parts:
-            if part.shape is not None:
-                made = (f._each(lambda one, f=f, part=part: f._factors(one, part)) for f in (self, other))
-                total = total + _factor_gram(*made)
+            if part.shape is None or part.leaf in self.plan.kept:
+                made = of_each(lambda form, one, part=part: form._part_gradient(one, part))
+                total = total + grams.of_blocks(made[0], *made[1:])
             else:
-                blocks = (
-                    f._each(lambda one, f=f, part=part: f._part_gradient(one, part)) for f in (self, other)
-                )
-                total = total + _block_gram(*blocks)
-        for leaf in sorted(self.plan.whole_leaves):
-            blocks = (f._each(lambda one, f=f, leaf=leaf: f._gradient(one, [leaf])[0]) for f in (self, other))
-            total = total + _block_gram(*blocks)
+                made = of_each(lambda form, one, part=part: form._factors(one, part))
+                total = total + grams.of_factors(made[0], *made[1:], rows=part.shape.sizes()[1])
+        for leaf in self.plan.whole_leaves:
+            made = of_each(lambda form, one, leaf=leaf: form._gradient(one, [leaf])[0].reshape(-1))
+            total = total + grams.of_blocks(made[0], *made[1:])
         return total
 
-    def squared_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
-        """Σ w_i (g_i − c)², elementwise; `center` None is 0. Leaves in the accumulator's dtype."""
-        sums: dict[int, jax.Array] = {}
-        for part in self.plan.parts:
-            block = self._direct_moment(part, weights, center)
-            if block is not None and part.shape is not None:
-                flat, like = part.shape.flatten(block), self.like[part.leaf]
-                sums[part.leaf] = factors.place(flat, part.offset, part.axes, like, None)
-        rest = [leaf for leaf in self._all if leaf not in sums]
-        chosen = None if center is None else [center[leaf] for leaf in rest]
-        tiled = self._folded(rest, weights, lambda blocks, w: blocks.squared_deviations(w, chosen))
-        sums.update(zip(rest, tiled, strict=True))
-        return [sums[leaf] for leaf in self._all]
+    def second_moments(self, weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i g_i², elementwise. Leaves in the accumulator's dtype."""
+        return self._moments(weights, centred=False)
 
-    def _direct_moment(
-        self, part: Part, weights: jax.Array, center: Sequence[jax.Array] | None
-    ) -> jax.Array | None:
-        """Σ w_i (g_i − c)² of a part that is a whole leaf, where its factors give it without the gradients."""
-        rules = {use.rule for use in part.uses}
-        if part.shape is None or part.size != self.like[part.leaf].size:
-            return None
-        if rules == {"lookup"}:
+    def spreads(self, weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulator's dtype."""
+        return self._moments(weights, centred=True)
+
+    def _moments(self, weights: jax.Array, *, centred: bool) -> list[jax.Array]:
+        totals: list[jax.Array | None] = [None] * len(self.like)
+        for part in self.plan.parts:
+            flat, like = self._part_moment(part, weights, centred=centred), self.like[part.leaf]
+            totals[part.leaf] = factors.place(flat, part.offset, part.axes, like, totals[part.leaf])
+        for leaf in self.plan.whole_leaves:
+            block = lambda one, leaf=leaf: self._gradient(one, [leaf])[0].reshape(-1)
+            flat = self._folded_moment(block, self.like[leaf].size, weights, centred=centred)
+            totals[leaf] = flat.reshape(self.like[leaf].shape)
+        unmet = lambda x: jnp.zeros(x.shape, accumulator(x.dtype))
+        return [unmet(x) if total is None else total for total, x in zip(totals, self.like, strict=True)]
+
+    def _part_moment(self, part: Part, weights: jax.Array, *, centred: bool) -> jax.Array:
+        """One part's moment, flat: from its factors where they give it, else from the gradients, a tile at a time."""
+        if part.shape is not None and part.looks_up:
             (rows,) = self._each(lambda one: self._factors(one, part))
-            around = None
-            if center is not None:
-                around = part.shape.unflatten(factors.pick(center[part.leaf], part.offset, part.axes))[0]
-            return moments.of_rows(rows, weights, around, part.shape.sizes()[1])[None]
-        if rules == {"dot_general"} and part.positions == 1 and center is None:
+            moment = lookups.spread if centred else lookups.second_moment
+            return part.shape.flatten(moment(rows, weights, part.shape.sizes()[1])[None])
+        if part.shape is not None and part.positions == 1 and part.uses[0].rule == "dot_general":
             (outer,) = self._each(lambda one: self._factors(one, part))
-            return moments.of_outer(outer, weights)
-        return None
+            if not centred:
+                return part.shape.flatten(moments.square_of_outer(outer, weights))
+            return part.shape.flatten(moments.spread_of_outer(outer, weights))
+        if part.leaf in self.plan.kept:
+            blocks = self._blocks(part)
+            return (
+                moments.spread_of(blocks, weights).square if centred else moments.square_of(blocks, weights)
+            )
+        block = lambda one: self._part_gradient(one, part)
+        return self._folded_moment(block, part.size, weights, centred=centred)
+
+    def _folded_moment(
+        self, block: Callable[[Example], jax.Array], size: int, weights: jax.Array, *, centred: bool
+    ) -> jax.Array:
+        each = lambda examples, w: self._each(block, examples, w.shape[0])
+        if not centred:
+            of_tile = lambda examples, w: moments.square_of(each(examples, w), w)
+            return self._folded(size, weights, of_tile, jnp.add)
+        of_tile = lambda examples, w: moments.spread_of(each(examples, w), w)
+        return self._folded(size, weights, of_tile, moments.joined).square
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
@@ -294,29 +343,25 @@ class Factored:
         return jnp.concatenate([made, rest])
 
     def _folded(
-        self, leaves: Leaves, weights: jax.Array, add: Callable[[Materialized, jax.Array], list[jax.Array]]
-    ) -> list[jax.Array]:
-        """Sums `add(gradients, weights)` over tiles of the examples."""
-        if not leaves:
-            return []
-        tile = _tile(self.size, sum(self.like[leaf].size for leaf in leaves))
-        gradients = lambda one: self._gradient(one, leaves)
+        self,
+        workspace: int,
+        weights: jax.Array,
+        of_tile: Callable[[Example, jax.Array], Any],
+        join: Callable[[Any, Any], Any],
+    ) -> Any:
+        """Joins what `of_tile` makes of some examples and their weights, over tiles as `_tiled` takes them."""
+        tile = _tile(self.size, workspace)
         if tile == self.size:
-            return add(Materialized(self._each(gradients)), weights)
+            return of_tile(self.examples, weights)
 
-        def of_tile(start: Any, size: int) -> list[jax.Array]:
-            blocks = self._each(gradients, self._slice(start, size), size)
-            return add(Materialized(blocks), jax.lax.dynamic_slice_in_dim(weights, start, size))
+        def of(start: Any, size: int) -> Any:
+            return of_tile(self._slice(start, size), jax.lax.dynamic_slice_in_dim(weights, start, size))
 
-        def step(totals: list[jax.Array], start: jax.Array) -> tuple[list[jax.Array], None]:
-            return [a + b for a, b in zip(totals, of_tile(start, tile), strict=True)], None
-
-        zero = [jnp.zeros(self.like[leaf].shape, accumulator(self.like[leaf].dtype)) for leaf in leaves]
+        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: of(0, tile)))
         whole = self.size - self.size % tile
-        totals = jax.lax.scan(step, zero, jnp.arange(0, whole, tile))[0]
-        if whole == self.size:
-            return totals
-        return [a + b for a, b in zip(totals, of_tile(whole, self.size - whole), strict=True)]
+        step = lambda total, start: (join(total, of(start, tile)), None)
+        total = jax.lax.scan(step, zero, jnp.arange(0, whole, tile))[0]
+        return total if whole == self.size else join(total, of(whole, self.size - whole))
 
     def _slice(self, start: Any, size: int) -> Example:
         """Some examples in a row, from where they lie."""
@@ -336,37 +381,3 @@ def _tile(size: int, elements: int) -> int:
     """How many examples to take at once; a divisor of their number where one is near."""
     most = max(1, min(size, TILE // max(elements, 1)))
     return next((k for k in range(most, most // 2, -1) if size % k == 0), most)
-
-
-def _block_gram(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-    return Materialized([ours]).gram(Materialized([theirs]))
-
-
-def _factor_gram(ours: list[Any], theirs: list[Any]) -> jax.Array:
-    if len(ours) > 1 or not isinstance(ours[0], Outer):
-        return jax.lax.map(lambda a: jax.vmap(lambda b: factors.inner_sum(a, b))(theirs), ours)
-    a, b = ours[0], theirs[0]
-    if a.left.shape[2] == 1 and b.left.shape[2] == 1:
-        rows = factors.contract("intp,jntp->nij", a.left, b.left)
-        return jnp.sum(rows * factors.contract("intq,jntq->nij", a.right, b.right), axis=0)
-    return _tiled_gram(a, b)
-
-
-def _tiled_gram(a: Outer, b: Outer) -> jax.Array:
-    """The Gram from a few columns of p at a time: of the gradients, no more is ever built."""
-    p = a.left.shape[3]
-    per_column = a.left.shape[0] * a.left.shape[1] * a.right.shape[3]
-    width = max(1, min(p, TILE // max(per_column, 1)))
-    width = next(k for k in range(width, 0, -1) if p % k == 0)
-    columns = [jnp.moveaxis(x.left.reshape(*x.left.shape[:3], p // width, width), 3, 0) for x in (a, b)]
-
-    def add(total: jax.Array, step: Any) -> tuple[jax.Array, None]:
-        blocks = [
-            factors.contract("intp,intq->inpq", left, x.right) for left, x in zip(step, (a, b), strict=True)
-        ]
-        return total + factors.contract("inpq,jnpq->ij", *blocks), None
-
-    start = jnp.zeros(
-        (a.left.shape[0], b.left.shape[0]), jnp.promote_types(factors.wide(a.left), factors.wide(a.right))
-    )
-    return jax.lax.scan(add, start, tuple(columns))[0]

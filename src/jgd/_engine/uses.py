@@ -27,8 +27,8 @@ class Use:
     `shape` says where n, p and q lie in the leaf; None where the gradient is not factored. `factor` makes the
     factors of one example; `block` its `(N, P, Q)` gradient, and `square` that gradient's squared norm, where there
     is a better way than the factors'.
-    `batch_block` makes the block of the examples' sum, from data with a batch axis behind the loops': folded into
-    the positions, it makes one large product of many.
+    `batch_factor` makes the factors of the examples' sum, from data with a batch axis behind the loops': folded
+    into the positions, it makes one large product of many.
     """
 
     rule: str
@@ -42,7 +42,7 @@ class Use:
     factor: Callable[[SiteData], Factor]
     block: Callable[[SiteData], jax.Array] | None = None
     square: Callable[[SiteData], jax.Array] | None = None
-    batch_block: Callable[[SiteData], jax.Array] | None = None
+    batch_factor: Callable[[SiteData], Factor] | None = None
 
     @property
     def needs_operand_grad(self) -> bool:
@@ -68,8 +68,8 @@ class Use:
 
     def batch_gradient(self, data: SiteData) -> jax.Array:
         """The gradients' sum over a batch in this part, flat, in the order of the leaf's memory."""
-        assert self.batch_block is not None and self.shape is not None
-        return self.shape.flatten(self.batch_block(data))
+        assert self.batch_factor is not None and self.shape is not None
+        return self.shape.flatten(block(self.batch_factor(data), self.shape))
 
 
 def opaque(site: Site, position: int, view: View) -> Use:

@@ -90,8 +90,9 @@ def _weighted_sum(form, weights):
 @jax.jit
 def _weighted_mean(form, weights):
     if weights is None:
-        weights = jnp.full(form.size, 1 / form.size)
-        return form.weighted_sum(weights)
+        # Not by weights of 1/B: the sum may be asked for beside the mean, and is then shared.
+        sums = form.weighted_sum(None, keep_wide=True)
+        return [(x / form.size).astype(like.dtype) for x, like in zip(sums, form.like, strict=True)]
     return form.weighted_sum(weights / jnp.sum(weights))
 
 

@@ -53,7 +53,7 @@ def variance(
 @jax.jit
 def _second_moment(form, weights):
     weights = jnp.ones(form.size) if weights is None else weights
-    moments = form.squared_deviations(weights / jnp.sum(weights), None)
+    moments = form.second_moments(weights / jnp.sum(weights))
     return [m.astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
 
 
@@ -61,7 +61,6 @@ def _second_moment(form, weights):
 def _variance(form, weights):
     weights = jnp.ones(form.size) if weights is None else weights
     share = weights / jnp.sum(weights)
-    center = form.weighted_sum(share, keep_wide=True)
-    moments = form.squared_deviations(share, center)
-    unbiased = 1 - jnp.sum(jnp.square(share))
-    return [(m / unbiased).astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
+    # The mean is the same by any multiple of the weights: this one spares a division of every element.
+    unbiased = share / (1 - jnp.sum(jnp.square(share)))
+    return [m.astype(x.dtype) for m, x in zip(form.spreads(unbiased), form.like, strict=True)]

@@ -129,10 +129,7 @@ def _clipped_sum(form, max_norm, weights):
 def _noise_scale(form):
     size = form.size
     mean_square = jnp.mean(_total(form.squared_norms(), size))
-    mean = form.weighted_sum(jnp.full(size, 1 / size))
-    square_mean = jnp.sum(
-        jnp.stack([jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in mean])
-    )
+    square_mean = form.squared_sum() / size**2
     trace = (mean_square - square_mean) * (size / (size - 1))
     signal = square_mean - trace / size
     return NoiseScale(trace / signal, trace, signal)

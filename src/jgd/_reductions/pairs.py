@@ -24,7 +24,7 @@ def gram(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], other: Any = No
     """
     form, treedef = form_of(grads)
     if other is None:
-        return _gram(form, form)
+        return _self_gram(form)
     other_form, other_treedef = form_of(other)
     if treedef != other_treedef:
         raise ValueError(f"`grads` and `other` are of different structure: {treedef} and {other_treedef}")
@@ -66,6 +66,11 @@ def project(
 @jax.jit
 def _gram(form, other):
     return form.gram(other)
+
+
+@jax.jit
+def _self_gram(form):
+    return form.self_gram()
 
 
 def _project_form(form, key, dim):
