@@ -14,6 +14,7 @@ import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
 from jgd._errors import describe, leaf_name
+from jgd._mesh import shape_like, varying
 
 Loss = Callable[..., Any]
 
@@ -98,6 +99,7 @@ def bind(
                           jax.tree.structure(tuple(args)), tuple(itertools.chain(*roles)))  # fmt: skip
     if not by_role["params"]:
         raise ValueError("`params` has no leaves: there is nothing to differentiate with respect to")
+    by_role = varying(by_role, by_role)
     return Call(
         signature, params, by_role["params"], by_role["shared"], by_role["batch"], _common_length(lengths)
     )
@@ -105,7 +107,7 @@ def bind(
 
 def example_of(batch_leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one example, from the leaves of a batch."""
-    return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in batch_leaves]
+    return [shape_like(leaf, leaf.shape[1:]) for leaf in batch_leaves]
 
 
 def _argument_name(number: int, chosen: tuple[int, ...], argnums: int | Sequence[int]) -> str:

@@ -6,13 +6,13 @@ Linear questions replay the sites: one `vjp` with the examples inside, so that t
 
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors, moments
+from jgd._engine import factors, grams, moments
 from jgd._engine.examples import (
     Example,
     Leaves,
@@ -24,12 +24,12 @@ from jgd._engine.examples import (
     part_data,
     site_outputs,
 )  # fmt: skip
-from jgd._engine.factors import Factor, Outer
+from jgd._engine.factors import Factor
 from jgd._engine.plan import Part, Plan
+from jgd._engine.tiles import Batch
 from jgd._materialized import Materialized, accumulator
+from jgd._mesh import Placement, spec_of, varying
 from jgd._random import directions
-
-TILE = 1 << 18  # elements that are built at once, where it may be done in pieces
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +40,7 @@ class Factored:
     model: Model
     examples: Example  # with the batch axis where `axes_of` says
     plan: Plan = field(metadata={"static": True})
+    pieces: int = field(default=1, metadata={"static": True})  # the devices that may share the batch axis
 
     @property
     def size(self) -> int:
@@ -50,6 +51,11 @@ class Factored:
     def like(self) -> list[jax.ShapeDtypeStruct]:
         """Shape and dtype of one gradient's leaves."""
         return list(self.plan.program.param_avals)
+
+    @property
+    def placement(self) -> Placement:
+        """Over which axes of a mesh the gradients lie, where that is part of their type."""
+        return Placement(spec_of(self.examples.inputs[0])[0], [spec_of(p) for p in self.model.params])
 
     @property
     def _all(self) -> range:
@@ -68,6 +74,18 @@ class Factored:
 
         `after_norms`: the norms were asked for in the same program, so what they built can be used again.
         """
+        if weights is not None and self.plan.guarded and self.pieces > 1:
+            # A stand-in for an absent example must be one of the same device's.
+            part = lambda batch: replace(self, examples=batch[0], pieces=1)._weighted_sums(
+                batch[1], after_norms
+            )
+            sums = [jnp.sum(x, axis=0) for x in self._batch(weights).by_piece(part)]
+        else:
+            sums = self._weighted_sums(weights, after_norms)
+        return sums if keep_wide else [s.astype(x.dtype) for s, x in zip(sums, self.like, strict=True)]
+
+    def _weighted_sums(self, weights: jax.Array | None, after_norms: bool) -> list[jax.Array]:
+        """Σ w_i g_i in the accumulators' dtypes."""
         examples = self.examples if weights is None else self._weighted(weights)
         sums: dict[int, jax.Array] = {}
         if after_norms and weights is not None:
@@ -85,14 +103,18 @@ class Factored:
         if weights is not None:
             for leaf in self.plan.guarded:
                 sums[leaf] = jnp.where(jnp.any(weights != 0), sums[leaf], 0)
-        return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
+        return [sums[leaf] for leaf in self._all]
 
     def _kept_sum(self, leaf: int, weights: jax.Array) -> jax.Array:
         """Σ w_i g_i of one leaf, from the blocks that its norms were taken of."""
         total = None
         for part in self.plan.parts:
             if part.leaf == leaf:
-                flat = moments.of_blocks(self._blocks(part), weights)
+                blocks = self._blocks(part)
+                if self.pieces == 1:
+                    flat = moments.of_blocks(blocks, weights)
+                else:  # one sum over the devices, not one before the numbers are looked at and one after
+                    flat = Materialized([blocks]).weighted_sum(weights, keep_wide=True)[0]
                 total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
         assert total is not None
         return total
@@ -107,11 +129,20 @@ class Factored:
         total = None
         for part in self.plan.parts:
             if part.leaf == leaf:
-                data = batch_data(self.plan, self.model, examples, part)
-                flat = factors.add([use.batch_gradient(data[id(use.site)]) for use in part.uses])
+                flat = self._part_sum(part, examples)
                 total = factors.place(flat, part.offset, part.axes, like, total)
         assert total is not None
         return total
+
+    def _part_sum(self, part: Part, examples: Example) -> jax.Array:
+        def summed(examples: Example) -> jax.Array:
+            data = batch_data(self.plan, self.model, examples, part)
+            return factors.add([use.batch_gradient(data[id(use.site)]) for use in part.uses])
+
+        if self.pieces == 1 or not any(use.site.loops for use in part.uses):
+            return summed(examples)
+        # Behind the steps of a loop the batch axis cannot be cut once both are folded into the positions.
+        return jnp.sum(replace(self, examples=examples)._batch().by_piece(summed), axis=0)
 
     def _pull_sum(self, leaves: Sequence[int], examples: Example) -> list[jax.Array]:
         """Σ g_i of some leaves, by one `vjp` with the examples inside."""
@@ -130,9 +161,9 @@ class Factored:
     def _weighted(self, weights: jax.Array) -> Example:
         """The examples with each δ times its weight, and nothing of those of weight 0.
 
-        A product with 0 would let a nan through, on either side: δ becomes 0, and what an absent example left
-        becomes what a present one did, at which every site is known to have a derivative. Where none is present
-        it becomes 0, at which all but the guarded leaves' sites have one.
+        A product with 0 would let a nan through, on either side: δ becomes 0, and so does what an absent example
+        left. At 0 all but the guarded leaves' sites have a derivative; for these it becomes what a present example
+        left, at which every site is known to have one.
         """
         present = weights != 0
         first = jnp.argmax(present)
@@ -140,8 +171,10 @@ class Factored:
         def keep(x: jax.Array, axis: int) -> jax.Array:
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 return x
-            stand_in = jax.lax.dynamic_index_in_dim(x, first, axis)
-            return jnp.where(_along(present, axis, x.ndim), x, jnp.where(present[first], stand_in, 0))
+            stand_in = jnp.zeros((), x.dtype)
+            if self.plan.guarded:
+                stand_in = jnp.where(present[first], jax.lax.dynamic_index_in_dim(x, first, axis), stand_in)
+            return jnp.where(_along(present, axis, x.ndim), x, stand_in)
 
         def scale(x: jax.Array, axis: int) -> jax.Array:
             kept = jnp.where(_along(present, axis, x.ndim), x, jnp.zeros((), x.dtype))
@@ -157,6 +190,7 @@ class Factored:
         backward = sorted(self.plan.backward_only)
         forward = [leaf for leaf in self._all if leaf not in self.plan.backward_only]
         tangents = [v.astype(x.dtype) for v, x in zip(direction, self.like, strict=True)]
+        tangents = varying(tangents, self.examples)
 
         def one(example: Example) -> jax.Array:
             outputs = lambda values: site_outputs(self.plan, self.model, example, forward, values)
@@ -194,18 +228,19 @@ class Factored:
             theirs = other if isinstance(other, Materialized) else Materialized(other.materialize())
             return Materialized(self.materialize()).gram(theirs)
         total = jnp.zeros((self.size, other.size), jnp.float32)
+        pieces = math.gcd(other.size, max(self.pieces, other.pieces))
         for part in self.plan.parts:
             if part.shape is not None:
                 made = (f._each(lambda one, f=f, part=part: f._factors(one, part)) for f in (self, other))
-                total = total + _factor_gram(*made)
+                total = total + grams.of_factors(*made, pieces)
             else:
                 blocks = (
                     f._each(lambda one, f=f, part=part: f._part_gradient(one, part)) for f in (self, other)
                 )
-                total = total + _block_gram(*blocks)
+                total = total + grams.of_blocks(*blocks, pieces)
         for leaf in sorted(self.plan.whole_leaves):
             blocks = (f._each(lambda one, f=f, leaf=leaf: f._gradient(one, [leaf])[0]) for f in (self, other))
-            total = total + _block_gram(*blocks)
+            total = total + grams.of_blocks(*blocks, pieces)
         return total
 
     def squared_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
@@ -279,19 +314,8 @@ class Factored:
         return each(self.examples if examples is None else examples)
 
     def _tiled(self, workspace: int, fun: Callable[[Example], jax.Array]) -> jax.Array:
-        """`fun` of each example, as many at once as `TILE` has room for at this many elements for each."""
-        tile = _tile(self.size, workspace)
-        if tile == self.size:
-            return self._each(fun)
-        whole = self.size - self.size % tile
-        made = jax.lax.map(
-            lambda start: self._each(fun, self._slice(start, tile), tile), jnp.arange(0, whole, tile)
-        )
-        made = made.reshape(whole, *made.shape[2:])
-        if whole == self.size:
-            return made
-        rest = self._each(fun, self._slice(whole, self.size - whole), self.size - whole)
-        return jnp.concatenate([made, rest])
+        """`fun` of each example, as many at once as there is room for at this many elements for each."""
+        return self._batch().mapped(lambda some, size: self._each(fun, some, size), workspace)
 
     def _folded(
         self, leaves: Leaves, weights: jax.Array, add: Callable[[Materialized, jax.Array], list[jax.Array]]
@@ -299,74 +323,23 @@ class Factored:
         """Sums `add(gradients, weights)` over tiles of the examples."""
         if not leaves:
             return []
-        tile = _tile(self.size, sum(self.like[leaf].size for leaf in leaves))
-        gradients = lambda one: self._gradient(one, leaves)
-        if tile == self.size:
-            return add(Materialized(self._each(gradients)), weights)
+        like = [self.like[leaf] for leaf in leaves]
 
-        def of_tile(start: Any, size: int) -> list[jax.Array]:
-            blocks = self._each(gradients, self._slice(start, size), size)
-            return add(Materialized(blocks), jax.lax.dynamic_slice_in_dim(weights, start, size))
+        def of_tile(batch: tuple[Example, jax.Array], size: int) -> list[jax.Array]:
+            blocks = self._each(lambda one: self._gradient(one, leaves), batch[0], size)
+            return add(Materialized(blocks), batch[1])
 
-        def step(totals: list[jax.Array], start: jax.Array) -> tuple[list[jax.Array], None]:
-            return [a + b for a, b in zip(totals, of_tile(start, tile), strict=True)], None
+        zero = [jnp.zeros(x.shape, accumulator(x.dtype)) for x in like]
+        return self._batch(weights).folded(of_tile, zero, sum(x.size for x in like))
 
-        zero = [jnp.zeros(self.like[leaf].shape, accumulator(self.like[leaf].dtype)) for leaf in leaves]
-        whole = self.size - self.size % tile
-        totals = jax.lax.scan(step, zero, jnp.arange(0, whole, tile))[0]
-        if whole == self.size:
-            return totals
-        return [a + b for a, b in zip(totals, of_tile(whole, self.size - whole), strict=True)]
-
-    def _slice(self, start: Any, size: int) -> Example:
-        """Some examples in a row, from where they lie."""
-        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    def _batch(self, weights: jax.Array | None = None) -> Batch:
+        """The examples, or pairs of them and their weights."""
         axes = axes_of(self.plan)
-        inputs = [cut(x, 0) for x in self.examples.inputs]
-        records = jax.tree.map(cut, self.examples.records, axes.records)
-        return Example(inputs, records, jax.tree.map(cut, self.examples.deltas, axes.deltas))
+        if weights is None:
+            return Batch(self.examples, axes, self.size, self.pieces)
+        return Batch((self.examples, weights), (axes, 0), self.size, self.pieces)
 
 
 def _along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
     """One number for each example, to be spread over an array whose batch axis is `axis`."""
     return weights.reshape([-1 if i == axis else 1 for i in range(ndim)])
-
-
-def _tile(size: int, elements: int) -> int:
-    """How many examples to take at once; a divisor of their number where one is near."""
-    most = max(1, min(size, TILE // max(elements, 1)))
-    return next((k for k in range(most, most // 2, -1) if size % k == 0), most)
-
-
-def _block_gram(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-    return Materialized([ours]).gram(Materialized([theirs]))
-
-
-def _factor_gram(ours: list[Any], theirs: list[Any]) -> jax.Array:
-    if len(ours) > 1 or not isinstance(ours[0], Outer):
-        return jax.lax.map(lambda a: jax.vmap(lambda b: factors.inner_sum(a, b))(theirs), ours)
-    a, b = ours[0], theirs[0]
-    if a.left.shape[2] == 1 and b.left.shape[2] == 1:
-        rows = factors.contract("intp,jntp->nij", a.left, b.left)
-        return jnp.sum(rows * factors.contract("intq,jntq->nij", a.right, b.right), axis=0)
-    return _tiled_gram(a, b)
-
-
-def _tiled_gram(a: Outer, b: Outer) -> jax.Array:
-    """The Gram from a few columns of p at a time: of the gradients, no more is ever built."""
-    p = a.left.shape[3]
-    per_column = a.left.shape[0] * a.left.shape[1] * a.right.shape[3]
-    width = max(1, min(p, TILE // max(per_column, 1)))
-    width = next(k for k in range(width, 0, -1) if p % k == 0)
-    columns = [jnp.moveaxis(x.left.reshape(*x.left.shape[:3], p // width, width), 3, 0) for x in (a, b)]
-
-    def add(total: jax.Array, step: Any) -> tuple[jax.Array, None]:
-        blocks = [
-            factors.contract("intp,intq->inpq", left, x.right) for left, x in zip(step, (a, b), strict=True)
-        ]
-        return total + factors.contract("inpq,jnpq->ij", *blocks), None
-
-    start = jnp.zeros(
-        (a.left.shape[0], b.left.shape[0]), jnp.promote_types(factors.wide(a.left), factors.wide(a.right))
-    )
-    return jax.lax.scan(add, start, tuple(columns))[0]
