@@ -74,18 +74,6 @@ class Factored:
 
         `after_norms`: the norms were asked for in the same program, so what they built can be used again.
         """
-        if weights is not None and self.plan.guarded and self.pieces > 1:
-            # A stand-in for an absent example must be one of the same device's.
-            part = lambda batch: replace(self, examples=batch[0], pieces=1)._weighted_sums(
-                batch[1], after_norms
-            )
-            sums = [jnp.sum(x, axis=0) for x in self._batch(weights).by_piece(part)]
-        else:
-            sums = self._weighted_sums(weights, after_norms)
-        return sums if keep_wide else [s.astype(x.dtype) for s, x in zip(sums, self.like, strict=True)]
-
-    def _weighted_sums(self, weights: jax.Array | None, after_norms: bool) -> list[jax.Array]:
-        """Σ w_i g_i in the accumulators' dtypes."""
         examples = self.examples if weights is None else self._weighted(weights)
         sums: dict[int, jax.Array] = {}
         if after_norms and weights is not None:
@@ -99,11 +87,12 @@ class Factored:
         add = lambda blocks, w: blocks.weighted_sum(w, keep_wide=True)
         sums.update(zip(apart, self._folded(apart, ones, add), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]
-        sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         if weights is not None:
-            for leaf in self.plan.guarded:
-                sums[leaf] = jnp.where(jnp.any(weights != 0), sums[leaf], 0)
-        return [sums[leaf] for leaf in self._all]
+            guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
+            sums.update(zip(guarded, self._guarded_sum(guarded, weights), strict=True))
+            rest = [leaf for leaf in rest if leaf not in sums]
+        sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
+        return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
 
     def _kept_sum(self, leaf: int, weights: jax.Array) -> jax.Array:
         """Σ w_i g_i of one leaf, from the blocks that its norms were taken of."""
@@ -158,12 +147,27 @@ class Factored:
         params = [self.model.params[leaf].astype(w) for leaf, w in zip(leaves, wide, strict=True)]
         return jax.vjp(outputs, params)[1](deltas)[0]
 
-    def _weighted(self, weights: jax.Array) -> Example:
+    def _guarded_sum(self, leaves: Sequence[int], weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i g_i of leaves whose sites may have no derivative at 0."""
+        if not leaves:
+            return []
+
+        def of_present(batch: tuple[Example, jax.Array]) -> list[jax.Array]:
+            part = replace(self, examples=batch[0], pieces=1)
+            sums = part._pull_sum(leaves, part._weighted(batch[1], stand_in=True))
+            return [jnp.where(jnp.any(batch[1] != 0), x, 0) for x in sums]
+
+        if self.pieces == 1:
+            return of_present((self.examples, weights))
+        # A stand-in comes from the device's own examples.
+        return [jnp.sum(x, axis=0) for x in self._batch(weights).by_piece(of_present)]
+
+    def _weighted(self, weights: jax.Array, *, stand_in: bool = False) -> Example:
         """The examples with each δ times its weight, and nothing of those of weight 0.
 
         A product with 0 would let a nan through, on either side: δ becomes 0, and so does what an absent example
-        left. At 0 all but the guarded leaves' sites have a derivative; for these it becomes what a present example
-        left, at which every site is known to have one.
+        left. There all but the guarded leaves' sites have a derivative; for those, told to put in a `stand_in`, it
+        becomes what a present example left, at which every site is known to have one.
         """
         present = weights != 0
         first = jnp.argmax(present)
@@ -171,10 +175,10 @@ class Factored:
         def keep(x: jax.Array, axis: int) -> jax.Array:
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 return x
-            stand_in = jnp.zeros((), x.dtype)
-            if self.plan.guarded:
-                stand_in = jnp.where(present[first], jax.lax.dynamic_index_in_dim(x, first, axis), stand_in)
-            return jnp.where(_along(present, axis, x.ndim), x, stand_in)
+            other = jnp.zeros((), x.dtype)
+            if stand_in:
+                other = jnp.where(present[first], jax.lax.dynamic_index_in_dim(x, first, axis), other)
+            return jnp.where(_along(present, axis, x.ndim), x, other)
 
         def scale(x: jax.Array, axis: int) -> jax.Array:
             kept = jnp.where(_along(present, axis, x.ndim), x, jnp.zeros((), x.dtype))
@@ -333,7 +337,7 @@ class Factored:
         return self._batch(weights).folded(of_tile, zero, sum(x.size for x in like))
 
     def _batch(self, weights: jax.Array | None = None) -> Batch:
-        """The examples, or pairs of them and their weights."""
+        """The examples, by themselves or paired with their weights."""
         axes = axes_of(self.plan)
         if weights is None:
             return Batch(self.examples, axes, self.size, self.pieces)
