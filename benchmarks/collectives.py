@@ -18,7 +18,7 @@ QUANTITIES = ("plain", "norms", "clipped_sum", "noise_scale", "gram")
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--models", nargs="+", default=["mlp", "cnn", "transformer", "gru", "bag"])
+    parser.add_argument("--models", nargs="*", default=["mlp", "cnn", "transformer", "gru", "bag"])
     parser.add_argument("--full", nargs="*", default=[], help="models to compile in full size as well")
     parser.add_argument("--devices", nargs="+", type=int, default=[1, 2, 8, 64, 256])
     parser.add_argument("--count", type=int, help=argparse.SUPPRESS)

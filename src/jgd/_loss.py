@@ -14,7 +14,7 @@ import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
 from jgd._errors import describe, leaf_name
-from jgd._mesh import shape_like, varying
+from jgd._mesh import check_one_place, shape_like, varying
 
 Loss = Callable[..., Any]
 
@@ -62,7 +62,8 @@ def bind(
 
     Raises:
         TypeError: a leaf of the parameters is not a floating-point array.
-        ValueError: `in_axes` does not fit the arguments, or the leaves of the batch disagree in length.
+        ValueError: `in_axes` does not fit the arguments, the leaves of the batch disagree in length, or arrays lie
+            on different meshes.
     """
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     for number in chosen:
@@ -79,6 +80,7 @@ def bind(
     by_role: dict[str, list[Any]] = {"params": [], "shared": [], "batch": []}
     roles: list[list[tuple[str, int]]] = [[] for _ in args]
     lengths: list[tuple[str, int]] = []
+    placed: list[tuple[str, Any, Any]] = []
     # The parameters' leaves in the order of `argnums`, which is that of the gradients.
     for number in (*chosen, *(i for i in range(len(args)) if i not in chosen)):
         argument = _argument_name(number, chosen, argnums)
@@ -92,6 +94,7 @@ def bind(
                 role, name = "batch", leaf_name(argument, path)
                 leaf = _batch_first(leaf, axis, name)
                 lengths.append((name, leaf.shape[0]))
+            placed.append((argument, path, leaf))
             roles[number].append((role, len(by_role[role])))
             by_role[role].append(leaf)
 
@@ -99,6 +102,7 @@ def bind(
                           jax.tree.structure(tuple(args)), tuple(itertools.chain(*roles)))  # fmt: skip
     if not by_role["params"]:
         raise ValueError("`params` has no leaves: there is nothing to differentiate with respect to")
+    check_one_place(placed)
     by_role = varying(by_role, by_role)
     return Call(
         signature, params, by_role["params"], by_role["shared"], by_role["batch"], _common_length(lengths)

@@ -15,7 +15,7 @@ from typing import Any, NamedTuple
 import jax
 from jax.sharding import AxisType, NamedSharding, PartitionSpec
 
-from jgd._errors import describe
+from jgd._errors import is_concrete, leaf_name
 
 
 def pieces(x: Any, axis: int) -> int:
@@ -173,16 +173,21 @@ def _vary(x: Any, axes: set[str]) -> Any:
     return jax.lax.pcast(x, missing, to="varying") if missing else x
 
 
-def check_one_place(arrays: list[tuple[str, Any]]) -> None:
-    """Raises ValueError where two placed arrays lie on different devices."""
+def check_one_place(arrays: list[tuple[str, Any, Any]]) -> None:
+    """Raises ValueError where arrays were spread over meshes of different devices."""
     first = None
-    for name, x in arrays:
-        sharding = getattr(x, "sharding", None)
-        if not isinstance(sharding, NamedSharding) or isinstance(x, jax.core.Tracer) or not x.committed:
+    for argument, path, x in arrays:
+        sharding = x.sharding if isinstance(x, jax.Array) and is_concrete(x) else None
+        if not isinstance(sharding, NamedSharding):
             continue
-        first = first or (name, sharding)
-        if sharding.device_set != first[1].device_set:
+        first = first or (argument, path, sharding)
+        if sharding is not first[2] and sharding.device_set != first[2].device_set:
             raise ValueError(
-                f"{first[0]} lies on {first[1].mesh}, but {name}, {describe(x)}, on {sharding.mesh}, which has other "
-                "devices: `jax.device_put` them on one mesh"
+                f"arrays lie on different meshes: {leaf_name(*first[:2])} on {_devices_of(first[2])}, "
+                f"{leaf_name(argument, path)} on {_devices_of(sharding)}; `jax.device_put` them on one mesh"
             )
+
+
+def _devices_of(sharding: NamedSharding) -> str:
+    numbers = sorted(device.id for device in sharding.device_set)
+    return f"{dict(sharding.mesh.shape)}, devices {', '.join(map(str, numbers))}"
