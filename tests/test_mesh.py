@@ -1,8 +1,6 @@
 """Many devices: every reduction and method gives one device's answer, and sends no more than the plain gradient."""
 
-import dataclasses
 import functools
-import math
 
 import jax
 import jax.numpy as jnp
@@ -10,8 +8,9 @@ import numpy as np
 import optax
 import oracle
 import pytest
-from cases import CASES, problem
-from jax.sharding import AxisType, Mesh, NamedSharding, PartitionSpec as P
+from cases import CASES
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
 
 import jgd
 from jgd._bench.collectives import collectives, largest_array, traffic
@@ -19,9 +18,7 @@ from jgd._bench.models import build
 from jgd._bench.quantities import by_jgd, plain
 from jgd._engine import tiles
 
-B = 8  # of the cases' examples, on as many devices
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0, 0.0, 0.0, 3.0])
-PLACEMENTS = ("replicated", "sharded", "explicit")
 
 # One case for each way through the engine; the others behind `slow`.
 FEW = {
@@ -32,55 +29,6 @@ FEW = {
     "weight_normalisation": "replicated",
     "custom_vjp_on_data_and_on_parameters": "explicit",
 }
-
-
-def mesh_of(*shape, kind=AxisType.Auto):
-    names = ("data", "model")[: len(shape)]
-    return Mesh(
-        np.array(jax.devices()[: math.prod(shape)]).reshape(shape), names, axis_types=(kind,) * len(shape)
-    )
-
-
-def widened(name):
-    """The case with eight examples in the place of five."""
-    case, other = problem(name), problem(name, batch_seed=1)
-    axes = tuple(case.in_axes)[1:]
-    join = lambda axis, a, b: (
-        a if axis is None else jax.tree.map(lambda x, y: _first(jnp.concatenate([x, y], axis), axis), a, b)
-    )
-    batch = tuple(join(axis, a, b) for axis, a, b in zip(axes, case.batch, other.batch, strict=True))
-    return dataclasses.replace(case, batch=batch), axes
-
-
-def _first(x, axis):
-    return jax.lax.slice_in_dim(x, 0, B, axis=axis)
-
-
-def placed(case, axes, placement):
-    """The arguments of a case on a mesh: parameters on every device, or each over as many axes as divide it."""
-    shape = (8,) if placement == "replicated" else (4, 2)
-    mesh = mesh_of(*shape, kind=AxisType.Explicit if placement == "explicit" else AxisType.Auto)
-    put = lambda x, spec: jax.device_put(x, NamedSharding(mesh, spec))
-
-    def leaf(x):
-        spec = [None] * x.ndim
-        if placement != "replicated":
-            for name in ("model", "data"):
-                free = [
-                    d
-                    for d in range(x.ndim)
-                    if spec[d] is None and x.shape[d] % mesh.shape[name] == 0 != x.shape[d]
-                ]
-                if free:
-                    spec[free[-1]] = name
-        return put(x, P(*spec))
-
-    def argument(axis, x):
-        if axis is None:
-            return put(x, P())
-        return jax.tree.map(lambda x: put(x, P(*(None,) * (axis % x.ndim), "data")), x)
-
-    return jax.tree.map(leaf, case.params), tuple(map(argument, axes, case.batch))
 
 
 def asked(case, strategy="factored"):
@@ -236,7 +184,7 @@ METHODS = {
         ("descent", AxisType.Auto),
         ("clipped", AxisType.Explicit),
         ("ascent", AxisType.Explicit),
-        pytest.param("line_search", AxisType.Auto),
+        pytest.param("line_search", AxisType.Auto, marks=pytest.mark.slow),
     ],
 )
 def test_steps_on_a_mesh_are_one_devices_steps(name, kind, x64):
@@ -285,7 +233,7 @@ MODELS = ("mlp", "cnn", "bag", "gru", "transformer", "adapters")
 
 
 @pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in MODELS[:3] else pytest.mark.slow) for name in MODELS]
+    "name", [pytest.param(name, marks=() if name == "mlp" else pytest.mark.slow) for name in MODELS]
 )
 def test_devices_send_what_the_plain_gradient_makes_them_send(name, small_tiles):
     """At most one collective more, of as many numbers as there are examples; and nobody holds (B, P)."""
@@ -301,7 +249,7 @@ def test_devices_send_what_the_plain_gradient_makes_them_send(name, small_tiles)
 
 
 def test_a_gram_by_tiles_holds_nobody_elses_gradients(small_tiles):
-    model = build("cnn", small=True)
+    model = build("mlp", small=True)
     hlo = compiled_on_mesh(model, by_jgd(model, "gram", strategy="factored"))
     assert largest_array(hlo) < 64 * max(x.size for x in jax.tree.leaves(model.params))
 
