@@ -21,19 +21,24 @@ def mesh_of(*shape, kind=AxisType.Auto):
     )
 
 
+def is_none(x):
+    return x is None
+
+
 def widened(name, dtype=None):
-    """The case with eight examples in the place of five."""
+    """The case with eight examples in the place of five, and where they lie in each array of the batch."""
     case, other = problem(name, dtype), problem(name, dtype, batch_seed=1)
-    axes = tuple(case.in_axes)[1:]
-    join = lambda axis, a, b: (
-        a if axis is None else jax.tree.map(lambda x, y: _first(jnp.concatenate([x, y], axis), axis), a, b)
-    )
-    batch = tuple(join(axis, a, b) for axis, a, b in zip(axes, case.batch, other.batch, strict=True))
+    axes = jax.tree.broadcast(tuple(case.in_axes)[1:], case.batch, is_leaf=is_none)
+
+    def join(axis, x, y):
+        return (
+            x
+            if axis is None
+            else jax.lax.slice_in_dim(jnp.concatenate([x, y], axis), 0, B, axis=axis % x.ndim)
+        )
+
+    batch = jax.tree.map(join, axes, case.batch, other.batch, is_leaf=is_none)
     return dataclasses.replace(case, batch=batch), axes
-
-
-def _first(x, axis):
-    return jax.lax.slice_in_dim(x, 0, B, axis=axis)
 
 
 def placed(case, axes, placement):
@@ -55,9 +60,10 @@ def placed(case, axes, placement):
                     spec[free[-1]] = name
         return put(x, P(*spec))
 
-    def argument(axis, x):
-        if axis is None:
-            return put(x, P())
-        return jax.tree.map(lambda x: put(x, P(*(None,) * (axis % x.ndim), "data")), x)
+    spread = lambda axis, x: put(x, spec_of(axis, x))
+    return jax.tree.map(leaf, case.params), jax.tree.map(spread, axes, case.batch, is_leaf=is_none)
 
-    return jax.tree.map(leaf, case.params), tuple(map(argument, axes, case.batch))
+
+def spec_of(axis, x):
+    """Over the mesh's first axis where the examples lie, or on every device."""
+    return P() if axis is None else P(*(None,) * (axis % x.ndim), "data")

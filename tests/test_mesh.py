@@ -11,6 +11,7 @@ import pytest
 from cases import CASES
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
+from meshes import PLACEMENTS, is_none, mesh_of, placed, spec_of, widened
 
 import jgd
 from jgd._bench.collectives import collectives, largest_array, traffic
@@ -117,7 +118,7 @@ def test_inside_of_shard_map_each_device_answers_for_its_own(name, counted, x64)
     """`counted`: JAX keeps count of what differs from device to device, and would sum derivatives over devices."""
     case, axes = widened(name)
     mesh = mesh_of(4)
-    specs = tuple(P() if axis is None else P(*(None,) * (axis % 8), "data") for axis in axes)
+    specs = jax.tree.map(spec_of, axes, case.batch, is_leaf=is_none)
 
     def ask(params, weights, *batch):
         grads = jgd.per_example_grad(case.loss, strategy="factored", **case.options)(params, *batch)
