@@ -10,6 +10,10 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
         os.environ.get("XLA_FLAGS", "")
         + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     )
+if "device_count" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += (
+        " --xla_force_host_platform_device_count=8"  # for tests/test_mesh.py; others use one
+    )
 
 import hypothesis
 import jax

@@ -1,19 +1,22 @@
 """`per_example_grad`, and the object it returns."""
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Literal, get_args
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
-from jgd._engine.examples import Model, pass_over
+from jgd._engine.examples import Model, axes_of, pass_over
 from jgd._engine.factored import Factored
 from jgd._engine.plan import MATERIALIZED_BELOW, plan_of
 from jgd._engine.program import Program, trace
+from jgd._engine.tiles import pieces_of
 from jgd._errors import describe, leaf_name
 from jgd._loss import Loss, bind
 from jgd._materialized import Materialized
+from jgd._mesh import placed_by, spec_of, with_examples
 
 Strategy = Literal["auto", "factored", "materialized"]
 
@@ -100,6 +103,19 @@ def per_example_grad(
     return gradients
 
 
+def _specs_of_pass(out: Any, program: Any, strategy: Any, params: Any, constants: Any, batch: Any) -> Any:
+    """Over which explicit axes of a mesh everything lies that the pass returns."""
+    del program, strategy
+    examples = spec_of(batch[0])[0]
+    along = lambda axis: PartitionSpec(*(None,) * axis, examples)
+    leaves, form = [spec_of(p) for p in params], out[2]
+    if isinstance(form, Materialized):
+        return along(0), along(0), Materialized([with_examples(examples, leaf) for leaf in leaves])  # pyright: ignore[reportArgumentType]
+    model = Model(leaves, [spec_of(x) for x in constants])
+    return along(0), along(0), replace(form, model=model, examples=jax.tree.map(along, axes_of(form.plan)))
+
+
+@placed_by(_specs_of_pass)
 def _pass(
     program: Program, strategy: Strategy, params: list[Any], constants: list[Any], batch: list[Any]
 ) -> tuple[jax.Array, list[Any], Any]:
@@ -110,7 +126,7 @@ def _pass(
         plan = plan_of(program)
         model = Model(params, constants)
         values, aux, examples = pass_over(plan, model, batch)
-        return values, aux, Factored(model, examples, plan)
+        return values, aux, Factored(model, examples, plan, pieces_of(batch, batch[0].shape[0]))
 
     def value_and_grad(example: list[Any]) -> Any:
         return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)

@@ -7,7 +7,9 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jgd._mesh import Placement, spec_of
 from jgd._random import directions
 
 
@@ -44,6 +46,12 @@ class Materialized:
     def like(self) -> list[jax.ShapeDtypeStruct]:
         """Shape and dtype of one gradient's leaves."""
         return [jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in self.blocks]
+
+    @property
+    def placement(self) -> Placement:
+        """Over which axes of a mesh the gradients lie, where that is part of their type."""
+        specs = [spec_of(b) for b in self.blocks]
+        return Placement(specs[0][0], [PartitionSpec(*spec[1:]) for spec in specs])
 
     def materialize(self) -> list[jax.Array]:
         """The blocks themselves."""

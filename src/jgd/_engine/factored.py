@@ -7,7 +7,7 @@ Linear questions replay the sites: one `vjp` with the examples inside, so that t
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -27,10 +27,10 @@ from jgd._engine.examples import (
 )  # fmt: skip
 from jgd._engine.factors import Factor
 from jgd._engine.plan import Part, Plan
+from jgd._engine.tiles import Batch
 from jgd._materialized import Materialized, accumulator
+from jgd._mesh import Placement, spec_of, varying
 from jgd._random import directions
-
-TILE = 1 << 18  # elements that are built at once, where it may be done in pieces
 
 
 @jax.tree_util.register_dataclass
@@ -41,6 +41,7 @@ class Factored:
     model: Model
     examples: Example  # with the batch axis where `axes_of` says
     plan: Plan = field(metadata={"static": True})
+    pieces: int = field(default=1, metadata={"static": True})  # the devices that may share the batch axis
 
     @property
     def size(self) -> int:
@@ -51,6 +52,11 @@ class Factored:
     def like(self) -> list[jax.ShapeDtypeStruct]:
         """Shape and dtype of one gradient's leaves."""
         return list(self.plan.program.param_avals)
+
+    @property
+    def placement(self) -> Placement:
+        """Over which axes of a mesh the gradients lie, where that is part of their type."""
+        return Placement(spec_of(self.examples.inputs[0])[0], [spec_of(p) for p in self.model.params])
 
     @property
     def _all(self) -> range:
@@ -81,10 +87,11 @@ class Factored:
         if apart:
             sums.update(zip(apart, self._apart_sum(apart, weights), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]
-        sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         if weights is not None:
-            for leaf in self.plan.guarded:
-                sums[leaf] = jnp.where(jnp.any(weights != 0), sums[leaf], 0)
+            guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
+            sums.update(zip(guarded, self._guarded_sum(guarded, weights), strict=True))
+            rest = [leaf for leaf in rest if leaf not in sums]
+        sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
 
     def _kept_sum(self, leaf: int, weights: jax.Array | None) -> jax.Array:
@@ -92,7 +99,11 @@ class Factored:
         total = None
         for part in self.plan.parts:
             if part.leaf == leaf:
-                flat = moments.of_blocks(self._blocks(part), weights)
+                blocks = self._blocks(part)
+                if self.pieces == 1:
+                    flat = moments.of_blocks(blocks, weights)
+                else:  # one sum over the devices, not one before the numbers are looked at and one after
+                    flat = Materialized([blocks]).weighted_sum(weights, keep_wide=True)[0]
                 total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
         assert total is not None
         return total
@@ -100,13 +111,12 @@ class Factored:
     def _apart_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i of some leaves, from the examples' gradients, a tile at a time."""
 
-        def of_tile(examples: Example, weights: jax.Array) -> list[jax.Array]:
-            blocks = self._each(lambda one: self._gradient(one, leaves), examples, weights.shape[0])
-            return Materialized(blocks).weighted_sum(weights, keep_wide=True)
+        def of_tile(batch: tuple[Example, jax.Array], size: int) -> list[jax.Array]:
+            blocks = self._each(lambda one: self._gradient(one, leaves), batch[0], size)
+            return Materialized(blocks).weighted_sum(batch[1], keep_wide=True)
 
         ones = jnp.ones(self.size) if weights is None else weights
-        join = lambda a, b: [x + y for x, y in zip(a, b, strict=True)]
-        return self._folded(sum(self.like[leaf].size for leaf in leaves), ones, of_tile, join)
+        return self._batch(ones).folded(of_tile, sum(self.like[leaf].size for leaf in leaves))
 
     def _blocks(self, part: Part) -> jax.Array:
         """The examples' gradients in one part: `(B, part)`."""
@@ -118,11 +128,20 @@ class Factored:
         total = None
         for part in self.plan.parts:
             if part.leaf == leaf:
-                data = batch_data(self.plan, self.model, examples, part)
-                flat = factors.add([use.batch_gradient(data[id(use.site)]) for use in part.uses])
+                flat = self._part_sum(part, examples)
                 total = factors.place(flat, part.offset, part.axes, like, total)
         assert total is not None
         return total
+
+    def _part_sum(self, part: Part, examples: Example) -> jax.Array:
+        def summed(examples: Example) -> jax.Array:
+            data = batch_data(self.plan, self.model, examples, part)
+            return factors.add([use.batch_gradient(data[id(use.site)]) for use in part.uses])
+
+        if self.pieces == 1 or not any(use.site.loops for use in part.uses):
+            return summed(examples)
+        # Behind the steps of a loop the batch axis cannot be cut once both are folded into the positions.
+        return jnp.sum(replace(self, examples=examples)._batch().by_piece(summed), axis=0)
 
     def _pull_sum(self, leaves: Sequence[int], examples: Example) -> list[jax.Array]:
         """Σ g_i of some leaves, by one `vjp` with the examples inside."""
@@ -138,12 +157,27 @@ class Factored:
         params = [self.model.params[leaf].astype(w) for leaf, w in zip(leaves, wide, strict=True)]
         return jax.vjp(outputs, params)[1](deltas)[0]
 
-    def _weighted(self, weights: jax.Array) -> Example:
+    def _guarded_sum(self, leaves: Sequence[int], weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i g_i of leaves whose sites may have no derivative at 0."""
+        if not leaves:
+            return []
+
+        def of_present(batch: tuple[Example, jax.Array]) -> list[jax.Array]:
+            part = replace(self, examples=batch[0], pieces=1)
+            sums = part._pull_sum(leaves, part._weighted(batch[1], stand_in=True))
+            return [jnp.where(jnp.any(batch[1] != 0), x, 0) for x in sums]
+
+        if self.pieces == 1:
+            return of_present((self.examples, weights))
+        # A stand-in comes from the device's own examples.
+        return [jnp.sum(x, axis=0) for x in self._batch(weights).by_piece(of_present)]
+
+    def _weighted(self, weights: jax.Array, *, stand_in: bool = False) -> Example:
         """The examples with each δ times its weight, and nothing of those of weight 0.
 
-        A product with 0 would let a nan through, on either side: δ becomes 0, and what an absent example left
-        becomes what a present one did, at which every site is known to have a derivative. Where none is present
-        it becomes 0, at which all but the guarded leaves' sites have one.
+        A product with 0 would let a nan through, on either side: δ becomes 0, and so does what an absent example
+        left. There all but the guarded leaves' sites have a derivative; for those, told to put in a `stand_in`, it
+        becomes what a present example left, at which every site is known to have one.
         """
         present = weights != 0
         first = jnp.argmax(present)
@@ -151,8 +185,10 @@ class Factored:
         def keep(x: jax.Array, axis: int) -> jax.Array:
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 return x
-            stand_in = jax.lax.dynamic_index_in_dim(x, first, axis)
-            return jnp.where(_along(present, axis, x.ndim), x, jnp.where(present[first], stand_in, 0))
+            other = jnp.zeros((), x.dtype)
+            if stand_in:
+                other = jnp.where(present[first], jax.lax.dynamic_index_in_dim(x, first, axis), other)
+            return jnp.where(_along(present, axis, x.ndim), x, other)
 
         def scale(x: jax.Array, axis: int) -> jax.Array:
             kept = jnp.where(_along(present, axis, x.ndim), x, jnp.zeros((), x.dtype))
@@ -168,6 +204,7 @@ class Factored:
         backward = sorted(self.plan.backward_only)
         forward = [leaf for leaf in self._all if leaf not in self.plan.backward_only]
         tangents = [v.astype(x.dtype) for v, x in zip(direction, self.like, strict=True)]
+        tangents = varying(tangents, self.examples)
 
         def one(example: Example) -> jax.Array:
             outputs = lambda values: site_outputs(self.plan, self.model, example, forward, values)
@@ -201,7 +238,12 @@ class Factored:
 
     def squared_sum(self) -> jax.Array:
         """‖Σ g_i‖²."""
-        short = frozenset(self._all) - self.plan.whole_leaves - self.plan.backward_only
+        # Over several devices the sum itself travels, as the plain gradient does; pairs would ask for everything.
+        short = (
+            frozenset(self._all if self.pieces == 1 else ())
+            - self.plan.whole_leaves
+            - self.plan.backward_only
+        )
         short -= {part.leaf for part in self.plan.parts if not part.short_sum(self.size)}
         total = jnp.zeros((), jnp.float32)
         for part in self.plan.parts:
@@ -222,22 +264,23 @@ class Factored:
         return self._gram([self, other])
 
     def self_gram(self) -> jax.Array:
-        """⟨g_i, g_j⟩, each pair once."""
+        """⟨g_i, g_j⟩."""
         return self._gram([self])
 
     def _gram(self, forms: Sequence["Factored"]) -> jax.Array:
         total = jnp.zeros((self.size, forms[-1].size), jnp.float32)
+        pieces = math.gcd(forms[-1].size, max(form.pieces for form in forms))
         of_each = lambda fun: [form._each(functools.partial(fun, form)) for form in forms]
         for part in self.plan.parts:
             if part.shape is None or part.leaf in self.plan.kept:
                 made = of_each(lambda form, one, part=part: form._part_gradient(one, part))
-                total = total + grams.of_blocks(made[0], *made[1:])
+                total = total + grams.of_blocks(made[0], *made[1:], pieces=pieces)
             else:
                 made = of_each(lambda form, one, part=part: form._factors(one, part))
                 total = total + grams.of_factors(made[0], *made[1:], rows=part.shape.sizes()[1])
-        for leaf in self.plan.whole_leaves:
+        for leaf in sorted(self.plan.whole_leaves):
             made = of_each(lambda form, one, leaf=leaf: form._gradient(one, [leaf])[0].reshape(-1))
-            total = total + grams.of_blocks(made[0], *made[1:])
+            total = total + grams.of_blocks(made[0], *made[1:], pieces=pieces)
         return total
 
     def second_moments(self, weights: jax.Array) -> list[jax.Array]:
@@ -282,12 +325,12 @@ class Factored:
     def _folded_moment(
         self, block: Callable[[Example], jax.Array], size: int, weights: jax.Array, *, centred: bool
     ) -> jax.Array:
-        each = lambda examples, w: self._each(block, examples, w.shape[0])
-        if not centred:
-            of_tile = lambda examples, w: moments.square_of(each(examples, w), w)
-            return self._folded(size, weights, of_tile, jnp.add)
-        of_tile = lambda examples, w: moments.spread_of(each(examples, w), w)
-        return self._folded(size, weights, of_tile, moments.joined).square
+        made = moments.spread_of if centred else moments.square_of
+        of_tile = lambda batch, number: made(self._each(block, batch[0], number), batch[1])
+        whole = self._batch(weights)
+        if centred:
+            return whole.folded(of_tile, size, moments.joined, moments.joined_all).square
+        return whole.folded(of_tile, size)
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
@@ -328,56 +371,17 @@ class Factored:
         return each(self.examples if examples is None else examples)
 
     def _tiled(self, workspace: int, fun: Callable[[Example], jax.Array]) -> jax.Array:
-        """`fun` of each example, as many at once as `TILE` has room for at this many elements for each."""
-        tile = _tile(self.size, workspace)
-        if tile == self.size:
-            return self._each(fun)
-        whole = self.size - self.size % tile
-        made = jax.lax.map(
-            lambda start: self._each(fun, self._slice(start, tile), tile), jnp.arange(0, whole, tile)
-        )
-        made = made.reshape(whole, *made.shape[2:])
-        if whole == self.size:
-            return made
-        rest = self._each(fun, self._slice(whole, self.size - whole), self.size - whole)
-        return jnp.concatenate([made, rest])
+        """`fun` of each example, as many at once as there is room for at this many elements for each."""
+        return self._batch().mapped(lambda some, size: self._each(fun, some, size), workspace)
 
-    def _folded(
-        self,
-        workspace: int,
-        weights: jax.Array,
-        of_tile: Callable[[Example, jax.Array], Any],
-        join: Callable[[Any, Any], Any],
-    ) -> Any:
-        """Joins what `of_tile` makes of some examples and their weights, over tiles as `_tiled` takes them."""
-        tile = _tile(self.size, workspace)
-        if tile == self.size:
-            return of_tile(self.examples, weights)
-
-        def of(start: Any, size: int) -> Any:
-            return of_tile(self._slice(start, size), jax.lax.dynamic_slice_in_dim(weights, start, size))
-
-        zero = jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(lambda: of(0, tile)))
-        whole = self.size - self.size % tile
-        step = lambda total, start: (join(total, of(start, tile)), None)
-        total = jax.lax.scan(step, zero, jnp.arange(0, whole, tile))[0]
-        return total if whole == self.size else join(total, of(whole, self.size - whole))
-
-    def _slice(self, start: Any, size: int) -> Example:
-        """Some examples in a row, from where they lie."""
-        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    def _batch(self, weights: jax.Array | None = None) -> Batch:
+        """The examples, by themselves or paired with their weights."""
         axes = axes_of(self.plan)
-        inputs = [cut(x, 0) for x in self.examples.inputs]
-        records = jax.tree.map(cut, self.examples.records, axes.records)
-        return Example(inputs, records, jax.tree.map(cut, self.examples.deltas, axes.deltas))
+        if weights is None:
+            return Batch(self.examples, axes, self.size, self.pieces)
+        return Batch((self.examples, weights), (axes, 0), self.size, self.pieces)
 
 
 def _along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
     """One number for each example, to be spread over an array whose batch axis is `axis`."""
     return weights.reshape([-1 if i == axis else 1 for i in range(ndim)])
-
-
-def _tile(size: int, elements: int) -> int:
-    """How many examples to take at once; a divisor of their number where one is near."""
-    most = max(1, min(size, TILE // max(elements, 1)))
-    return next((k for k in range(most, most // 2, -1) if size % k == 0), most)

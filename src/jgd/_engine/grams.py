@@ -2,6 +2,9 @@
 
 `theirs` None means the gradients themselves once more. Half of the pairs would be enough then, but two products
 of half the size take longer than the whole one.
+
+Over several devices the rows stay where their examples are, and the other batch comes by, a few columns at a time:
+no device holds the others' gradients.
 """
 
 import math
@@ -12,14 +15,21 @@ import jax.numpy as jnp
 
 from jgd._engine import lookups
 from jgd._engine.factors import Outer, Rows, add, contract, wide
+from jgd._engine.tiles import fold_tiles
+from jgd._mesh import everywhere, varying
 
 # Elements of the gradients that are built at once: enough for the products of pairs to run at full speed.
 _TILE = 1 << 20
 
 
-def of_blocks(ours: jax.Array, theirs: jax.Array | None = None) -> jax.Array:
-    """From flat gradients, `(B, size)` and `(B', size)`."""
-    return contract("is,js->ij", ours, ours if theirs is None else theirs)
+def of_blocks(ours: jax.Array, theirs: jax.Array | None = None, *, pieces: int = 1) -> jax.Array:
+    """From flat gradients, `(B, size)` and `(B', size)`; `pieces` says how many devices may hold a batch."""
+    theirs = ours if theirs is None else theirs
+    if pieces == 1:
+        return contract("is,js->ij", ours, theirs)
+    width = max(1, min(ours.shape[1], _TILE // theirs.shape[0]))
+    columns = lambda blocks, _: contract("is,js->ij", blocks[0], everywhere(blocks[1], 0))
+    return fold_tiles(columns, [ours, theirs], 1, ours.shape[1], width)
 
 
 def of_factors(
@@ -71,7 +81,8 @@ def _of_columns(ours: Sequence[Outer | Rows], theirs: Sequence[Outer | Rows] | N
 
     padded = [[_padded(factor, width * count) for factor in side] for side in sides]
     zero = jax.eval_shape(lambda: step(jnp.zeros((sizes[0], sizes[-1])), jnp.zeros((), jnp.int32))[0])
-    return jax.lax.scan(step, jnp.zeros(zero.shape, zero.dtype), width * jnp.arange(count))[0]
+    start = varying(jnp.zeros(zero.shape, zero.dtype), padded)
+    return jax.lax.scan(step, start, width * jnp.arange(count))[0]
 
 
 def _padded(factor: Outer | Rows, p: int) -> Outer | Rows:

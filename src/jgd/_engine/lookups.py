@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jgd._engine.factors import Rows, contract, wide
 from jgd._engine.moments import inverse
 from jgd._materialized import mask_rows
+from jgd._mesh import varying
 
 _DISTANCES = 16  # of partners in the sorted lookups that are looked at before asking whether any are left
 
@@ -105,7 +106,7 @@ def _partners(index: jax.Array, owner: jax.Array, right: jax.Array, rows: int, s
     own = jnp.where(index < rows, jnp.sum(jnp.square(right), axis=1), 0)
     diagonal = jnp.zeros(size, right.dtype).at[owner].add(own)
     nearest = 1 + _DISTANCES * jnp.arange(math.ceil((size - 1) / _DISTANCES))
-    above = jax.lax.scan(some, jnp.zeros((size, size), right.dtype), nearest)[0]
+    above = jax.lax.scan(some, varying(jnp.zeros((size, size), right.dtype), right), nearest)[0]
     return above + above.T + jnp.diag(diagonal)
 
 

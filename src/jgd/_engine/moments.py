@@ -11,6 +11,7 @@ import jax.numpy as jnp
 
 from jgd._engine.factors import Outer, contract, sum_leading, wide
 from jgd._materialized import mask_rows, scale_rows
+from jgd._mesh import varying
 
 # A spread below this share of the second moment is not taken from the difference of two sums: six bits are lost
 # at most, of the 24 that float32 has.
@@ -63,6 +64,14 @@ def joined(a: Spread, b: Spread) -> Spread:
     return Spread(weight, a.mean + apart * share, square)
 
 
+def joined_all(each: Spread) -> Spread:
+    """The spread of all together that lie along a leading axis."""
+    weight = jnp.sum(each.weight)
+    mean = jnp.einsum("k,ks->s", each.weight, each.mean) * inverse(weight)
+    apart = jnp.einsum("k,ks->s", each.weight, jnp.square(each.mean - mean[None]))
+    return Spread(weight, mean, jnp.sum(each.square, axis=0) + apart)
+
+
 def inverse(weight: jax.Array) -> jax.Array:
     """1/w, or 0 for 0."""
     return jnp.where(weight == 0, 0, 1 / jnp.where(weight == 0, 1, weight))
@@ -103,7 +112,9 @@ def _spread_of_outer(left: jax.Array, right: jax.Array, weights: jax.Array) -> j
     zero = Spread(jnp.zeros((), weights.dtype), jnp.zeros_like(spread), jnp.zeros_like(spread))
     trusted = jnp.all(spread >= _CANCELLED * square)
     return jax.lax.cond(
-        trusted, lambda: spread, lambda: jax.lax.scan(add, zero, (left, right, weights))[0].square
+        trusted,
+        lambda: spread,
+        lambda: jax.lax.scan(add, varying(zero, spread), (left, right, weights))[0].square,
     )
 
 

@@ -18,6 +18,7 @@ from jax.lax import GatherScatterMode
 
 from jgd._engine.jaxprs import bind, prim, scan_of
 from jgd._engine.regions import Nested, Op, Region, Side, Site, Value, needed_by, recorded
+from jgd._mesh import varying
 
 Tree = tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]
 
@@ -119,7 +120,7 @@ def _run_nested(op: Nested, operands: list[Any], taps: Any) -> tuple[Sequence[An
         def run_branch(inputs: list[Any], taps: Any) -> Any:
             outputs, own = run(op.regions[number], inputs, taps[number])
             blank = [zeros(region, records_of) for region in op.regions]
-            return outputs, (*blank[:number], own, *blank[number + 1 :])
+            return varying((outputs, (*blank[:number], own, *blank[number + 1 :])), operands)
 
         return run_branch
 
@@ -260,7 +261,8 @@ def _replay_cond(op: Nested, operands: list[Any], parts: tuple[Any, Any], wanted
     def branch(number: int, region: Region, records: Tree, bumps: Any) -> Callable[[], list[Any]]:
         def replay_branch() -> list[Any]:
             own = replay(region, operands[1:], records, wanted, bumps)
-            return [x for each in (*blank[:number], own, *blank[number + 1 :]) for x in each]
+            made = [x for each in (*blank[:number], own, *blank[number + 1 :]) for x in each]
+            return varying(made, [x for x in operands if x is not None])
 
         return replay_branch
 

@@ -157,7 +157,7 @@ def _central_difference(function: Callable[[Any], jax.Array], params: Any) -> An
     """
     flat, unravel = ravel_pytree(params)
     widths, _ = ravel_pytree(
-        jax.tree.map(lambda x: jnp.finfo(x.dtype).eps ** (1 / 3) * jnp.maximum(1, jnp.abs(x)), params)
+        jax.tree.map(lambda x: float(jnp.finfo(x.dtype).eps) ** (1 / 3) * jnp.maximum(1, jnp.abs(x)), params)
     )
 
     def slope(k: jax.Array) -> jax.Array:

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
+from jgd._mesh import like_blocks, like_examples, like_leaves, placed_by
 from jgd._reductions.arguments import direction_of, form_of, weights_of
 
 
@@ -78,16 +79,19 @@ def dot(
 
 
 @jax.jit
+@placed_by(like_blocks)
 def _materialize(form):
     return form.materialize()
 
 
 @jax.jit
+@placed_by(like_leaves)
 def _weighted_sum(form, weights):
     return form.weighted_sum(weights)
 
 
 @jax.jit
+@placed_by(like_leaves)
 def _weighted_mean(form, weights):
     if weights is None:
         # Not by weights of 1/B: the sum may be asked for beside the mean, and is then shared.
@@ -97,5 +101,6 @@ def _weighted_mean(form, weights):
 
 
 @jax.jit
+@placed_by(like_examples)
 def _dot(form, direction):
     return form.dot(direction)

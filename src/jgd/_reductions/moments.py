@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
+from jgd._mesh import like_leaves, placed_by
 from jgd._reductions.arguments import at_least_two, form_of, weights_of
 
 
@@ -51,6 +52,7 @@ def variance(
 
 
 @jax.jit
+@placed_by(like_leaves)
 def _second_moment(form, weights):
     weights = jnp.ones(form.size) if weights is None else weights
     moments = form.second_moments(weights / jnp.sum(weights))
@@ -58,6 +60,7 @@ def _second_moment(form, weights):
 
 
 @jax.jit
+@placed_by(like_leaves)
 def _variance(form, weights):
     weights = jnp.ones(form.size) if weights is None else weights
     share = weights / jnp.sum(weights)

@@ -9,6 +9,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jgd._errors import describe, is_concrete
 from jgd._gradients import PerExampleGrads
+from jgd._mesh import like_examples, like_leaves, like_scalars, placed_by
 from jgd._reductions.arguments import at_least_two, form_of, weights_of
 
 
@@ -105,16 +106,19 @@ def _root(square: jax.Array) -> jax.Array:
 
 
 @jax.jit
+@placed_by(like_examples)
 def _leaf_norms(form):
     return [_root(square) for square in form.squared_norms()]
 
 
 @jax.jit
+@placed_by(like_examples)
 def _norms(form):
     return _root(_total(form.squared_norms(), form.size))
 
 
 @jax.jit
+@placed_by(like_leaves)
 def _clipped_sum(form, max_norm, weights):
     norm = _root(_total(form.squared_norms(), form.size))
     inside = norm <= max_norm
@@ -126,6 +130,7 @@ def _clipped_sum(form, max_norm, weights):
 
 
 @jax.jit
+@placed_by(like_scalars)
 def _noise_scale(form):
     size = form.size
     mean_square = jnp.mean(_total(form.squared_norms(), size))

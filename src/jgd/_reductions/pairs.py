@@ -6,6 +6,7 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
+from jgd._mesh import like_examples, placed_by
 from jgd._reductions.arguments import form_of
 
 
@@ -64,15 +65,18 @@ def project(
 
 
 @jax.jit
+@placed_by(like_examples)
 def _gram(form, other):
     return form.gram(other)
 
 
 @jax.jit
+@placed_by(like_examples)
 def _self_gram(form):
     return form.self_gram()
 
 
+@placed_by(like_examples)
 def _project_form(form, key, dim):
     return form.project(key, dim)
 
