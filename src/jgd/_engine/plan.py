@@ -58,9 +58,9 @@ class Part:
         """One example's factors, or those of the sum over a `batch`; those of a kind joined into one; needs `shape`."""
         kinds: dict[type, list[Factor]] = {}
         for use, swap in zip(self.uses, self.swaps, strict=True):
-            make = use.batch_factor if batch else use.factor
-            assert make is not None
-            factor = make(data[id(use.site)])
+            at = data[id(use.site)]
+            assert use.batch_factor is not None or not batch
+            factor = use.batch_factor(at, None) if batch and use.batch_factor else use.factor(at)
             if swap:
                 assert isinstance(factor, Outer)
                 factor = Outer(factor.right, factor.left)
@@ -261,7 +261,7 @@ _MANY = (
 def _part(leaf: int, offset: int, axes: tuple[Axis, ...], uses: tuple[Use, ...]) -> Part:
     part = Part(leaf, offset, axes, uses, *_common_shape(uses), "block")
     open_to = part.costs
-    if "pairs" in open_to and open_to["pairs"].flops < open_to["block"].flops:
+    if "pairs" in open_to and open_to["pairs"].flops < costs.BLOCK_SPEED * open_to["block"].flops:
         return replace(part, method="pairs")
     return part
 
