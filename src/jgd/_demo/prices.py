@@ -51,7 +51,7 @@ def section(quick: bool) -> Section:
     found = [
         m
         for model in models
-        for m in measure(model, QUANTITIES, METHODS, repeats=10 if quick else 30, seconds=1.0)
+        for m in measure(model, QUANTITIES, METHODS, repeats=10 if quick else 30, seconds=1.0)[0]
     ]
     return Section(
         title="What each costs",
