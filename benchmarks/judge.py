@@ -82,12 +82,10 @@ def rows(record: dict[str, Any]) -> list[Row]:
             and x["method"] not in ("jgd", BASELINE)
         ]
         best = min(others, key=lambda x: x["minimum_seconds"], default=None)
-        found.append(
-            Row(
-                m["model"], m["quantity"], m["time_ratio"], m["memory_ratio"], build(m) / build(base[m["model"]]),
-                best and best["method"], best and m["minimum_seconds"] / best["minimum_seconds"],
-            )  # fmt: skip
-        )
+        name = best and best["method"]
+        to_best = best and m["minimum_seconds"] / best["minimum_seconds"]
+        built = build(m) / build(base[m["model"]])
+        found.append(Row(m["model"], m["quantity"], m["time_ratio"], m["memory_ratio"], built, name, to_best))
     return found
 
 
@@ -142,7 +140,10 @@ def worse(
         old = before.get(key(m)) if m["method"] == "jgd" else None
         if old is None:
             continue
-        for what, field, share in (("time", "time_ratio", time), ("temporary memory", "memory_ratio", memory)):
+        for what, field, share in (
+            ("time", "time_ratio", time),
+            ("temporary memory", "memory_ratio", memory),
+        ):
             if m[field] > old[field] * (1 + share):
                 yield Change(*key(m), what, old[field], m[field])
 

@@ -60,17 +60,20 @@ def quantity_table(record: dict[str, Any], quantity: str) -> str:
     """A row for each model: what every method costs, and what `jgd` costs beside the best other and to build."""
     cells = {(m["model"], m["quantity"], m["method"]): m for m in record["measurements"]}
     models = list(dict.fromkeys(m["model"] for m in record["measurements"]))
-    methods = list(
-        dict.fromkeys(m for _, q, m in cells if q == quantity and m != BASELINE)
-    )
+    methods = list(dict.fromkeys(m for _, q, m in cells if q == quantity and m != BASELINE))
     judged = {row.model: row for row in judge.rows(record) if row.quantity == quantity}
     table = [["model", BASELINE, *methods, *(["jgd to the best other", "building, jgd"] if judged else [])]]
     for model in models:
         base = cells[model, "sum", BASELINE]
         line = [model, f"{1e3 * base['minimum_seconds']:.2f} ms, {base['temporary_bytes'] / 2**20:.1f} MiB"]
         found = [cells.get((model, quantity, method)) for method in methods]
-        line += ["—" if m is None else ratios(m["time_ratio"], m["memory_ratio"]) for m in found]
-        table.append(line + (_judged(judged.get(model)) if judged else []))
+        row = judged.get(model)
+        for method, m in zip(methods, found, strict=True):
+            text = "—" if m is None else ratios(m["time_ratio"], m["memory_ratio"])
+            line.append(
+                f"**{text}**" if method == "jgd" and row is not None and "time" in row.missed() else text
+            )
+        table.append(line + (_judged(row) if judged else []))
     mean = ["**mean**", ""]
     for method in methods:
         have = [cells[m, quantity, method] for m in models if (m, quantity, method) in cells]
@@ -127,7 +130,9 @@ def draw(file: Path, record: dict[str, Any]) -> None:
     columns = min(3, len(quantities))
     rows = -(-len(quantities) // columns)
     with mpl.rc_context({"svg.hashsalt": "jgd", "font.size": 9, "axes.axisbelow": True}):
-        figure = Figure(figsize=(3.6 * columns + 1, (0.32 * len(models) + 1) * rows + 0.5), layout="constrained")
+        figure = Figure(
+            figsize=(3.6 * columns + 1, (0.32 * len(models) + 1) * rows + 0.5), layout="constrained"
+        )
         FigureCanvasSVG(figure)
         grid = figure.subplots(rows, columns, sharex=True, sharey=True, squeeze=False).ravel()
         for axes in grid[len(quantities) :]:

@@ -22,7 +22,9 @@ def measure(models: list[str], *, repeats: int, seconds: float, threads: int, sm
     try:
         python = prepared()
         options = ["--repeats", repeats, "--seconds", seconds, "--threads", threads, "--models", *models]
-        return json.loads(_run([python, HERE / "torch_peers.py", *options, *["--small"] * small]).splitlines()[-1])
+        return json.loads(
+            _run([python, HERE / "torch_peers.py", *options, *["--small"] * small]).splitlines()[-1]
+        )
     except (OSError, RuntimeError, ValueError) as error:
         missing = [
             {"model": model, "quantity": quantity, "method": method, "why": str(error)}
@@ -56,7 +58,7 @@ def _run(command: list[Any]) -> str:
     Raises:
         RuntimeError: it fails; the message is the last thing that it said.
     """
-    done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
     if done.returncode != 0:
         said = done.stderr.strip().splitlines() or [f"exit status {done.returncode}"]
         raise RuntimeError(f"the environment is not to be had: {said[-1][:200]}")

@@ -1,12 +1,12 @@
 """The whole table: every model, quantity and method, and the peers in PyTorch, by one command.
 
-    python benchmarks/run.py                 # measures, and writes cpu.json, cpu.svg and the tables of docs/benchmarks.md
-    python benchmarks/run.py --check         # measures, writes nothing, and says what got worse than the stored figures
-    python benchmarks/run.py --render        # measures nothing: draws picture and tables from the stored figures
+    python benchmarks/run.py            # measures, and writes cpu.json, cpu.svg, the tables of docs/benchmarks.md
+    python benchmarks/run.py --check    # measures, writes nothing, says what got worse than the stored figures
+    python benchmarks/run.py --render   # measures nothing: draws picture and tables from the stored figures
 
-It needs the extra `bench` and matplotlib. The peers get an environment of their own, `benchmarks/.venv-torch`;
-`--no-peers` leaves them out. Each model is measured by `jgd bench` in a process of its own. The exit status is 1
-where a ratio got worse, and never depends on the targets: those are judged in the page.
+It needs the extra `bench`: pip install -e '.[bench]'. The peers get an environment of their own,
+`benchmarks/.venv-torch`; `--no-peers` leaves them out. Each model is measured by `jgd bench` in a process of its
+own. `--check` exits with 1 where a ratio got worse; targets that are missed never do: the page judges those.
 """
 
 import argparse
@@ -35,7 +35,7 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
         command = [sys.executable, "-m", "jgd", "bench", "--models", model, "--json", file]
         command += ["--quantities", *args.quantities, "--methods", *args.methods]
         command += ["--repeats", args.repeats, "--seconds", args.seconds, *["--small"] * args.small]
-        done = subprocess.run(list(map(str, command)), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
         if done.returncode == 0:
             return json.loads(file.read_text())
     said = (done.stderr.strip().splitlines() or ["nothing"])[-1][:200]
@@ -107,10 +107,16 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="a program rests after these (default: 5)")
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it works")
     parser.add_argument("--no-peers", action="store_true", help="without PyTorch")
-    parser.add_argument("--json", type=Path, default=HERE / "cpu.json", metavar="FILE", help="the stored figures")
-    parser.add_argument("--page", type=Path, default=page.PAGE, metavar="FILE", help="whose tables are written")
+    parser.add_argument(
+        "--json", type=Path, default=HERE / "cpu.json", metavar="FILE", help="the stored figures"
+    )
+    parser.add_argument(
+        "--page", type=Path, default=page.PAGE, metavar="FILE", help="whose tables are written"
+    )
     parser.add_argument("--check", action="store_true", help="compare with the stored figures; write nothing")
-    parser.add_argument("--tolerance", type=float, default=0.15, help="by what share a time may grow (default: 0.15)")
+    parser.add_argument(
+        "--tolerance", type=float, default=0.15, help="by what share a time may grow (default: 0.15)"
+    )
     parser.add_argument("--render", action="store_true", help="from the stored figures, without measuring")
     args = parser.parse_args()
     stored = json.loads(args.json.read_text()) if args.json.exists() else None

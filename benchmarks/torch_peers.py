@@ -35,7 +35,11 @@ class Problem:
         """`(B,)`: the cross entropy, its mean over positions where there are any."""
         if outputs.ndim == 2:
             return cross_entropy(outputs, targets, reduction="none")
-        return cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none").view(targets.shape).mean(1)
+        return (
+            cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+            .view(targets.shape)
+            .mean(1)
+        )
 
 
 def mlp(small: bool) -> Problem:
@@ -94,15 +98,19 @@ class Transformer(nn.Module):
 
     def forward(self, tokens: torch.Tensor) -> torch.Tensor:
         """The logits at each position."""
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape)
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous()  # as Opacus needs them
         return self.head(self.norm(self.layers(self.embedding(tokens) + self.positions(positions))))
 
 
 def transformer(small: bool) -> Problem:
     """As `jgd._bench.models.sequences.transformer`."""
-    d, layers, length, vocabulary, size, heads = (16, 2, 8, 32, 4, 2) if small else (256, 4, 128, 4096, 8, 4)
+    d, layers, length, vocabulary, size, heads = (16, 1, 8, 32, 4, 2) if small else (256, 4, 128, 4096, 8, 4)
     tokens = torch.randint(vocabulary, (size, length + 1))
-    return Problem(lambda: Transformer(d, layers, length, vocabulary, heads), tokens[:, :-1], tokens[:, 1:])
+    return Problem(
+        lambda: Transformer(d, layers, length, vocabulary, heads),
+        tokens[:, :-1].contiguous(),
+        tokens[:, 1:].contiguous(),
+    )
 
 
 def plain(problem: Problem, model: nn.Module) -> Callable[[], Any]:

@@ -31,29 +31,44 @@ def test_all_quantities_are_those_of_the_formulas(name, x64):
     chex.assert_trees_all_close(ours, by_hand, rtol=1e-8, atol=1e-10)
 
 
-OTHERS = {  # on 8 examples and on 4, how many quantities each has
-    "microbatch 1": (6, 6), "microbatch 4": (6, 0),
-    "jax_privacy": (1, 1), "jax_privacy 1": (1, 1), "jax_privacy 4": (1, 0),
-}  # fmt: skip
+EVERY = [name for name in QUANTITIES if name not in ("gram", "all")]
 
 
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # jax_privacy's call
-@pytest.mark.parametrize("name", ["mlp", "adapters"])
-def test_the_other_methods_compute_the_same_quantities(name):
+@pytest.mark.parametrize(
+    ("name", "method", "quantities"),
+    [
+        ("mlp", "microbatch 4", EVERY),
+        ("mlp", "jax_privacy 4", ["clipped_sum"]),
+        ("bag", "microbatch 1", EVERY),
+        ("bag", "jax_privacy 1", ["clipped_sum"]),
+        ("adapters", "microbatch 1", ["clipped_sum"]),  # some arguments are shared
+        ("adapters", "jax_privacy", ["clipped_sum"]),
+    ],
+)
+def test_the_other_methods_compute_the_same_quantities(name, method, quantities):
     model = build(name, small=True)
-    args = model.params, *model.batch
-    expected = {quantity: jax.jit(by_vmap(model, quantity))(*args) for quantity in QUANTITIES}
-    assert {*OTHERS} | {"jgd", "vmap(grad)"} == {*METHODS}
-    for method, counts in OTHERS.items():
-        compared = 0
-        for quantity in QUANTITIES:
-            try:
-                function = METHODS[method](model, quantity)
-            except Absent:
-                continue
-            chex.assert_trees_all_close(jax.jit(function)(*args), expected[quantity], rtol=1e-4, atol=1e-5)
-            compared += 1
-        assert compared == counts[model.size == 4], method
+
+    def compute(make):
+        return {quantity: make(model, quantity)(model.params, *model.batch) for quantity in quantities}
+
+    theirs, expected = (jax.jit(compute, static_argnums=0)(make) for make in (METHODS[method], by_vmap))
+    chex.assert_trees_all_close(theirs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "quantities", "why"),
+    [
+        ("microbatch 1", ["gram", "all"], "all pairs of examples"),
+        ("microbatch 4", EVERY, "5 examples are not made of several microbatches of 4"),
+        ("jax_privacy 4", ["clipped_sum"], "5 examples are not made of several microbatches of 4"),
+        ("jax_privacy", [name for name in QUANTITIES if name != "clipped_sum"], "no such function"),
+    ],
+)
+def test_what_a_method_does_not_compute_it_says(method, quantities, why):
+    for quantity in quantities:
+        with pytest.raises(Absent, match=why):
+            METHODS[method](build("bag", small=True), quantity)
 
 
 def test_the_baseline_is_the_gradient_of_the_summed_loss():
@@ -160,30 +175,34 @@ def test_ratios_are_to_the_plain_gradient_measured_beside():
 
 
 def test_what_cannot_be_measured_is_said_to_be_missing_and_why(monkeypatch):
-    monkeypatch.setattr("jgd._bench.measure.free_bytes", lambda: 2**14)
-    model = build("bag", small=True)
-    found, missing = measure(
-        model, ["norms"], ["jgd", "vmap(grad)", "microbatch 4", "jax_privacy"], repeats=1
-    )
-    assert [(m.quantity, m.method) for m in found] == [("sum", BASELINE), ("norms", "jgd")]
-    assert [(m.model, m.quantity, m.method) for m in missing] == [
-        ("bag", "norms", by) for by in ("vmap(grad)", "microbatch 4", "jax_privacy")
-    ]
-    assert [m.why for m in missing] == [
-        "it needs 0.0 GiB, more than is free",
-        "5 examples are not made of several microbatches of 4",
-        "the library has no such function",
-    ]
+    model = build("mlp", small=True)
+    # Room for the parameters' gradient, and not for that of each of the eight examples.
+    monkeypatch.setattr("jgd._bench.measure.free_bytes", lambda: 3 * 4 * model.num_params)
+    found, missing = measure(model, ["gram"], ["jgd", "vmap(grad)", "microbatch 4", "jax_privacy"], repeats=1)
+    assert [(m.quantity, m.method) for m in found] == [("sum", BASELINE), ("gram", "jgd")]
+    assert {(m.model, m.quantity) for m in missing} == {("mlp", "gram")}
+    assert {m.method: m.why for m in missing} == {
+        "vmap(grad)": "it needs 0.0 GiB, more than is free",
+        "microbatch 4": "all pairs of examples are needed at once",
+        "jax_privacy": "the library has no such function",
+    }
+
+
+def test_without_the_plain_gradient_all_is_missing(monkeypatch):
+    monkeypatch.setattr("jgd._bench.measure.free_bytes", lambda: 100)
+    found, missing = measure(build("bag", small=True), ["norms"], ["jgd"], repeats=1)
+    assert not found
+    assert [(m.quantity, m.method) for m in missing] == [("sum", BASELINE), ("norms", "jgd")]
 
 
 def test_a_measurement_from_scratch_traces_what_was_traced_before():
-    model, traced = build("mlp", small=True), []
+    original, traced = build("mlp", small=True), []
 
     def loss(*args):
         traced.append(1)
-        return model.loss(*args)
+        return original.loss(*args)
 
-    model = dataclasses.replace(model, loss=loss)
+    model = dataclasses.replace(original, loss=loss)
     for from_scratch, times in ((False, 2), (True, 3)):
         traced.clear()
         measure(model, ["norms", "sum"], ["jgd"], repeats=1, from_scratch=from_scratch)

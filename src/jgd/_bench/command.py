@@ -70,11 +70,17 @@ def run(args: argparse.Namespace) -> int:
 
 
 def absences(missing: Sequence[Missing]) -> list[str]:
-    """What is missing, a line for each quantity, method and reason."""
+    """What is missing, a line for each method, reason and set of models."""
     models: dict[tuple[str, str, str], list[str]] = {}
     for m in missing:
-        models.setdefault((m.quantity, m.method, m.why), []).append(m.model)
-    return [f"Absent: {q} by {by}, {', '.join(names)}: {why}." for (q, by, why), names in models.items()]
+        models.setdefault((m.method, m.why, m.quantity), []).append(m.model)
+    quantities: dict[tuple[str, str, str], list[str]] = {}
+    for (method, why, quantity), names in models.items():
+        quantities.setdefault((method, why, ", ".join(names)), []).append(quantity)
+    return [
+        f"Absent: {', '.join(of)} by {method} on {names}: {why}."
+        for (method, why, names), of in quantities.items()
+    ]
 
 
 def _say(text: str) -> None:

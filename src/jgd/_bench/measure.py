@@ -166,10 +166,13 @@ def measure(
             programs[quantity, method] = _fitting(compile_program(function, *args))
         except Absent as error:
             missing.append(Missing(model.name, quantity, method, str(error)))
+    base = "sum", BASELINE
+    if base not in programs:
+        why = "there is no plain gradient to measure it against"
+        return [], missing + [Missing(model.name, *name, why) for name in programs]
     say(f"{model.name}: measuring {len(programs)} programs")
     runs = {name: program.run for name, program in programs.items()}
     times = time_interleaved(runs, repeats=repeats, seconds=seconds)
-    base = "sum", BASELINE
     found = [
         _measurement(model.name, *name, program, times[name], programs[base], times[base])
         for name, program in programs.items()

@@ -33,7 +33,7 @@ def transformer_loss(params: Any, tokens: jax.Array, *, heads: int) -> jax.Array
 
 def transformer(name: str, small: bool) -> Model:
     """Width 256, 4 layers, 128 tokens of a vocabulary of 4096, 8 examples."""
-    d, layers, length, vocabulary, size, heads = (16, 2, 8, 32, 4, 2) if small else (256, 4, 128, 4096, 8, 4)
+    d, layers, length, vocabulary, size, heads = (16, 1, 8, 32, 4, 2) if small else (256, 4, 128, 4096, 8, 4)
     return transformer_of(name, d, layers, length, vocabulary, size, heads)
 
 
