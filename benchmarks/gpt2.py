@@ -1,7 +1,7 @@
 """Clipped gradients of a transformer of GPT-2's 124 million parameters, against its plain gradient.
 
     python benchmarks/gpt2.py                      # some four minutes on two cores, and 5 GiB
-    python benchmarks/gpt2.py --json benchmarks/gpt2.json
+    python benchmarks/gpt2.py --json benchmarks/gpt2.json --page docs/benchmarks.md
 
 Random weights, 8 examples of 128 tokens, a scan over stacked layers with `jax.checkpoint`. Each program runs in a
 process of its own, so that the peak of its resident memory is its own; the processes take turns, and a program's
@@ -18,6 +18,8 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+
+import page
 
 PROGRAMS = ("plain gradient", "jgd", "vmap(grad)")
 ONLY_COMPILED = ("vmap(grad)",)
@@ -140,6 +142,7 @@ def main() -> int:
     parser.add_argument("--rounds", type=int, default=2, help="processes of each program (default: 2)")
     parser.add_argument("--small", action="store_true", help="a tiny model: to see that it works")
     parser.add_argument("--json", type=Path, metavar="FILE", help="write what was measured to FILE")
+    parser.add_argument("--page", type=Path, metavar="FILE", help="put the figures into this page")
     args = parser.parse_args()
     measure = functools.partial(measure_apart, runs=args.runs, small=args.small)
     if args.one:
@@ -154,6 +157,8 @@ def main() -> int:
     found = combine(rounds)
     if args.json:
         args.json.write_text(json.dumps(found, indent=1) + "\n")
+    if args.page:
+        page.put(args.page, "gpt2", "\n".join(f"- {line}" for line in report(found).splitlines()))
     print(report(found))
     return 0
 

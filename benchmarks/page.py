@@ -9,18 +9,30 @@ from jgd._bench.command import absences, geometric_mean, ratios, short
 from jgd._bench.measure import BASELINE, Missing
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
-BEGIN, END = "<!-- figures: begin, by benchmarks/run.py -->", "<!-- figures: end -->"
 COLORS = {
     "jgd": "#2563a8", "vmap(grad)": "#d9680f", "microbatch 1": "#2e8b57", "microbatch 4": "#9bc8ab",
     "jax_privacy": "#7b52ab", "jax_privacy 1": "#a88acb", "jax_privacy 4": "#cdbbe2",
 }  # fmt: skip
 
 
-def write(file: Path, record: dict[str, Any]) -> None:
-    """Puts the tables between the page's markers."""
-    before, rest = file.read_text().split(BEGIN)
-    _, after = rest.split(END)
-    file.write_text(f"{before}{BEGIN}\n{render(record)}\n{END}{after}")
+def put(file: Path, script: str, text: str) -> None:
+    """Puts what a script has to say between its markers in a page."""
+    before, _, after = split(file, script)
+    file.write_text(f"{before}{text}{after}")
+
+
+def split(file: Path, script: str) -> tuple[str, str, str]:
+    """A page up to a script's part, with the marker; that part; and the rest of the page.
+
+    Raises:
+        ValueError: the markers are not there.
+    """
+    begin, end = f"<!-- {script}: begin, by benchmarks/{script}.py -->\n", f"\n<!-- {script}: end -->"
+    before, found, rest = file.read_text().partition(begin)
+    inside, ended, after = rest.partition(end)
+    if not found or not ended:
+        raise ValueError(f"{file} lacks the markers {begin.strip()} and {end.strip()}")
+    return before + begin, inside, end + after
 
 
 def render(record: dict[str, Any]) -> str:

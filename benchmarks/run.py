@@ -130,7 +130,7 @@ def main() -> int:
             return compare(stored, record, tolerance=args.tolerance)
         record = merged(stored, record) if stored else record
         args.json.write_text(json.dumps(record, indent=1) + "\n")
-    page.write(args.page, record)
+    page.put(args.page, "run", page.render(record))
     page.draw(args.json.with_suffix(".svg"), record)
     print(page.summary(record))
     return 0

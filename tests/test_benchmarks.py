@@ -1,5 +1,6 @@
 """The scripts of `benchmarks/`: what they judge, compare, keep and say; the measuring is `test_bench.py`'s."""
 
+import dataclasses
 import importlib
 import json
 import subprocess
@@ -9,8 +10,10 @@ from pathlib import Path
 import jax
 import pytest
 
+from jgd._bench import growth
 from jgd._bench.measure import BASELINE
 from jgd._bench.models import build
+from jgd._bench.models.vectors import mlp_of
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = ("run", "judge", "page", "peers", "gpt2", "growth")
@@ -178,8 +181,21 @@ def test_the_picture_is_drawn_twice_alike(script, tmp_path):
 
 def test_the_page_has_the_tables_of_the_figures_that_are_kept(script):
     page = script("page")
-    inside = page.PAGE.read_text().split(page.BEGIN)[1].split(page.END)[0]
-    assert inside.strip() == page.render(json.loads((FOLDER / "cpu.json").read_text()))
+    kept = json.loads((FOLDER / "cpu.json").read_text())
+    assert page.split(page.PAGE, "run")[1] == page.render(kept)
+
+
+def test_what_a_script_says_goes_between_its_own_markers(script, tmp_path):
+    page, file = script("page"), tmp_path / "page.md"
+    marked = lambda name, text: (
+        f"<!-- {name}: begin, by benchmarks/{name}.py -->\n{text}\n<!-- {name}: end -->"
+    )
+    file.write_text(f"first\n{marked('run', 'old')}\nmiddle\n{marked('growth', '')}\nlast\n")
+    page.put(file, "growth", "slopes")
+    page.put(file, "run", "new")
+    assert file.read_text() == f"first\n{marked('run', 'new')}\nmiddle\n{marked('growth', 'slopes')}\nlast\n"
+    with pytest.raises(ValueError, match="lacks the markers <!-- gpt2: begin"):
+        page.put(file, "gpt2", "x")
 
 
 def test_the_peers_measured_models_of_the_same_size():
@@ -205,6 +221,38 @@ def test_the_large_model_is_reported_by_its_least_time_and_highest_peak(script):
     text = gpt2.report(found)
     assert "jgd to plain: time 1.20×, peak resident memory 1.00× (target 1.3× both: met)" in text
     assert "vmap(grad): by XLA's account 1.00 GiB in all, 1.00 GiB of it temporary; not run" in text
+
+
+def test_a_slope_is_the_exponent_of_a_power_law():
+    sizes = (2, 4, 16)
+    line = growth.Line("B", "jgd", sizes, tuple(3e-3 * s**0.5 for s in sizes), tuple(7 * s**2 for s in sizes))
+    assert line.time_slope == pytest.approx(0.5) and line.memory_slope == pytest.approx(2)
+
+
+def test_a_sweep_measures_each_size_and_ends_a_line_where_memory_ends(monkeypatch):
+    sweep = growth.Sweep("width", lambda width: mlp_of("mlp", (width, width, 10), 8), (32, 64, 128))
+    room = {"free": 2**40}
+    monkeypatch.setattr("jgd._bench.measure.free_bytes", lambda: room["free"])
+    whole = {line.method: line for line in growth.lines(sweep, repeats=1)}
+    assert list(whole) == [BASELINE, "jgd", "vmap(grad)"]
+    assert {line.sizes for line in whole.values()} == {(32, 64, 128)}
+    assert whole["vmap(grad)"].memory_slope > whole["jgd"].memory_slope
+    room["free"] = whole["vmap(grad)"].bytes[-1] - 1
+    short = {line.method: line.sizes for line in growth.lines(sweep, repeats=1)}
+    assert short == {BASELINE: (32, 64, 128), "jgd": (32, 64, 128), "vmap(grad)": (32, 64)}
+
+
+def test_the_growth_script_renders_the_slopes_that_are_stored(script, tmp_path, monkeypatch, capsys):
+    sweep = script("growth")
+    line = growth.Line("B", "jgd", (2, 8), (1e-3, 2e-3), (2**20, 2**22))
+    record, text = tmp_path / "g.json", tmp_path / "page.md"
+    record.write_text(json.dumps({"lines": [dataclasses.asdict(line)]}))
+    text.write_text("<!-- growth: begin, by benchmarks/growth.py -->\n\n<!-- growth: end -->\n")
+    monkeypatch.setattr(sys, "argv", ["growth.py", "--render", "--json", str(record), "--page", str(text)])
+    assert sweep.main() == 0
+    row = "| B | jgd | 2 | 8 | 2.00 ms | 0.50 | 4.0 MiB | 1.00 |"
+    assert row in text.read_text() and row in capsys.readouterr().out
+    assert "</svg>" in (tmp_path / "g.svg").read_text()
 
 
 @pytest.mark.slow
