@@ -13,16 +13,16 @@ COLORS = {BASELINE: style.INK, "jgd": style.BLUE, "vmap(grad)": style.ORANGE}
 
 def section(quick: bool) -> Section:
     """Measures the clipped sum by `vmap(grad)` and by `jgd` in a few sizes, beside the plain gradient."""
-    sweeps = [Sweep("examples, B", lambda size: prices.mlp(size=size), (32, 128, 512))]
+    sweeps = [Sweep("examples, B", lambda size: prices.mlp(size=size), (16, 64, 256))]
     if not quick:
-        sweeps.append(Sweep("width", lambda width: prices.mlp(size=64, width=width), (64, 256, 1024)))
-    found = [line for sweep in sweeps for line in lines(sweep, repeats=10, seconds=0.5)]
+        sweeps.append(Sweep("width", lambda width: prices.mlp(size=64, width=width), (128, 256, 512)))
+    found = [line for sweep in sweeps for line in lines(sweep, repeats=10, seconds=0.2)]
     return Section(
         title="How the cost grows",
         claim="The gradients of all examples cost vmap(grad) a copy of the parameters each; jgd holds factors.",
         text=(
             "The sum of the gradients of digits by an MLP of two hidden layers, each gradient clipped to norm 1, "
-            "for more examples and for wider layers. Time is the least of ten runs, memory what XLA allocates "
+            "for more examples and for wider layers. Time is the least of a few runs, memory what XLA allocates "
             "for intermediate values and results. A slope of k means: ten times the size, 10^k times the cost. "
             "Width squared is the number of parameters. benchmarks/growth.py has more sizes, sequences and depth.",
         ),
