@@ -1,6 +1,6 @@
-"""Puts the table of a `jgd bench --json` file into the README, between its markers.
+"""Puts some columns of the stored figures into the README, between its markers; all are in `docs/benchmarks.md`.
 
-    jgd bench --quantities sum norms clipped_sum --json benchmarks/cpu.json
+    python benchmarks/run.py
     python benchmarks/readme_table.py benchmarks/cpu.json
 
 `--check` changes nothing, and fails where the README's table is not the file's.
@@ -18,9 +18,16 @@ README = Path(__file__).parent.parent / "README.md"
 BEGIN, END = "<!-- bench: begin, by benchmarks/readme_table.py -->", "<!-- bench: end -->"
 
 
+SHOWN = {
+    "jgd": ("sum", "norms", "clipped_sum", "variance", "gram", "all"),
+    "vmap(grad)": ("sum", "norms", "clipped_sum"),
+}
+
+
 def render(record: dict) -> str:
     """The table in Markdown, a row for each model, and a line that says where it was measured."""
-    columns = table([Measurement(**m) for m in record["measurements"]])
+    found = [Measurement(**m) for m in record["measurements"]]
+    columns = table([m for m in found if m.method == BASELINE or m.quantity in SHOWN.get(m.method, ())])
     names = [BASELINE, *(f"{quantity}, {by}" for quantity, by, *_ in columns[2:])]
     lines = [["", *names], ["---"] + ["--:"] * len(names)]
     for model, *cells in zip(columns[0][2:], *(column[2:] for column in columns[1:]), strict=True):
@@ -36,7 +43,7 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("file", type=Path, help="what `jgd bench --json` wrote")
+    parser.add_argument("file", type=Path, help="what `benchmarks/run.py` or `jgd bench --json` wrote")
     parser.add_argument("--check", action="store_true")
     args = parser.parse_args()
     before, rest = README.read_text().split(BEGIN)

@@ -14,7 +14,7 @@ import pytest
 from jgd._bench import command
 from jgd._bench.measure import BASELINE, Measurement, compile_program, measure, time_interleaved
 from jgd._bench.models import MODELS, build
-from jgd._bench.quantities import METHODS, QUANTITIES, by_jgd, by_vmap, plain
+from jgd._bench.quantities import METHODS, QUANTITIES, Absent, by_jgd, by_vmap, plain
 
 ROOT = Path(__file__).parent.parent
 
@@ -31,21 +31,44 @@ def test_all_quantities_are_those_of_the_formulas(name, x64):
     chex.assert_trees_all_close(ours, by_hand, rtol=1e-8, atol=1e-10)
 
 
+EVERY = [name for name in QUANTITIES if name not in ("gram", "all")]
+
+
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # jax_privacy's call
-@pytest.mark.parametrize("method", [name for name in METHODS if name not in ("jgd", "vmap(grad)")])
-@pytest.mark.parametrize("name", ["mlp", "adapters"])
-def test_the_other_methods_compute_the_same_quantities(name, method):
+@pytest.mark.parametrize(
+    ("name", "method", "quantities"),
+    [
+        ("mlp", "microbatch 4", EVERY),
+        ("mlp", "jax_privacy 4", ["clipped_sum"]),
+        ("bag", "microbatch 1", EVERY),
+        ("bag", "jax_privacy 1", ["clipped_sum"]),
+        ("adapters", "microbatch 1", ["clipped_sum"]),  # some arguments are shared
+        ("adapters", "jax_privacy", ["clipped_sum"]),
+    ],
+)
+def test_the_other_methods_compute_the_same_quantities(name, method, quantities):
     model = build(name, small=True)
-    compared = 0
-    for quantity in QUANTITIES:
-        function = METHODS[method](model, quantity)
-        if function is None:
-            continue
-        theirs = jax.jit(function)(model.params, *model.batch)
-        expected = jax.jit(by_vmap(model, quantity))(model.params, *model.batch)
-        chex.assert_trees_all_close(theirs, expected, rtol=1e-4, atol=1e-5)
-        compared += 1
-    assert compared == {"microbatch 1": 3, "jax_privacy": 1}[method]
+
+    def compute(make):
+        return {quantity: make(model, quantity)(model.params, *model.batch) for quantity in quantities}
+
+    theirs, expected = (jax.jit(compute, static_argnums=0)(make) for make in (METHODS[method], by_vmap))
+    chex.assert_trees_all_close(theirs, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("method", "quantities", "why"),
+    [
+        ("microbatch 1", ["gram", "all"], "all pairs of examples"),
+        ("microbatch 4", EVERY, "5 examples are not made of several microbatches of 4"),
+        ("jax_privacy 4", ["clipped_sum"], "5 examples are not made of several microbatches of 4"),
+        ("jax_privacy", [name for name in QUANTITIES if name != "clipped_sum"], "no such function"),
+    ],
+)
+def test_what_a_method_does_not_compute_it_says(method, quantities, why):
+    for quantity in quantities:
+        with pytest.raises(Absent, match=why):
+            METHODS[method](build("bag", small=True), quantity)
 
 
 def test_the_baseline_is_the_gradient_of_the_summed_loss():
@@ -62,6 +85,29 @@ def test_the_baseline_is_the_gradient_of_the_summed_loss():
         ("mlp", 128, 784 * 1024 + 1024 + 1024 * 1024 + 1024 + 1024 * 10 + 10),
         ("cnn", 32, 9 * (3 * 32 + 32 * 64 + 64 * 128) + 32 + 64 + 128 + 128 * 10 + 10),
         ("cnn-128", 128, 9 * (3 * 32 + 32 * 64 + 64 * 128) + 32 + 64 + 128 + 128 * 10 + 10),
+        (
+            "residual",
+            16,
+            9 * (3 * 32 + 2 * 32**2 + 32 * 64 + 64**2 + 64 * 128 + 128**2)
+            + 32 * 64
+            + 64 * 128
+            + 2 * (32 + 32 + 32 + 64 + 64 + 128 + 128)
+            + 128 * 10
+            + 10,
+        ),
+        (
+            "convnext",
+            16,
+            4 * (3 * 48 + 48 * 96)
+            + 2 * (48 + 96)
+            + 2 * (8 * 48**2 + 58 * 48)
+            + 2 * (8 * 96**2 + 58 * 96)
+            + 2 * 96
+            + 96 * 10
+            + 10,
+        ),
+        ("vit", 16, 49 * 128 + 66 * 128 + 4 * (12 * 128**2 + 13 * 128) + 2 * 128 + 128 * 10 + 10),
+        ("gpt", 8, (2048 + 64) * 192 + 6 * (12 * 192**2 + 13 * 192) + 2 * 192),
         ("transformer", 8, 2 * 4096 * 256 + 128 * 256 + 4 * (12 * 256**2 + 13 * 256) + 2 * 256),
         ("gru", 128, 6 * 128**2 + 3 * 128 + 128 * 10 + 10),
         ("bag", 128, 50_000 * 64 + 64 * 4 + 4),
@@ -77,13 +123,14 @@ def test_the_suite_has_the_sizes_it_is_named_for(name, size, params):
 
     jax.eval_shape(build_it)  # shapes only: nothing large is made
     assert held["model"].num_params == params
+    assert held["model"].size == size
     mapped = [x for x, axis in zip(held["model"].batch, held["model"].axes[1:], strict=True) if axis == 0]
     assert {leaf.shape[0] for leaf in jax.tree.leaves(mapped)} == {size}
 
 
 def test_build_names_the_models_it_knows():
-    with pytest.raises(ValueError, match=r"`name` must be one of mlp.*got 'resnet'"):
-        build("resnet")
+    with pytest.raises(ValueError, match=r"`name` must be one of mlp.*got 'lenet'"):
+        build("lenet")
 
 
 def test_a_compiled_program_reports_what_is_known_of_a_product():
@@ -117,13 +164,49 @@ def test_no_repeats_is_an_error():
 
 
 def test_ratios_are_to_the_plain_gradient_measured_beside():
-    base, *rest = measure(build("mlp", small=True), ["norms"], ["jgd", "vmap(grad)"], repeats=3)
+    (base, *rest), missing = measure(build("mlp", small=True), ["norms"], ["jgd", "vmap(grad)"], repeats=3)
+    assert not missing
     assert (base.method, base.time_ratio, base.memory_ratio, base.peak_ratio) == (BASELINE, 1, 1, 1)
     assert [(m.quantity, m.method) for m in rest] == [("norms", "jgd"), ("norms", "vmap(grad)")]
     for m in rest:
         assert m.time_ratio == m.minimum_seconds / base.minimum_seconds
         assert m.memory_ratio == m.temporary_bytes / base.temporary_bytes
         assert m.runs == 3
+
+
+def test_what_cannot_be_measured_is_said_to_be_missing_and_why(monkeypatch):
+    model = build("mlp", small=True)
+    # Room for the parameters' gradient, and not for that of each of the eight examples.
+    monkeypatch.setattr("jgd._bench.measure.free_bytes", lambda: 3 * 4 * model.num_params)
+    found, missing = measure(model, ["gram"], ["jgd", "vmap(grad)", "microbatch 4", "jax_privacy"], repeats=1)
+    assert [(m.quantity, m.method) for m in found] == [("sum", BASELINE), ("gram", "jgd")]
+    assert {(m.model, m.quantity) for m in missing} == {("mlp", "gram")}
+    assert {m.method: m.why for m in missing} == {
+        "vmap(grad)": "it needs 0.0 GiB, more than is free",
+        "microbatch 4": "all pairs of examples are needed at once",
+        "jax_privacy": "the library has no such function",
+    }
+
+
+def test_without_the_plain_gradient_all_is_missing(monkeypatch):
+    monkeypatch.setattr("jgd._bench.measure.free_bytes", lambda: 100)
+    found, missing = measure(build("bag", small=True), ["norms"], ["jgd"], repeats=1)
+    assert not found
+    assert [(m.quantity, m.method) for m in missing] == [("sum", BASELINE), ("norms", "jgd")]
+
+
+def test_a_measurement_from_scratch_traces_what_was_traced_before():
+    original, traced = build("mlp", small=True), []
+
+    def loss(*args):
+        traced.append(1)
+        return original.loss(*args)
+
+    model = dataclasses.replace(original, loss=loss)
+    for from_scratch, times in ((False, 2), (True, 3)):
+        traced.clear()
+        measure(model, ["norms", "sum"], ["jgd"], repeats=1, from_scratch=from_scratch)
+        assert len(traced) == times
 
 
 def _measurement(model, quantity, method, time_ratio, memory_ratio):

@@ -8,7 +8,7 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from jgd._bench.measure import BASELINE, Measurement, environment, measure, to_json
+from jgd._bench.measure import BASELINE, Measurement, Missing, environment, measure, to_json
 from jgd._bench.models import MODELS, build
 from jgd._bench.quantities import METHODS, QUANTITIES
 
@@ -49,19 +49,38 @@ def run(args: argparse.Namespace) -> int:
         print(f"jgd bench: `--json` names a folder that is not there: {args.json.parent}", file=sys.stderr)
         return 2
     found: list[Measurement] = []
+    missing: list[Missing] = []
     for name in args.models:
-        model = build(name, small=args.small)
-        found += measure(
-            model, args.quantities, args.methods, repeats=args.repeats, seconds=args.seconds, say=_say
-        )
+        measured = measure(
+            build(name, small=args.small), args.quantities, args.methods,
+            repeats=args.repeats, seconds=args.seconds, from_scratch=True, say=_say,
+        )  # fmt: skip
+        found += measured[0]
+        missing += measured[1]
     _say("")
     if args.json:
         settings = {"repeats": args.repeats, "seconds": args.seconds, "small": args.small}
-        args.json.write_text(to_json(found, **settings))
+        args.json.write_text(to_json(found, missing, **settings))
     rows = table(found)
     _print_table(rows, markdown=args.markdown)
     print(f"\nTime (fastest run), temporary memory; both relative to the plain gradient's. {_where()}")
+    for line in absences(missing):
+        print(line)
     return 0
+
+
+def absences(missing: Sequence[Missing]) -> list[str]:
+    """What is missing, a line for each method, reason and set of models."""
+    models: dict[tuple[str, str, str], list[str]] = {}
+    for m in missing:
+        models.setdefault((m.method, m.why, m.quantity), []).append(m.model)
+    quantities: dict[tuple[str, str, str], list[str]] = {}
+    for (method, why, quantity), names in models.items():
+        quantities.setdefault((method, why, ", ".join(names)), []).append(quantity)
+    return [
+        f"Absent: {', '.join(of)} by {method} on {names}: {why}."
+        for (method, why, names), of in quantities.items()
+    ]
 
 
 def _say(text: str) -> None:
@@ -79,7 +98,8 @@ def table(found: Sequence[Measurement]) -> list[list[str]]:
     """A row for each quantity and method: time and memory ratio on each model, then their geometric means.
 
     Returns:
-        Rows of cells, the header first; the next one has the plain gradient's milliseconds and MiB.
+        Rows of cells, the header first; the next one has the plain gradient's milliseconds and MiB. What is missing
+        is a dash, and has no part in the mean.
     """
     models = list(dict.fromkeys(m.model for m in found))
     cells = {(m.quantity, m.method, m.model): m for m in found}
@@ -88,22 +108,26 @@ def table(found: Sequence[Measurement]) -> list[list[str]]:
     absolute = [f"{m.minimum_seconds * 1e3:.2f} ms, {m.temporary_bytes / 2**20:.1f} MiB" for m in base]
     rows.append(["", BASELINE, *absolute, ""])
     for quantity, method in dict.fromkeys((m.quantity, m.method) for m in found if m.method != BASELINE):
-        row = [cells[quantity, method, model] for model in models]
-        times, memories = [m.time_ratio for m in row], [m.memory_ratio for m in row]
-        body = [_ratios(time, memory) for time, memory in zip(times, memories, strict=True)]
-        rows.append([quantity, method, *body, _ratios(_geometric_mean(times), _geometric_mean(memories))])
+        row = [cells.get((quantity, method, model)) for model in models]
+        body = ["—" if m is None else ratios(m.time_ratio, m.memory_ratio) for m in row]
+        there = [m for m in row if m is not None]
+        means = (geometric_mean([getattr(m, of) for m in there]) for of in ("time_ratio", "memory_ratio"))
+        rows.append([quantity, method, *body, ratios(*means)])
     return rows
 
 
-def _geometric_mean(ratios: Sequence[float]) -> float:
+def geometric_mean(ratios: Sequence[float]) -> float:
+    """The geometric mean of ratios, a memory of nothing counted as a thousandth."""
     return statistics.geometric_mean([max(ratio, 1e-3) for ratio in ratios])
 
 
-def _ratios(time: float, memory: float) -> str:
-    return f"{_short(time)}×, {_short(memory)}×"
+def ratios(time: float, memory: float) -> str:
+    """The two ratios of a cell."""
+    return f"{short(time)}×, {short(memory)}×"
 
 
-def _short(ratio: float) -> str:
+def short(ratio: float) -> str:
+    """A ratio in three figures or so."""
     return f"{ratio:.2f}" if ratio < 10 else f"{ratio:.0f}"
 
 

@@ -1,20 +1,22 @@
 """The clock: programs measured side by side in one process, and what XLA says of their memory."""
 
 import json
+import math
 import os
 import platform
 import random
 import statistics
 import time
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
 from typing import Any
 
 import jax
 
 import jgd
 from jgd._bench.models import Model
-from jgd._bench.quantities import METHODS, plain
+from jgd._bench.quantities import METHODS, Absent, plain
 
 BASELINE = "plain gradient"
 
@@ -64,6 +66,16 @@ class Measurement:
     median_ratio: float
     memory_ratio: float  # of temporary bytes
     peak_ratio: float  # of temporary and output bytes
+
+
+@dataclass(frozen=True)
+class Missing:
+    """What was asked for and could not be measured, and why."""
+
+    model: str
+    quantity: str
+    method: str
+    why: str
 
 
 def compile_program(function: Callable[..., Any], *args: Any) -> Program:
@@ -124,8 +136,9 @@ def measure(
     *,
     repeats: int = 20,
     seconds: float = 5.0,
+    from_scratch: bool = False,
     say: Callable[[str], None] = lambda _: None,
-) -> list[Measurement]:
+) -> tuple[list[Measurement], list[Missing]]:
     """Measures every method's every quantity on one model, beside the plain gradient.
 
     Args:
@@ -133,38 +146,63 @@ def measure(
         quantities: names out of `quantities.QUANTITIES`.
         methods: names out of `quantities.METHODS`.
         repeats: as for `time_interleaved`, like `seconds`.
+        from_scratch: whether to empty JAX's caches before each compilation, so that none profits from what another
+            has traced, and all their times can be compared.
         say: told what is being compiled.
 
     Returns:
-        A measurement for the plain gradient, then one for each method and quantity that it has.
+        A measurement for the plain gradient, then one for each method and quantity that it has; and what is missing.
     """
-    functions: dict[tuple[str, str], Callable[..., Any]] = {("sum", BASELINE): plain(model)}
-    for quantity in quantities:
-        for method in methods:
-            function = METHODS[method](model, quantity)
-            if function is not None:
-                functions[quantity, method] = function
     args = jax.device_put((model.params, *model.batch))
-    programs = {}
-    for (quantity, method), function in functions.items():
+    programs: dict[tuple[str, str], Program] = {}
+    missing = []
+    for quantity, method in [("sum", BASELINE), *((q, m) for q in quantities for m in methods)]:
         say(f"{model.name}: compiling {quantity} by {method}")
-        programs[quantity, method] = compile_program(function, *args)
+        if from_scratch:
+            jax.clear_caches()
+            model = replace(model, loss=_renamed(model.loss))
+        try:
+            function = plain(model) if method == BASELINE else METHODS[method](model, quantity)
+            programs[quantity, method] = _fitting(compile_program(function, *args))
+        except Absent as error:
+            missing.append(Missing(model.name, quantity, method, str(error)))
+    base = "sum", BASELINE
+    if base not in programs:
+        why = "there is no plain gradient to measure it against"
+        return [], missing + [Missing(model.name, *name, why) for name in programs]
     say(f"{model.name}: measuring {len(programs)} programs")
     runs = {name: program.run for name, program in programs.items()}
     times = time_interleaved(runs, repeats=repeats, seconds=seconds)
-    baseline = ("sum", BASELINE)
-    return [
-        _measurement(
-            model.name,
-            quantity,
-            method,
-            program,
-            times[quantity, method],
-            programs[baseline],
-            times[baseline],
-        )
-        for (quantity, method), program in programs.items()
+    found = [
+        _measurement(model.name, *name, program, times[name], programs[base], times[base])
+        for name, program in programs.items()
     ]
+    return found, missing
+
+
+def _renamed(loss: Callable[..., Any]) -> Callable[..., Any]:
+    """The same loss as a function that no cache has seen."""
+    return lambda *args: loss(*args)
+
+
+def _fitting(program: Program) -> Program:
+    """The program, where the memory that it needs is there.
+
+    Raises:
+        Absent: it is not. Running it might end the process.
+    """
+    if jax.default_backend() == "cpu" and program.peak_bytes > free_bytes():
+        raise Absent(f"it needs {program.peak_bytes / 2**30:.1f} GiB, more than is free")
+    return program
+
+
+def free_bytes() -> float:
+    """The memory that programs can have on this machine now, so far as it says."""
+    try:
+        lines = Path("/proc/meminfo").read_text().splitlines()
+        return 1024 * next(int(line.split()[1]) for line in lines if line.startswith("MemAvailable"))
+    except (OSError, StopIteration):
+        return math.inf
 
 
 def _measurement(
@@ -209,11 +247,12 @@ def environment() -> dict[str, Any]:
     }
 
 
-def to_json(measurements: Sequence[Measurement], **settings: Any) -> str:
-    """The measurements with their environment and settings, as JSON."""
+def to_json(measurements: Sequence[Measurement], missing: Sequence[Missing] = (), **settings: Any) -> str:
+    """The measurements with their environment and settings, and what is missing, as JSON."""
     record = {
         "environment": environment(),
         "settings": settings,
         "measurements": [asdict(m) for m in measurements],
+        "missing": [asdict(m) for m in missing],
     }
     return json.dumps(record, indent=1) + "\n"

@@ -17,19 +17,14 @@ QUANTITIES = ("sum", "norms", "clipped_sum")
 METHODS = ("vmap(grad)", "jgd")
 
 
-def mlp() -> Model:
-    """64-256-256-10 on 128 digits."""
+def mlp(size: int = 128, width: int = 256) -> Model:
+    """Two hidden layers of some width, on the first digits."""
     x, y = data.digits()
     keys = jax.random.split(jax.random.key(0), 3)
-    params = [
-        _dense(key, i, o) for key, (i, o) in zip(keys, itertools.pairwise((64, 256, 256, 10)), strict=True)
-    ]
-    return Model(
-        "MLP 64-256-256-10, 128 digits",
-        mlp_loss,
-        params,
-        (jnp.asarray(x[:128], jnp.float32), jnp.asarray(y[:128])),
-    )
+    widths = itertools.pairwise((64, width, width, 10))
+    params = [_dense(key, i, o) for key, (i, o) in zip(keys, widths, strict=True)]
+    batch = jnp.asarray(x[:size], jnp.float32), jnp.asarray(y[:size])
+    return Model(f"MLP 64-{width}-{width}-10, {size} digits", mlp_loss, params, batch)
 
 
 def cnn() -> Model:
@@ -51,7 +46,7 @@ def section(quick: bool) -> Section:
     found = [
         m
         for model in models
-        for m in measure(model, QUANTITIES, METHODS, repeats=10 if quick else 30, seconds=1.0)
+        for m in measure(model, QUANTITIES, METHODS, repeats=10 if quick else 30, seconds=1.0)[0]
     ]
     return Section(
         title="What each costs",

@@ -4,7 +4,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import NamedTuple
 
-from jgd._demo import ascent, baselines, games, opposites, prices, regimes, repeats, sums
+from jgd._demo import ascent, baselines, games, growth, opposites, prices, regimes, repeats, sums
 from jgd._demo.section import Section
 
 
@@ -24,6 +24,7 @@ STOPS = (
     Stop("the baseline of least variance", baselines.section),
     Stop("a saddle", games.section),
     Stop("prices", prices.section),
+    Stop("growth", growth.section),
 )
 
 

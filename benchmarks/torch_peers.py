@@ -1,0 +1,312 @@
+"""What others make per-example gradients with in PyTorch, on three architectures of the suite.
+
+`benchmarks/run.py` runs it in an environment of its own; it prints JSON. Times are relative to the plain gradient
+of the same model in PyTorch, measured beside them, as for JAX: the programs take turns, and the least time counts.
+"""
+
+import argparse
+import json
+import random
+import statistics
+import sys
+import time
+import warnings
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+
+MAX_NORM = 1.0
+BASELINE = "plain gradient"
+
+
+@dataclass(frozen=True)
+class Problem:
+    """A model, a batch, and the loss of each example."""
+
+    make: Callable[[], nn.Module]
+    inputs: torch.Tensor
+    targets: torch.Tensor
+
+    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
+        """`(B,)`: the cross entropy, its mean over positions where there are any."""
+        if outputs.ndim == 2:
+            return cross_entropy(outputs, targets, reduction="none")
+        return (
+            cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
+            .view(targets.shape)
+            .mean(1)
+        )
+
+
+def mlp(small: bool) -> Problem:
+    """As `jgd._bench.models.vectors.mlp`."""
+    widths, size = ((32, 64, 64, 10), 8) if small else ((784, 1024, 1024, 10), 128)
+
+    def make() -> nn.Module:
+        a, b, c, d = widths
+        return nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c), nn.ReLU(), nn.Linear(c, d))
+
+    return Problem(make, torch.randn(size, widths[0]), torch.randint(widths[-1], (size,)))
+
+
+def cnn(small: bool) -> Problem:
+    """As `jgd._bench.models.images.cnn`."""
+    channels, side, size = ((3, 4, 8, 8), 8, 4) if small else ((3, 32, 64, 128), 32, 32)
+
+    def make() -> nn.Module:
+        a, b, c, d = channels
+        convolution = lambda i, o: nn.Conv2d(i, o, 3, padding=1)
+        first = [convolution(a, b), nn.ReLU(), nn.AvgPool2d(2), convolution(b, c), nn.ReLU(), nn.AvgPool2d(2)]
+        rest = [convolution(c, d), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(d, 10)]
+        return nn.Sequential(*first, *rest)
+
+    return Problem(make, torch.randn(size, channels[0], side, side), torch.randint(10, (size,)))
+
+
+class Layer(nn.Module):
+    """As `jgd._bench.models.layers.transform`."""
+
+    def __init__(self, d: int, heads: int):
+        super().__init__()
+        self.heads = heads
+        self.norm_attention, self.norm_mlp = nn.LayerNorm(d), nn.LayerNorm(d)
+        self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
+        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        """Attention, then two dense layers."""
+        h = self.norm_attention(x)
+        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
+        q, k, v = split(self.query(h)), split(self.key(h)), split(self.value(h))
+        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
+        x = x + self.out(attended.transpose(1, 2).flatten(2))
+        return x + self.down(nn.functional.gelu(self.up(self.norm_mlp(x)), approximate="tanh"))
+
+
+class Transformer(nn.Module):
+    """As `jgd._bench.models.sequences.transformer`. Positions are looked up: hooks know no bare parameter."""
+
+    def __init__(self, d: int, layers: int, length: int, vocabulary: int, heads: int):
+        super().__init__()
+        self.embedding, self.positions = nn.Embedding(vocabulary, d), nn.Embedding(length, d)
+        self.layers = nn.Sequential(*(Layer(d, heads) for _ in range(layers)))
+        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary, bias=False)
+
+    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
+        """The logits at each position."""
+        positions = torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous()  # as Opacus needs them
+        return self.head(self.norm(self.layers(self.embedding(tokens) + self.positions(positions))))
+
+
+def transformer(small: bool) -> Problem:
+    """As `jgd._bench.models.sequences.transformer`."""
+    d, layers, length, vocabulary, size, heads = (16, 1, 8, 32, 4, 2) if small else (256, 4, 128, 4096, 8, 4)
+    tokens = torch.randint(vocabulary, (size, length + 1))
+    return Problem(
+        lambda: Transformer(d, layers, length, vocabulary, heads),
+        tokens[:, :-1].contiguous(),
+        tokens[:, 1:].contiguous(),
+    )
+
+
+def plain(problem: Problem, model: nn.Module) -> Callable[[], Any]:
+    """The gradient of the summed loss."""
+
+    def run() -> Any:
+        model.zero_grad()
+        problem.losses(model(problem.inputs), problem.targets).sum().backward()
+        return [p.grad for p in model.parameters()]
+
+    return run
+
+
+def clip(blocks: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """The clipped sum and the norms, from every example's gradient."""
+    norms = torch.stack([g.flatten(1).norm(dim=1) for g in blocks]).norm(dim=0)
+    factor = (MAX_NORM / norms).clamp(max=1)
+    return [torch.einsum("i,i...", factor, g) for g in blocks], norms
+
+
+def torch_func(problem: Problem, model: nn.Module, quantity: str) -> Callable[[], Any]:
+    """`vmap(grad)` of the functional model."""
+    params = {name: p.detach() for name, p in model.named_parameters()}
+
+    def loss(params: Any, x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+        outputs = torch.func.functional_call(model, params, (x[None],))
+        return problem.losses(outputs, y[None])[0]
+
+    gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
+
+    def run() -> Any:
+        total, norms = clip(list(gradients(params, problem.inputs, problem.targets).values()))
+        return norms if quantity == "norms" else (total, norms)
+
+    return run
+
+
+def opacus_hooks(problem: Problem, model: nn.Module, quantity: str) -> Callable[[], Any]:
+    """Opacus's gradient samples, by hooks on the layers that it knows."""
+    from opacus import GradSampleModule
+
+    wrapped = GradSampleModule(model, loss_reduction="sum")
+
+    def run() -> Any:
+        wrapped.zero_grad()
+        problem.losses(wrapped(problem.inputs), problem.targets).sum().backward()
+        total, norms = clip([p.grad_sample for p in wrapped.parameters()])
+        return norms if quantity == "norms" else (total, norms)
+
+    return run
+
+
+def opacus_ghost(problem: Problem, model: nn.Module, quantity: str) -> Callable[[], Any]:
+    """Opacus's norms without samples, then a second backward pass of the reweighted loss."""
+    from opacus.grad_sample import GradSampleModuleFastGradientClipping
+
+    wrapped = GradSampleModuleFastGradientClipping(
+        model, max_grad_norm=MAX_NORM, use_ghost_clipping=True, loss_reduction="sum"
+    )
+
+    def run() -> Any:
+        wrapped.zero_grad()
+        losses = problem.losses(wrapped(problem.inputs), problem.targets)
+        losses.sum().backward(retain_graph=quantity != "norms")
+        norms = wrapped.get_norm_sample()
+        if quantity == "norms":
+            return norms
+        wrapped.zero_grad()
+        wrapped.disable_hooks()
+        (wrapped.get_clipping_coef().detach() * losses).sum().backward()
+        wrapped.enable_hooks()
+        return [p.grad for p in wrapped.parameters()], norms
+
+    return run
+
+
+def backpack_norms(problem: Problem, model: nn.Module, quantity: str) -> Callable[[], Any]:
+    """BackPACK's squared norms of each parameter's gradient."""
+    if quantity != "norms":
+        raise NotImplementedError("it has norms only")
+    from backpack import backpack, extend
+    from backpack.extensions import BatchL2Grad
+
+    extended, criterion = extend(model), extend(nn.CrossEntropyLoss(reduction="sum"))
+
+    def run() -> Any:
+        extended.zero_grad()
+        outputs = extended(problem.inputs)
+        with backpack(BatchL2Grad()):
+            if outputs.ndim == 3:
+                raise NotImplementedError("its loss takes one position for each example")
+            criterion(outputs, problem.targets).backward()
+        return torch.stack([p.batch_l2 for p in extended.parameters()]).sum(0).sqrt()
+
+    return run
+
+
+PROBLEMS = {"mlp": mlp, "cnn": cnn, "transformer": transformer}
+METHODS = {
+    "torch.func": torch_func,
+    "Opacus hooks": opacus_hooks,
+    "Opacus ghost": opacus_ghost,
+    "BackPACK": backpack_norms,
+}
+QUANTITIES = ("norms", "clipped_sum")
+
+
+def by_hand(problem: Problem, model: nn.Module) -> tuple[list[torch.Tensor], torch.Tensor]:
+    """Clipped sum and norms, one example after another: what the methods must agree with."""
+    blocks = []
+    for k in range(len(problem.inputs)):
+        model.zero_grad()
+        problem.losses(model(problem.inputs[k : k + 1]), problem.targets[k : k + 1]).sum().backward()
+        blocks.append([p.grad.detach().clone() for p in model.parameters()])
+    return clip([torch.stack(each) for each in zip(*blocks, strict=True)])
+
+
+def measure(name: str, *, small: bool, repeats: int, seconds: float) -> tuple[list[Any], list[Any]]:
+    """Every method's times on one model, each checked against the gradients one by one before."""
+    torch.manual_seed(0)
+    problem = PROBLEMS[name](small)
+    reference = problem.make()
+    state = reference.state_dict()
+    expected = by_hand(problem, reference)
+    programs, missing = {("sum", BASELINE): plain(problem, reference)}, []
+    for method, make in METHODS.items():
+        for quantity in QUANTITIES:
+            model = problem.make()
+            model.load_state_dict(state)
+            try:
+                run = make(problem, model, quantity)
+                check(run(), expected, quantity)
+                programs[quantity, method] = run
+            except Exception as error:  # whatever a peer has to say against a model is the finding
+                why = f"{type(error).__name__}: {error}".split("\n")[0][:200]
+                missing.append({"model": name, "quantity": quantity, "method": method, "why": why})
+    times = interleaved(programs, repeats, seconds)
+    base, size = times["sum", BASELINE], sum(p.numel() for p in reference.parameters())
+    found = [
+        {
+            "model": name, "quantity": quantity, "method": method, "parameters": size, "runs": len(t),
+            "minimum_seconds": min(t), "median_seconds": statistics.median(t), "time_ratio": min(t) / min(base),
+        }
+        for (quantity, method), t in times.items()
+    ]  # fmt: skip
+    return found, missing
+
+
+def check(made: Any, expected: Any, quantity: str) -> None:
+    """Refuses to time what is not the answer."""
+    total, norms = (expected[0], made) if quantity == "norms" else made
+    for name, ours, theirs in [("norms", [expected[1]], [norms]), ("clipped sum", expected[0], total)]:
+        for a, b in zip(ours, theirs, strict=True):
+            if not torch.allclose(a, b, rtol=1e-3, atol=1e-4):
+                raise ArithmeticError(f"its {name} differ by {(a - b).abs().max():.2g}")
+
+
+def interleaved(programs: dict[Any, Any], repeats: int, seconds: float) -> dict[Any, list[float]]:
+    """As `jgd._bench.measure.time_interleaved`."""
+    times: dict[Any, list[float]] = {name: [] for name in programs}
+    order, shuffle = list(programs), random.Random(0).shuffle
+    for number in range(repeats + 1):
+        shuffle(order)
+        for name in order:
+            if sum(times[name]) > seconds:
+                continue
+            start = time.perf_counter()
+            programs[name]()
+            if number:  # the first round warms up
+                times[name].append(time.perf_counter() - start)
+    return times
+
+
+def main() -> None:
+    """Measures and prints JSON."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--models", nargs="+", choices=list(PROBLEMS), default=list(PROBLEMS))
+    parser.add_argument("--repeats", type=int, default=20)
+    parser.add_argument("--seconds", type=float, default=5.0)
+    parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--small", action="store_true")
+    args = parser.parse_args()
+    torch.set_num_threads(args.threads)
+    warnings.simplefilter("ignore")
+    measurements, missing = [], []
+    for name in args.models:
+        print(name, file=sys.stderr, flush=True)
+        found = measure(name, small=args.small, repeats=args.repeats, seconds=args.seconds)
+        measurements += found[0]
+        missing += found[1]
+    from importlib.metadata import version
+
+    packages = ("torch", "opacus", "backpack-for-pytorch")
+    environment = {package: version(package) for package in packages} | {"threads": args.threads}
+    print(json.dumps({"environment": environment, "measurements": measurements, "missing": missing}))
+
+
+if __name__ == "__main__":
+    main()
