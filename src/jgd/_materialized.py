@@ -30,12 +30,6 @@ def scale_rows(weights: jax.Array, x: jax.Array) -> jax.Array:
     return weights.astype(wide).reshape(weights.shape + (1,) * (x.ndim - 1)) * masked
 
 
-def scale_along(weights: jax.Array, x: jax.Array, axis: int) -> jax.Array:
-    """w_i x_i, the examples along any axis, in the dtype of `x`; what has weight 0 is absent, whatever it holds."""
-    weights = weights.reshape([-1 if i == axis else 1 for i in range(x.ndim)])
-    return jnp.where(weights != 0, x, jnp.zeros((), x.dtype)) * weights.astype(x.dtype)
-
-
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Materialized:

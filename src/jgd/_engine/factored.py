@@ -28,7 +28,7 @@ from jgd._engine.examples import (
 from jgd._engine.factors import Factor
 from jgd._engine.plan import Part, Plan
 from jgd._engine.tiles import Batch
-from jgd._materialized import Materialized, accumulator, mask_rows, scale_along
+from jgd._materialized import Materialized, accumulator
 from jgd._mesh import Placement, spec_of, varying
 from jgd._random import directions
 
@@ -75,9 +75,13 @@ class Factored:
 
         `after_norms`: the norms were asked for in the same program, so what they built can be used again.
         """
-        kept = self.plan.kept if after_norms else frozenset()
-        at_once = sorted(kept.union(self.plan.direct))
-        sums = dict(zip(at_once, self._sums_at_once(at_once, kept, weights), strict=True))
+        examples = self.examples if weights is None else self._weighted(weights)
+        sums: dict[int, jax.Array] = {}
+        if after_norms:
+            sums = {leaf: self._kept_sum(leaf, weights) for leaf in self.plan.kept}
+        for leaf in self.plan.direct:
+            if leaf not in sums:
+                sums[leaf] = self._direct_sum(leaf, examples)
         # A custom derivative need not be linear in what it is given: it gets each example's own.
         apart = sorted(self.plan.backward_only)
         if apart:
@@ -87,51 +91,22 @@ class Factored:
             guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
             sums.update(zip(guarded, self._guarded_sum(guarded, weights), strict=True))
             rest = [leaf for leaf in rest if leaf not in sums]
-        examples = self.examples if weights is None else self._weighted(weights)
         sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
 
-    def _sums_at_once(
-        self, leaves: Sequence[int], kept: frozenset[int], weights: jax.Array | None
-    ) -> list[jax.Array]:
-        """Σ w_i g_i of some leaves, from the blocks that were kept or by one product for each use.
-
-        A product with 0 lets a nan through. Where an example is absent and something is not finite, the gradients
-        are taken one after the other and those of weight 0 silenced: to do so at once would cost a copy of all.
-        """
-        if not leaves:
-            return []
-        parts = [part for part in self.plan.parts if part.leaf in leaves]
-        blocks = {part: self._blocks(part) for part in parts if part.leaf in kept}
-
-        def at_once(examples: Example, weights: jax.Array | None) -> list[jax.Array]:
-            totals: dict[int, jax.Array] = {}
-            for part in parts:
-                if part in blocks:
-                    flat = factors.sum_leading(blocks[part], weights)
-                else:
-                    flat = self._part_sum(part, examples, weights)
-                like, total = self.like[part.leaf], totals.get(part.leaf)
-                totals[part.leaf] = factors.place(flat, part.offset, part.axes, like, total)
-            return [totals[leaf].astype(accumulator(self.like[leaf].dtype)) for leaf in leaves]
-
-        if weights is None:
-            return at_once(self.examples, None)
-        if self.pieces > 1:  # a look at all examples would be one more word between the devices
-            blocks = {part: mask_rows(weights != 0, x) for part, x in blocks.items()}
-            return at_once(self._silenced(weights), weights)
-        met = [x for part in parts if part not in blocks for x in self._met(part)]
-        looked_at = [*blocks.values(), *(x for x in met if jnp.issubdtype(x.dtype, jnp.inexact))]
-        finite = lambda: jnp.all(jnp.stack([jnp.all(jnp.isfinite(x)) for x in looked_at]))
-        harmless = jax.lax.cond(jnp.all(weights != 0), lambda: jnp.array(True), finite)
-        return jax.lax.cond(
-            harmless, lambda: at_once(self.examples, weights), lambda: self._apart_sum(leaves, weights)
-        )
-
-    def _met(self, part: Part) -> list[jax.Array]:
-        """What the examples left at a part's sites."""
-        data = batch_data(self.plan, self.model, self.examples, part).values()
-        return [x for at in data for x in (*at.values.values(), *at.deltas)]
+    def _kept_sum(self, leaf: int, weights: jax.Array | None) -> jax.Array:
+        """Σ w_i g_i of one leaf, from the blocks that its norms were taken of."""
+        total = None
+        for part in self.plan.parts:
+            if part.leaf == leaf:
+                blocks = self._blocks(part)
+                if self.pieces == 1:
+                    flat = moments.of_blocks(blocks, weights)
+                else:  # one sum over the devices, not one before the numbers are looked at and one after
+                    flat = Materialized([blocks]).weighted_sum(weights, keep_wide=True)[0]
+                total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
+        assert total is not None
+        return total
 
     def _apart_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i of some leaves, from the examples' gradients, a tile at a time."""
@@ -147,12 +122,21 @@ class Factored:
         """The examples' gradients in one part: `(B, part)`."""
         return self._each(lambda one: self._part_gradient(one, part))
 
-    def _part_sum(self, part: Part, examples: Example, weights: jax.Array | None) -> jax.Array:
-        """Σ w_i g_i of one part, flat, by one product for each use, the examples among its positions."""
+    def _direct_sum(self, leaf: int, examples: Example) -> jax.Array:
+        """Σ g_i of one leaf, by one product for each use, the examples among its positions."""
+        like = self.like[leaf]
+        total = None
+        for part in self.plan.parts:
+            if part.leaf == leaf:
+                flat = self._part_sum(part, examples)
+                total = factors.place(flat, part.offset, part.axes, like, total)
+        assert total is not None
+        return total
 
+    def _part_sum(self, part: Part, examples: Example) -> jax.Array:
         def summed(examples: Example) -> jax.Array:
             data = batch_data(self.plan, self.model, examples, part)
-            return factors.add([use.batch_gradient(data[id(use.site)], weights) for use in part.uses])
+            return factors.add([use.batch_gradient(data[id(use.site)]) for use in part.uses])
 
         if self.pieces == 1 or not any(use.site.loops for use in part.uses):
             return summed(examples)
@@ -189,13 +173,7 @@ class Factored:
         return [jnp.sum(x, axis=0) for x in self._batch(weights).by_piece(of_present)]
 
     def _weighted(self, weights: jax.Array, *, stand_in: bool = False) -> Example:
-        """The examples with each δ times its weight, and nothing of those of weight 0."""
-        silenced, axes = self._silenced(weights, stand_in=stand_in), axes_of(self.plan)
-        scale = lambda x, axis: scale_along(weights, x, axis)
-        return silenced._replace(deltas=jax.tree.map(scale, silenced.deltas, axes.deltas))
-
-    def _silenced(self, weights: jax.Array, *, stand_in: bool = False) -> Example:
-        """The examples, and nothing of those of weight 0.
+        """The examples with each δ times its weight, and nothing of those of weight 0.
 
         A product with 0 would let a nan through, on either side: δ becomes 0, and so does what an absent example
         left. There all but the guarded leaves' sites have a derivative; for those, told to put in a `stand_in`, it
@@ -204,22 +182,22 @@ class Factored:
         present = weights != 0
         first = jnp.argmax(present)
 
-        def zero(x: jax.Array, axis: int) -> jax.Array:
-            return jnp.where(_along(present, axis, x.ndim), x, jnp.zeros((), x.dtype))
-
         def keep(x: jax.Array, axis: int) -> jax.Array:
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 return x
-            if not stand_in:
-                return zero(x, axis)
-            other = jax.lax.dynamic_index_in_dim(x, first, axis)
-            other = jnp.where(present[first], other, jnp.zeros((), x.dtype))
+            other = jnp.zeros((), x.dtype)
+            if stand_in:
+                other = jnp.where(present[first], jax.lax.dynamic_index_in_dim(x, first, axis), other)
             return jnp.where(_along(present, axis, x.ndim), x, other)
+
+        def scale(x: jax.Array, axis: int) -> jax.Array:
+            kept = jnp.where(_along(present, axis, x.ndim), x, jnp.zeros((), x.dtype))
+            return kept * _along(weights, axis, x.ndim).astype(x.dtype)
 
         axes = axes_of(self.plan)
         inputs = [keep(x, 0) for x in self.examples.inputs]
         records = jax.tree.map(keep, self.examples.records, axes.records)
-        return Example(inputs, records, jax.tree.map(zero, self.examples.deltas, axes.deltas))
+        return Example(inputs, records, jax.tree.map(scale, self.examples.deltas, axes.deltas))
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
         """⟨g_i, v⟩, by one `jvp` of the sites; by the gradient of those leaves that have no forward derivative."""

@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.factors import Outer, sum_leading, wide
+from jgd._engine.factors import Outer, contract, sum_leading, wide
 from jgd._materialized import mask_rows, scale_rows
 from jgd._mesh import varying
 
@@ -26,6 +26,18 @@ class Spread(NamedTuple):
     weight: jax.Array
     mean: jax.Array
     square: jax.Array
+
+
+def of_blocks(blocks: jax.Array, weights: jax.Array | None) -> jax.Array:
+    """Σ w_i g_i of `(B, size)` gradients, as one product where all is finite.
+
+    A product with 0 lets a nan through: then the rows of weight 0 are silenced first, which costs a copy.
+    """
+    if weights is None:
+        return contract("i,is->s", jnp.ones(blocks.shape[0], blocks.dtype), blocks)
+    total = contract("i,is->s", weights, blocks)
+    masked = lambda: contract("i,is->s", weights, mask_rows(weights != 0, blocks))
+    return jax.lax.cond(jnp.all(jnp.isfinite(total)), lambda: total, masked)
 
 
 def square_of(blocks: jax.Array, weights: jax.Array) -> jax.Array:

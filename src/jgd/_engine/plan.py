@@ -60,7 +60,7 @@ class Part:
         for use, swap in zip(self.uses, self.swaps, strict=True):
             at = data[id(use.site)]
             assert use.batch_factor is not None or not batch
-            factor = use.batch_factor(at, None) if batch and use.batch_factor else use.factor(at)
+            factor = use.batch_factor(at) if batch and use.batch_factor else use.factor(at)
             if swap:
                 assert isinstance(factor, Outer)
                 factor = Outer(factor.right, factor.left)

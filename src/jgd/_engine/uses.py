@@ -27,9 +27,8 @@ class Use:
     `shape` says where n, p and q lie in the leaf; None where the gradient is not factored. `factor` makes the
     factors of one example; `block` its `(N, P, Q)` gradient, and `square` that gradient's squared norm, where there
     is a better way than the factors'.
-    `batch_factor` makes the factors of the examples' sum, weighted or not, from data with a batch axis behind the
-    loops': folded into the positions, it makes one large product of many. The weights are put into the smaller of
-    the two factors, and nothing of the other is silenced.
+    `batch_factor` makes the factors of the examples' sum, from data with a batch axis behind the loops': folded
+    into the positions, it makes one large product of many.
     """
 
     rule: str
@@ -43,7 +42,7 @@ class Use:
     factor: Callable[[SiteData], Factor]
     block: Callable[[SiteData], jax.Array] | None = None
     square: Callable[[SiteData], jax.Array] | None = None
-    batch_factor: Callable[[SiteData, jax.Array | None], Factor] | None = None
+    batch_factor: Callable[[SiteData], Factor] | None = None
 
     @property
     def needs_operand_grad(self) -> bool:
@@ -67,10 +66,10 @@ class Use:
         made = self.block(data) if self.block is not None else block(self.factor(data), self.shape)
         return self.shape.flatten(made)
 
-    def batch_gradient(self, data: SiteData, weights: jax.Array | None = None) -> jax.Array:
+    def batch_gradient(self, data: SiteData) -> jax.Array:
         """The gradients' sum over a batch in this part, flat, in the order of the leaf's memory."""
         assert self.batch_factor is not None and self.shape is not None
-        return self.shape.flatten(block(self.batch_factor(data, weights), self.shape))
+        return self.shape.flatten(block(self.batch_factor(data), self.shape))
 
 
 def opaque(site: Site, position: int, view: View) -> Use:

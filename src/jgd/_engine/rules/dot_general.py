@@ -6,13 +6,10 @@ positions t. The gradient is the product of the other operand and δ over t.
 
 from typing import Any
 
-import jax
-
 from jgd._engine.factors import Arrangement, Outer, Shape, group, split_axes
 from jgd._engine.regions import Side, Site
 from jgd._engine.uses import SiteData, Use
 from jgd._engine.views import Axis, View
-from jgd._materialized import scale_along
 
 
 def match(site: Site, position: int, view: View) -> Use | None:
@@ -94,13 +91,8 @@ class _Axes:
         # contracted axis as they lie in memory, and copies those that have several.
         many_left, many_right = left.with_batch(self.depth, 1), right.with_batch(self.depth, 1)
 
-        def batch_factor(data: SiteData, weights: jax.Array | None) -> Outer:
-            operand, delta = data.values[other], data.deltas[0]
-            if weights is not None and operand.size <= delta.size:
-                operand = scale_along(weights, operand, self.depth)
-            elif weights is not None:
-                delta = scale_along(weights, delta, self.depth)
-            return Outer(many_left(operand), many_right(delta))
+        def batch_factor(data: SiteData) -> Outer:
+            return Outer(many_left(data.values[other]), many_right(data.deltas[0]))
 
         shape = Shape(n, p, q)
         return Use(
