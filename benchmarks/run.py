@@ -107,11 +107,9 @@ def main() -> int:
     parser.add_argument("--seconds", type=float, default=5.0, help="a program rests after these (default: 5)")
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it works")
     parser.add_argument("--no-peers", action="store_true", help="without PyTorch")
+    parser.add_argument("--json", type=Path, metavar="FILE", help="the stored figures (default: cpu.json)")
     parser.add_argument(
-        "--json", type=Path, default=HERE / "cpu.json", metavar="FILE", help="the stored figures"
-    )
-    parser.add_argument(
-        "--page", type=Path, default=page.PAGE, metavar="FILE", help="whose tables are written"
+        "--page", type=Path, metavar="FILE", help="where they are put (default: docs/benchmarks.md)"
     )
     parser.add_argument("--check", action="store_true", help="compare with the stored figures; write nothing")
     parser.add_argument(
@@ -119,19 +117,22 @@ def main() -> int:
     )
     parser.add_argument("--render", action="store_true", help="from the stored figures, without measuring")
     args = parser.parse_args()
-    stored = json.loads(args.json.read_text()) if args.json.exists() else None
+    file, text = args.json or HERE / "cpu.json", args.page or page.PAGE
+    stored = json.loads(file.read_text()) if file.exists() else None
     if stored is None and (args.check or args.render):
-        parser.error(f"`--json` {args.json}: no figures are stored there")
-    if args.render:
-        record = stored
-    else:
-        record = measure_all(args)
-        if args.check:
-            return compare(stored, record, tolerance=args.tolerance)
+        parser.error(f"`--json` {file}: no figures are stored there")
+    if args.check and stored["settings"].get("small", False) != args.small:
+        parser.error(f"`--check`: the figures in {file} are of another size of models; see `--small`")
+    record = stored if args.render else measure_all(args)
+    if args.check:
+        return compare(stored, record, tolerance=args.tolerance)
+    if not args.render and (args.json or not args.small):  # tiny models are stored only where it is asked for
         record = merged(stored, record) if stored else record
-        args.json.write_text(json.dumps(record, indent=1) + "\n")
-    page.put(args.page, "run", page.render(record))
-    page.draw(args.json.with_suffix(".svg"), record)
+        file.write_text(json.dumps(record, indent=1) + "\n")
+    if args.page or not args.small:
+        page.put(text, "run", page.render(record))
+    if args.json or not args.small:
+        page.draw(file.with_suffix(".svg"), record)
     print(page.summary(record))
     return 0
 

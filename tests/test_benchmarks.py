@@ -185,6 +185,13 @@ def test_the_page_has_the_tables_of_the_figures_that_are_kept(script):
     assert page.split(page.PAGE, "run")[1] == page.render(kept)
 
 
+def test_the_page_has_the_other_scripts_stored_figures_too(script):
+    page, gpt2, sweeps = script("page"), script("gpt2"), script("growth")
+    kept = json.loads((FOLDER / "growth.json").read_text())["lines"]
+    assert page.split(page.PAGE, "growth")[1] == sweeps.table([growth.Line(**line) for line in kept])
+    assert page.split(page.PAGE, "gpt2")[1] == gpt2.page_text(json.loads(gpt2.STORED.read_text()))
+
+
 def test_what_a_script_says_goes_between_its_own_markers(script, tmp_path):
     page, file = script("page"), tmp_path / "page.md"
     marked = lambda name, text: (

@@ -13,7 +13,8 @@ COLORS = {BASELINE: style.INK, "jgd": style.BLUE, "vmap(grad)": style.ORANGE}
 
 def section(quick: bool) -> Section:
     """Measures the clipped sum by `vmap(grad)` and by `jgd` in a few sizes, beside the plain gradient."""
-    sweeps = [Sweep("examples, B", lambda size: prices.mlp(size=size), (16, 64, 256))]
+    sizes = (32, 256) if quick else (16, 64, 256)
+    sweeps = [Sweep("examples, B", lambda size: prices.mlp(size=size), sizes)]
     if not quick:
         sweeps.append(Sweep("width", lambda width: prices.mlp(size=64, width=width), (128, 256, 512)))
     found = [line for sweep in sweeps for line in lines(sweep, repeats=10, seconds=0.2)]
