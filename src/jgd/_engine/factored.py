@@ -82,7 +82,7 @@ class Factored:
             if leaf not in sums:
                 sums[leaf] = self._direct_sum(leaf, examples)
         # A custom derivative need not be linear in what it is given: it gets each example's own.
-        apart = sorted(self.plan.backward_only)
+        apart = sorted(self.plan.backward_only | (self._convolved(groups=2) - sums.keys()))
         ones = jnp.ones(self.size) if weights is None else weights
         add = lambda blocks, w: blocks.weighted_sum(w, keep_wide=True)
         sums.update(zip(apart, self._folded(apart, ones, add), strict=True))
@@ -302,7 +302,28 @@ class Factored:
     # One example, all examples, or a tile of them
 
     def _gradient(self, example: Example, leaves: Leaves) -> list[jax.Array]:
-        return gradient(self.plan, self.model, example, leaves)
+        pulled = [leaf for leaf in leaves if leaf not in self._convolved(groups=1)]
+        made = dict(zip(pulled, gradient(self.plan, self.model, example, pulled), strict=True))
+        return [made[leaf] if leaf in made else self._leaf_gradient(example, leaf) for leaf in leaves]
+
+    def _convolved(self, *, groups: int) -> frozenset[int]:
+        """The kernels, of at least so many groups, whose gradient only the rule gives.
+
+        XLA's partitioner gets the derivative of a convolution in groups wrong, and `vmap` makes it one (docs/mesh.md).
+        """
+        uses = [use for part in self.plan.parts for use in part.uses if use.rule == "convolution"]
+        counts = ((use.leaf, use.site.eqn.params["feature_group_count"]) for use in uses)
+        return frozenset(leaf for leaf, count in counts if self.pieces > 1 and count >= groups)
+
+    def _leaf_gradient(self, example: Example, leaf: int) -> jax.Array:
+        """The gradient with respect to one leaf, by the rules of its parts."""
+        total = None
+        for part in self.plan.parts:
+            if part.leaf == leaf:
+                flat = self._part_gradient(example, part)
+                total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
+        assert total is not None
+        return total.astype(self.like[leaf].dtype)
 
     def _part_gradient(self, example: Example, part: Part) -> jax.Array:
         return part.gradient(part_data(self.plan, self.model, example, part))
