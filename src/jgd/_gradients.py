@@ -110,7 +110,8 @@ def _specs_of_pass(out: Any, program: Any, strategy: Any, params: Any, constants
     along = lambda axis: PartitionSpec(*(None,) * axis, examples)
     leaves, form = [spec_of(p) for p in params], out[2]
     if isinstance(form, Materialized):
-        return along(0), along(0), Materialized([with_examples(examples, leaf) for leaf in leaves])
+        blocks: list[Any] = [with_examples(examples, leaf) for leaf in leaves]
+        return along(0), along(0), Materialized(blocks)
     model = Model(leaves, [spec_of(x) for x in constants])
     return along(0), along(0), replace(form, model=model, examples=jax.tree.map(along, axes_of(form.plan)))
 

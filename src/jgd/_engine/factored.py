@@ -25,7 +25,8 @@ from jgd._engine.examples import (
     site_outputs,
 )  # fmt: skip
 from jgd._engine.factors import Factor
-from jgd._engine.plan import Part, Plan
+from jgd._engine.jaxprs import prim
+from jgd._engine.plan import Part, Plan, sites_of
 from jgd._engine.tiles import Batch
 from jgd._materialized import Materialized, accumulator
 from jgd._mesh import Placement, spec_of, varying
@@ -213,6 +214,7 @@ class Factored:
 
     def squared_norms(self) -> list[jax.Array]:
         """‖g_i‖² of each leaf."""
+        self._refuse_convolutions(self._all)
         totals = [jnp.zeros(self.size, jnp.float32) for _ in self.like]
         for part in self.plan.parts:
             if part.leaf in self.plan.kept:
@@ -235,16 +237,16 @@ class Factored:
         pieces = math.gcd(other.size, max(self.pieces, other.pieces))
         for part in self.plan.parts:
             if part.shape is not None:
-                made = (f._each(lambda one, f=f, part=part: f._factors(one, part)) for f in (self, other))
-                total = total + grams.of_factors(*made, pieces)
+                made = [f._each(lambda one, f=f, part=part: f._factors(one, part)) for f in (self, other)]
+                total = total + grams.of_factors(made[0], made[1], pieces)
             else:
-                blocks = (
+                blocks = [
                     f._each(lambda one, f=f, part=part: f._part_gradient(one, part)) for f in (self, other)
-                )
-                total = total + grams.of_blocks(*blocks, pieces)
+                ]
+                total = total + grams.of_blocks(blocks[0], blocks[1], pieces)
         for leaf in sorted(self.plan.whole_leaves):
-            blocks = (f._each(lambda one, f=f, leaf=leaf: f._gradient(one, [leaf])[0]) for f in (self, other))
-            total = total + grams.of_blocks(*blocks, pieces)
+            blocks = [f._each(lambda one, f=f, leaf=leaf: f._gradient(one, [leaf])[0]) for f in (self, other)]
+            total = total + grams.of_blocks(blocks[0], blocks[1], pieces)
         return total
 
     def squared_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
@@ -303,6 +305,7 @@ class Factored:
 
     def _gradient(self, example: Example, leaves: Leaves) -> list[jax.Array]:
         pulled = [leaf for leaf in leaves if leaf not in self._convolved(groups=1)]
+        self._refuse_convolutions(pulled)
         made = dict(zip(pulled, gradient(self.plan, self.model, example, pulled), strict=True))
         return [made[leaf] if leaf in made else self._leaf_gradient(example, leaf) for leaf in leaves]
 
@@ -315,6 +318,27 @@ class Factored:
         counts = ((use.leaf, use.site.eqn.params["feature_group_count"]) for use in uses)
         return frozenset(leaf for leaf, count in counts if self.pieces > 1 and count >= groups)
 
+    def _refuse_convolutions(self, leaves: Leaves) -> None:
+        """Raises NotImplementedError where a gradient would come from a convolution that XLA's partitioner gets wrong."""
+        if self.pieces == 1:
+            return
+        ruled = {
+            (id(use.site), use.position) for p in self.plan.parts for use in p.uses if use.rule != "opaque"
+        }
+        for site in sites_of(self.plan.region):
+            if (
+                site.eqn is None
+                or site.eqn.primitive is not prim.conv_general_dilated_p
+                or (id(site), 1) in ruled
+            ):
+                continue
+            for leaf in sorted(site.inputs[1].leaves.intersection(leaves)):
+                raise NotImplementedError(
+                    f"the parameter {self.plan.program.param_paths[leaf]} makes a kernel that no rule knows, and over "
+                    "a sharded batch XLA computes the examples' gradients of that wrongly, with or without jgd: ask "
+                    "inside of `jax.shard_map`, see docs/mesh.md"
+                )
+
     def _leaf_gradient(self, example: Example, leaf: int) -> jax.Array:
         """The gradient with respect to one leaf, by the rules of its parts."""
         total = None
@@ -326,6 +350,7 @@ class Factored:
         return total.astype(self.like[leaf].dtype)
 
     def _part_gradient(self, example: Example, part: Part) -> jax.Array:
+        self._refuse_convolutions([part.leaf])
         return part.gradient(part_data(self.plan, self.model, example, part))
 
     def _factors(self, example: Example, part: Part) -> list[Factor]:
