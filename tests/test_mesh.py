@@ -93,6 +93,13 @@ def test_every_reduction_gives_one_devices_answer(name, placement, x64, small_ti
     if name in REFUSED:
         with pytest.raises(NotImplementedError, match=r"inside of `jax\.shard_map`"):
             ask(params, *batch)
+        gradients = jgd.per_example_grad(case.loss)
+        total = jax.jit(lambda params, *batch: jgd.mean(gradients(params, *batch), jnp.asarray(WEIGHTS)))
+        if name != "batch_groups":
+            check({"weighted_mean": total(params, *batch)}, wanted(case))
+        else:
+            with pytest.raises(NotImplementedError, match=r"inside of `jax\.shard_map`"):
+                total(params, *batch)
         return
     if name in NOT_PARTITIONED and placement != "replicated":
         with pytest.raises(jax.errors.JaxRuntimeError, match="feature_group_count"):

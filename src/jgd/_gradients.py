@@ -123,11 +123,12 @@ def _pass(
     if batch[0].shape[0] == 0:
         return _no_examples(program, params, constants, batch)
     total = batch[0].shape[0] * sum(p.size for p in program.param_avals)
-    if strategy == "factored" or (strategy == "auto" and total > MATERIALIZED_BELOW):
+    pieces = pieces_of(batch, batch[0].shape[0])
+    if strategy == "factored" or (strategy == "auto" and (total > MATERIALIZED_BELOW or pieces > 1)):
         plan = plan_of(program)
         model = Model(params, constants)
         values, aux, examples = pass_over(plan, model, batch)
-        return values, aux, Factored(model, examples, plan, pieces_of(batch, batch[0].shape[0]))
+        return values, aux, Factored(model, examples, plan, pieces)
 
     def value_and_grad(example: list[Any]) -> Any:
         return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)

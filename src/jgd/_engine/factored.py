@@ -75,6 +75,7 @@ class Factored:
 
         `after_norms`: the norms were asked for in the same program, so what they built can be used again.
         """
+        self._refuse(self._unruled_kernels(batch_groups=2))  # XLA aborts on their sum
         examples = self.examples if weights is None else self._weighted(weights)
         sums: dict[int, jax.Array] = {}
         if after_norms and weights is not None:
@@ -89,8 +90,10 @@ class Factored:
         sums.update(zip(apart, self._folded(apart, ones, add), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]
         if weights is not None:
+            unruled = self._unruled_kernels()
             guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
-            sums.update(zip(guarded, self._guarded_sum(guarded, weights), strict=True))
+            for some in ([k for k in guarded if k in unruled], [k for k in guarded if k not in unruled]):
+                sums.update(zip(some, self._guarded_sum(some, weights), strict=True))
             rest = [leaf for leaf in rest if leaf not in sums]
         sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
@@ -158,7 +161,7 @@ class Factored:
             sums = part._pull_sum(leaves, part._weighted(batch[1], stand_in=True))
             return [jnp.where(jnp.any(batch[1] != 0), x, 0) for x in sums]
 
-        if self.pieces == 1:
+        if self.pieces == 1 or self._unruled_kernels().intersection(leaves):
             return of_present((self.examples, weights))
         # A stand-in comes from the device's own examples.
         return [jnp.sum(x, axis=0) for x in self._batch(weights).by_piece(of_present)]
@@ -214,7 +217,7 @@ class Factored:
 
     def squared_norms(self) -> list[jax.Array]:
         """‖g_i‖² of each leaf."""
-        self._refuse_convolutions(self._all)
+        self._refuse(self._unruled_kernels())
         totals = [jnp.zeros(self.size, jnp.float32) for _ in self.like]
         for part in self.plan.parts:
             if part.leaf in self.plan.kept:
@@ -305,7 +308,7 @@ class Factored:
 
     def _gradient(self, example: Example, leaves: Leaves) -> list[jax.Array]:
         pulled = [leaf for leaf in leaves if leaf not in self._convolved(groups=1)]
-        self._refuse_convolutions(pulled)
+        self._refuse(self._unruled_kernels().intersection(pulled))
         made = dict(zip(pulled, gradient(self.plan, self.model, example, pulled), strict=True))
         return [made[leaf] if leaf in made else self._leaf_gradient(example, leaf) for leaf in leaves]
 
@@ -318,26 +321,32 @@ class Factored:
         counts = ((use.leaf, use.site.eqn.params["feature_group_count"]) for use in uses)
         return frozenset(leaf for leaf, count in counts if self.pieces > 1 and count >= groups)
 
-    def _refuse_convolutions(self, leaves: Leaves) -> None:
-        """Raises NotImplementedError where a gradient would come from a convolution that XLA's partitioner gets wrong."""
+    def _unruled_kernels(self, *, batch_groups: int = 1) -> frozenset[int]:
+        """The leaves that make a kernel whose gradient no rule gives, where the examples' axis may be cut.
+
+        Of those, the kernels of convolutions with at least so many `batch_groups`.
+        """
         if self.pieces == 1:
-            return
-        ruled = {
-            (id(use.site), use.position) for p in self.plan.parts for use in p.uses if use.rule != "opaque"
-        }
-        for site in sites_of(self.plan.region):
-            if (
-                site.eqn is None
-                or site.eqn.primitive is not prim.conv_general_dilated_p
-                or (id(site), 1) in ruled
-            ):
-                continue
-            for leaf in sorted(site.inputs[1].leaves.intersection(leaves)):
-                raise NotImplementedError(
-                    f"the parameter {self.plan.program.param_paths[leaf]} makes a kernel that no rule knows, and over "
-                    "a sharded batch XLA computes the examples' gradients of that wrongly, with or without jgd: ask "
-                    "inside of `jax.shard_map`, see docs/mesh.md"
-                )
+            return frozenset()
+        uses = (use for part in self.plan.parts for use in part.uses if use.rule != "opaque")
+        ruled = {(id(use.site), use.position) for use in uses}
+        convolutions = [
+            site
+            for site in sites_of(self.plan.region)
+            if site.eqn is not None
+            and site.eqn.primitive is prim.conv_general_dilated_p
+            and site.eqn.params["batch_group_count"] >= batch_groups
+        ]
+        return frozenset().union(*(s.inputs[1].leaves for s in convolutions if (id(s), 1) not in ruled))
+
+    def _refuse(self, leaves: frozenset[int]) -> None:
+        """Raises NotImplementedError where a gradient would be a convolution's that XLA partitions wrongly."""
+        for leaf in sorted(leaves):
+            raise NotImplementedError(
+                f"the parameter {self.plan.program.param_paths[leaf]} makes a kernel that no rule knows, and over a "
+                "sharded batch XLA computes the examples' gradients of that wrongly, with or without jgd: ask inside "
+                "of `jax.shard_map`, see docs/mesh.md"
+            )
 
     def _leaf_gradient(self, example: Example, leaf: int) -> jax.Array:
         """The gradient with respect to one leaf, by the rules of its parts."""
@@ -350,7 +359,7 @@ class Factored:
         return total.astype(self.like[leaf].dtype)
 
     def _part_gradient(self, example: Example, part: Part) -> jax.Array:
-        self._refuse_convolutions([part.leaf])
+        self._refuse(self._unruled_kernels().intersection([part.leaf]))
         return part.gradient(part_data(self.plan, self.model, example, part))
 
     def _factors(self, example: Example, part: Part) -> list[Factor]:
