@@ -110,7 +110,8 @@ def _specs_of_pass(out: Any, program: Any, strategy: Any, params: Any, constants
     along = lambda axis: PartitionSpec(*(None,) * axis, examples)
     leaves, form = [spec_of(p) for p in params], out[2]
     if isinstance(form, Materialized):
-        return along(0), along(0), Materialized([with_examples(examples, leaf) for leaf in leaves])  # pyright: ignore[reportArgumentType]
+        blocks: list[Any] = [with_examples(examples, leaf) for leaf in leaves]
+        return along(0), along(0), Materialized(blocks)
     model = Model(leaves, [spec_of(x) for x in constants])
     return along(0), along(0), replace(form, model=model, examples=jax.tree.map(along, axes_of(form.plan)))
 
@@ -122,11 +123,12 @@ def _pass(
     if batch[0].shape[0] == 0:
         return _no_examples(program, params, constants, batch)
     total = batch[0].shape[0] * sum(p.size for p in program.param_avals)
-    if strategy == "factored" or (strategy == "auto" and total > MATERIALIZED_BELOW):
+    pieces = pieces_of(batch, batch[0].shape[0])
+    if strategy == "factored" or (strategy == "auto" and (total > MATERIALIZED_BELOW or pieces > 1)):
         plan = plan_of(program)
         model = Model(params, constants)
         values, aux, examples = pass_over(plan, model, batch)
-        return values, aux, Factored(model, examples, plan, pieces_of(batch, batch[0].shape[0]))
+        return values, aux, Factored(model, examples, plan, pieces)
 
     def value_and_grad(example: list[Any]) -> Any:
         return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)

@@ -26,7 +26,8 @@ from jgd._engine.examples import (
     site_outputs,
 )  # fmt: skip
 from jgd._engine.factors import Factor
-from jgd._engine.plan import Part, Plan
+from jgd._engine.jaxprs import prim
+from jgd._engine.plan import Part, Plan, sites_of
 from jgd._engine.tiles import Batch
 from jgd._materialized import Materialized, accumulator
 from jgd._mesh import Placement, spec_of, varying
@@ -75,6 +76,7 @@ class Factored:
 
         `after_norms`: the norms were asked for in the same program, so what they built can be used again.
         """
+        self._refuse(self._unruled_kernels(batch_groups=2))  # XLA aborts on their sum
         examples = self.examples if weights is None else self._weighted(weights)
         sums: dict[int, jax.Array] = {}
         if after_norms:
@@ -83,13 +85,15 @@ class Factored:
             if leaf not in sums:
                 sums[leaf] = self._direct_sum(leaf, examples)
         # A custom derivative need not be linear in what it is given: it gets each example's own.
-        apart = sorted(self.plan.backward_only)
+        apart = sorted(self.plan.backward_only | (self._convolved(groups=2) - sums.keys()))
         if apart:
             sums.update(zip(apart, self._apart_sum(apart, weights), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]
         if weights is not None:
+            unruled = self._unruled_kernels()
             guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
-            sums.update(zip(guarded, self._guarded_sum(guarded, weights), strict=True))
+            for some in ([k for k in guarded if k in unruled], [k for k in guarded if k not in unruled]):
+                sums.update(zip(some, self._guarded_sum(some, weights), strict=True))
             rest = [leaf for leaf in rest if leaf not in sums]
         sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
@@ -167,7 +171,7 @@ class Factored:
             sums = part._pull_sum(leaves, part._weighted(batch[1], stand_in=True))
             return [jnp.where(jnp.any(batch[1] != 0), x, 0) for x in sums]
 
-        if self.pieces == 1:
+        if self.pieces == 1 or self._unruled_kernels().intersection(leaves):
             return of_present((self.examples, weights))
         # A stand-in comes from the device's own examples.
         return [jnp.sum(x, axis=0) for x in self._batch(weights).by_piece(of_present)]
@@ -223,6 +227,7 @@ class Factored:
 
     def squared_norms(self) -> list[jax.Array]:
         """‖g_i‖² of each leaf."""
+        self._refuse(self._unruled_kernels())
         totals = [jnp.zeros(self.size, jnp.float32) for _ in self.like]
         for part in self.plan.parts:
             if part.leaf in self.plan.kept:
@@ -355,9 +360,59 @@ class Factored:
     # One example, all examples, or a tile of them
 
     def _gradient(self, example: Example, leaves: Leaves) -> list[jax.Array]:
-        return gradient(self.plan, self.model, example, leaves)
+        pulled = [leaf for leaf in leaves if leaf not in self._convolved(groups=1)]
+        self._refuse(self._unruled_kernels().intersection(pulled))
+        made = dict(zip(pulled, gradient(self.plan, self.model, example, pulled), strict=True))
+        return [made[leaf] if leaf in made else self._leaf_gradient(example, leaf) for leaf in leaves]
+
+    def _convolved(self, *, groups: int) -> frozenset[int]:
+        """The kernels, of at least so many groups, whose gradient only the rule gives.
+
+        XLA's partitioner gets the derivative of a convolution in groups wrong, and `vmap` makes it one (docs/mesh.md).
+        """
+        uses = [use for part in self.plan.parts for use in part.uses if use.rule == "convolution"]
+        counts = ((use.leaf, use.site.eqn.params["feature_group_count"]) for use in uses)
+        return frozenset(leaf for leaf, count in counts if self.pieces > 1 and count >= groups)
+
+    def _unruled_kernels(self, *, batch_groups: int = 1) -> frozenset[int]:
+        """The leaves that make a kernel whose gradient no rule gives, where the examples' axis may be cut.
+
+        Of those, the kernels of convolutions with at least so many `batch_groups`.
+        """
+        if self.pieces == 1:
+            return frozenset()
+        uses = (use for part in self.plan.parts for use in part.uses if use.rule != "opaque")
+        ruled = {(id(use.site), use.position) for use in uses}
+        convolutions = [
+            site
+            for site in sites_of(self.plan.region)
+            if site.eqn is not None
+            and site.eqn.primitive is prim.conv_general_dilated_p
+            and site.eqn.params["batch_group_count"] >= batch_groups
+        ]
+        return frozenset().union(*(s.inputs[1].leaves for s in convolutions if (id(s), 1) not in ruled))
+
+    def _refuse(self, leaves: frozenset[int]) -> None:
+        """Raises NotImplementedError where a gradient would be a convolution's that XLA partitions wrongly."""
+        for leaf in sorted(leaves):
+            raise NotImplementedError(
+                f"the parameter {self.plan.program.param_paths[leaf]} makes a kernel that no rule knows, and over a "
+                "sharded batch XLA computes the examples' gradients of that wrongly, with or without jgd: ask inside "
+                "of `jax.shard_map`, see docs/mesh.md"
+            )
+
+    def _leaf_gradient(self, example: Example, leaf: int) -> jax.Array:
+        """The gradient with respect to one leaf, by the rules of its parts."""
+        total = None
+        for part in self.plan.parts:
+            if part.leaf == leaf:
+                flat = self._part_gradient(example, part)
+                total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
+        assert total is not None
+        return total.astype(self.like[leaf].dtype)
 
     def _part_gradient(self, example: Example, part: Part) -> jax.Array:
+        self._refuse(self._unruled_kernels().intersection([part.leaf]))
         return part.gradient(part_data(self.plan, self.model, example, part))
 
     def _factors(self, example: Example, part: Part) -> list[Factor]:
