@@ -1,5 +1,6 @@
 """Runs that are kept: the same bits after any interruption, and never another run's."""
 
+import gc
 import json
 import logging
 import os
@@ -8,6 +9,7 @@ import resource
 import shutil
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import chex
@@ -218,14 +220,19 @@ def newest_files(folder):
     return [path for path in newest.rglob("*") if path.is_file()]
 
 
+# The store's own threads and event loops end in what they met; what matters is what `fit` says.
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnhandledThreadExceptionWarning")
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
 class TestDamage:
+    @pytest.fixture(autouse=True)
+    def nothing_is_left_behind(self):
+        yield
+        gc.collect()
+
     @pytest.mark.parametrize("damage", ["truncated", "one bit", "no arrays", "empty", "no json"])
     def test_a_damaged_newest_falls_back(self, folder, damage):
         kept_run(folder)
         newest = folder / "10"
-        data = max(
-            (path for path in newest.rglob("*") if "/d/" in str(path)), key=lambda path: path.stat().st_size
-        )
         if damage == "truncated":
             for path in newest_files(folder):
                 os.truncate(path, path.stat().st_size // 2)
@@ -236,7 +243,7 @@ class TestDamage:
                     raw[len(raw) // 2] ^= 1
                     path.write_bytes(raw)
         elif damage == "no arrays":
-            data.unlink()
+            shutil.rmtree(newest / "arrays")
         elif damage == "empty":
             shutil.rmtree(newest)
             newest.mkdir()
@@ -271,10 +278,14 @@ class TestDamage:
 
         def fills_up(state, info):
             if int(state.step) == 8:
+                while not (folder / "5").exists():
+                    time.sleep(0.01)
                 resource.setrlimit(resource.RLIMIT_FSIZE, (16, hard))
 
         try:
-            with pytest.raises(OSError, match=r"could not be written to .*update 5 is whole.* Make room"):
+            with pytest.raises(
+                OSError, match=r"could not be written to .*update 5 is whole.* Make room.* too large"
+            ):
                 run(every, callback=fills_up)
         finally:
             resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
@@ -351,13 +362,13 @@ class TestBadInput:
             raise PermissionError(13, "Permission denied")
 
         monkeypatch.setattr("tempfile.TemporaryFile", refuse)
-        with pytest.raises(PermissionError, match=f"nothing can be written to this folder.*{tmp_path}"):
+        with pytest.raises(PermissionError, match=f"nothing can be written to the folder.*{tmp_path}"):
             run(tmp_path)
 
     @pytest.mark.parametrize("checkpoint", [3, True, [1]])
     def test_no_path(self, checkpoint):
         with pytest.raises(
-            TypeError, match="`checkpoint` must be the path of a folder or a `jgd.Checkpoint`"
+            TypeError, match=r"`checkpoint` must be the path of a folder or a `jgd\.Checkpoint`"
         ):
             run(checkpoint)
 

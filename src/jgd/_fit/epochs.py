@@ -131,7 +131,7 @@ def _epoch(
         return jax.lax.fori_loop(0, one.inner_steps, update, carry)
 
     if one.batch_size == examples.size:
-        return train(carry, 0, examples.args)
+        return train(carry, 0, examples.take())
     order = order_of(key, number, examples.size)
 
     def whole(place: jax.Array, carry: Carry) -> Carry:
@@ -156,8 +156,8 @@ def _buffer(method: Method, one: Pass, start: Standing, examples: Examples, upda
     """Room for the history of all updates, that of those made already filled in."""
 
     def saw(state: MethodState, examples: Examples) -> History:
-        whole = one.batch_size == examples.size
-        _, info = method.step(state, *(examples.args if whole else examples.take(jnp.arange(one.batch_size))))
+        index = None if one.batch_size == examples.size else jnp.arange(one.batch_size)
+        _, info = method.step(state, *examples.take(index))
         return History(info.value, info.grad_norm)
 
     like = jax.eval_shape(saw, start.state, examples)

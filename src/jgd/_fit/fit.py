@@ -3,11 +3,13 @@
 import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
 from jgd._errors import describe, is_concrete
 from jgd._fit.checkpoint import Checkpoint, checkpoint_of
@@ -17,6 +19,7 @@ from jgd._fit.epochs import run_epochs
 from jgd._fit.feed import batches_of_iterable
 from jgd._fit.history import History, no_history
 from jgd._fit.keeper import Keeper
+from jgd._fit.placement import batch_axes, mesh_of, on_mesh
 from jgd._fit.progress import bar
 from jgd._fit.schedule import Length, Schedule, length_of, schedule_of
 from jgd._fit.standing import Standing
@@ -107,12 +110,15 @@ def fit(
     if not isinstance(method, Method):
         raise TypeError(f"`method` must come from `jgd.descent` or its kin, got {type(method).__name__}")
     length = length_of(epochs, steps, inner_steps)
-    state = _own(method, params)
+    mesh = mesh_of(params, () if is_batches(data) else data)
+    state = _own(method, params, mesh)
     if is_batches(data):
         _check_batches(data, batch_size, length)
         examples, schedule, updates = None, None, _updates_of_iterable(data, length)
     else:
         examples = examples_of(data, method.in_axes)
+        if mesh is not None and (axes := batch_axes(mesh, params, data)):
+            examples = replace(examples, sharding=NamedSharding(mesh, PartitionSpec(axes)))
         schedule = schedule_of(length, examples.size, batch_size)
         updates = schedule.updates
     watches = {
@@ -140,7 +146,15 @@ def fit(
         if examples is not None and schedule is not None:
             batches = batches_of_examples(examples, key, schedule, start.batches)
         else:
-            batches = batches_of_iterable(data, length, start.position, keep_position=keeper is not None)
+            batches = batches_of_iterable(
+                data,
+                length,
+                start.position,
+                in_axes=method.in_axes,
+                keep_position=keeper is not None,
+                sharding=mesh
+                and NamedSharding(mesh, PartitionSpec(batch_axes(mesh, params) or mesh.axis_names)),
+            )
         trained, history = run_steps(
             method,
             start,
@@ -154,9 +168,9 @@ def fit(
         return FitResult(trained.params, trained, history)
 
 
-def _own(method: Method, params: Any) -> MethodState:
+def _own(method: Method, params: Any, mesh: Mesh | None) -> MethodState:
     """A state that nobody else holds and whose leaves are all apart, so that it can be updated in place."""
-    state = params if isinstance(params, MethodState) else method.init(params)
+    state = on_mesh(params if isinstance(params, MethodState) else method.init(params), mesh)
     return jax.tree.map(lambda x: jnp.array(x, copy=True), state)
 
 

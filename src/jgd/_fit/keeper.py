@@ -1,5 +1,6 @@
 """The run in its folder: orbax writes it in the background, and reads the newest that is whole."""
 
+import json
 import logging
 import os
 import tempfile
@@ -16,7 +17,7 @@ import numpy as np
 from jgd._errors import require
 from jgd._fit.checkpoint import Checkpoint
 from jgd._fit.history import History
-from jgd._fit.processes import agreed, several
+from jgd._fit.processes import agreed, gathered_text, several
 from jgd._fit.standing import Standing
 from jgd._fit.stored import (
     Stored,
@@ -106,10 +107,11 @@ class Keeper:
             step, args=self._ocp.args.Composite(arrays=self._ocp.args.StandardRestore(target))
         ).arrays
         history = History(**read["history"])
-        same = checksums_of(read["state"]) == run["checksums"]
+        restored = state_from(read["state"], state)
+        same = checksums_of(restored) == run["checksums"]
         if not same or history_checksum(history) != run["history_checksum"]:
             raise ValueError("its numbers are not those that were saved")
-        return Standing(state_from(read["state"], state), lambda: history, run["batches"], run["position"])
+        return Standing(restored, lambda: history, run["batches"], self._own_position(run["positions"]))
 
     def _compare(self, run: dict[str, Any], state: MethodState) -> None:
         if run["format"] != _FORMAT:
@@ -132,6 +134,17 @@ class Keeper:
                 f"`checkpoint`: {self._path} holds the state of another model or optimizer: {'; '.join(differ)}"
                 f"{more}. Nothing was changed; give each run a folder of its own"
             )
+
+    def _own_position(self, positions: list[Any]) -> Any:
+        """Where the data of this process stood."""
+        if positions == positions[:1] * len(positions):
+            return positions[0]
+        if len(positions) != jax.process_count():
+            raise OtherRunError(
+                f"`checkpoint`: the run in {self._path} read its data by {len(positions)} processes, and now there "
+                f"are {jax.process_count()}, which share them out otherwise. Go on with {len(positions)}"
+            )
+        return positions[jax.process_index()]
 
     def _set_aside(self, unreadable: list[tuple[int, Exception]], step: int) -> None:
         """Renames the checkpoints that cannot be read, whose numbers the run will come to again."""
@@ -188,7 +201,7 @@ class Keeper:
             "history_dtype": history.value.dtype.name,
             "batches": pending.batches,
             "updates": updates,
-            "position": pending.position,
+            "positions": _everywhere(pending.position),
         }
         arrays = {"state": pending.stored.leaves, "history": history._asdict()}
         args = self._ocp.args.Composite(
@@ -262,6 +275,11 @@ class Keeper:
             _log.debug("closing %s: %s", self._path, error)
 
 
+def _everywhere(position: Any) -> list[Any]:
+    """The positions of all processes; arrays have none."""
+    return [None] if position is None else [json.loads(text) for text in gathered_text(json.dumps(position))]
+
+
 # Processes agree on the time by a message, which not every batch of a loader should wait for.
 _ASK_EVERY = 16
 
@@ -276,8 +294,11 @@ def _copied(x: Any) -> Any:
 
 
 def _first_line(error: BaseException) -> str:
-    text = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {text[0][:300]}" if text else type(error).__name__
+    """What went wrong, without the store's account of how it was set up."""
+    text = (str(error).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0]
+    if len(text) > 320:
+        text = f"{text[:120]} … {text[-200:]}"
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def _writable(path: Path) -> Path:

@@ -4,6 +4,7 @@ from typing import Any
 
 import jax
 import numpy as np
+from jax.experimental import multihost_utils
 
 
 def several() -> bool:
@@ -13,18 +14,20 @@ def several() -> bool:
 
 def agreed(value: int) -> int:
     """What process 0 says."""
-    if not several():
-        return value
-    from jax.experimental import multihost_utils
-
-    return int(multihost_utils.broadcast_one_to_all(np.int32(value)))
+    return int(multihost_utils.broadcast_one_to_all(np.int32(value))) if several() else value
 
 
 def gathered(row: Any) -> np.ndarray:
-    """The rows of all processes, an array each, of one shape: `(processes, *row.shape)`."""
+    """The rows of all processes, one array each, of a common shape: `(processes, *shape)`."""
     row = np.asarray(row)
     if not several():
         return row[None]
-    from jax.experimental import multihost_utils
+    return np.asarray(multihost_utils.process_allgather(row)).reshape(-1, *row.shape)
 
-    return np.asarray(multihost_utils.process_allgather(row)).reshape(jax.process_count(), *row.shape)
+
+def gathered_text(text: str) -> list[str]:
+    """The texts of all processes."""
+    raw = np.frombuffer(text.encode(), np.uint8)
+    sizes = gathered(np.int32(raw.size))
+    rows = gathered(np.pad(raw, (0, int(sizes.max()) - raw.size)))
+    return [row[:size].tobytes().decode() for row, size in zip(rows, sizes, strict=True)]

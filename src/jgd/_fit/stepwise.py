@@ -17,12 +17,15 @@ from jgd._fit.schedule import Schedule
 from jgd._fit.standing import Standing
 from jgd._methods.method import Method, MethodState, StepInfo, step_in_place
 
+_AHEAD = 8  # updates that may wait for the device
+
 
 class Batch(NamedTuple):
     """The arguments of one step, and where what gives them stands after it."""
 
     args: tuple[Any, ...]
     position: Any = None
+    weights: jax.Array | None = None  # where examples are absent
 
 
 def run_steps(
@@ -38,21 +41,29 @@ def run_steps(
 ) -> tuple[MethodState, History]:
     """Makes `inner_steps` updates from each batch, until the callback returns True. The state is consumed."""
     state, record = start.state, _Record(start)
-    may_be_kept = check_finite or callback or not is_concrete(state.step)
-    step = Method.step if may_be_kept else step_in_place
-    for number, batch in enumerate(batches, start.batches):
+    watched = check_finite or callback is not None
+    step = Method.step if watched or not is_concrete(state.step) else step_in_place
+    batches, number = iter(batches), start.batches
+    following = next(batches, None)
+    while following is not None:
+        batch, number = following, number + 1
         for repeat in range(inner_steps):
             before = state
-            state, info = step(method, state, *batch.args)
+            state, info = step(method, state, *batch.args, weights=batch.weights)
             record.add(info)
             if check_finite and not is_finite((record.last, state.params)):
                 raise NonFiniteError(before, record.result())
-            if report:
-                report(number * inner_steps + repeat + 1, info.value)
+            if report and watched:
+                report((number - 1) * inner_steps + repeat + 1, info.value)
             if callback and callback(state, info):
                 return state, record.result()
-        if keeper and keeper.offer(Standing(state, record.history, number + 1, batch.position)):
+        due = keeper and keeper.offer(Standing(state, record.history, number, batch.position))
+        following = next(batches, None)  # made while the device is at work, before anyone waits for it
+        if keeper and due:
             keeper.write()
+        if report and not watched:
+            report(number * inner_steps, info.value)
+        record.wait()
     return state, record.result()
 
 
@@ -63,7 +74,7 @@ def batches_of_examples(
     one, order = schedule.epoch, None
     for number in range(start, schedule.batches):
         if one.batch_size == examples.size:
-            yield Batch(examples.args)
+            yield Batch(_take(examples) if examples.sharding else examples.args)
             continue
         epoch, place = divmod(number, one.batches)
         if order is None or place == 0:
@@ -86,6 +97,11 @@ class _Record:
     def add(self, info: StepInfo) -> None:
         """Notes what one more update saw."""
         self._recent.append(History(info.value, info.grad_norm))
+
+    def wait(self) -> None:
+        """Waits for an update some way back: batches that run far ahead of the device fill its memory."""
+        if len(self._recent) > _AHEAD and is_concrete(self.last.value):
+            self._recent[-1 - _AHEAD].value.block_until_ready()
 
     def history(self) -> History:
         """What all updates saw, on the host."""

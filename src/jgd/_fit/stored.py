@@ -58,9 +58,14 @@ def state_from(leaves: dict[str, jax.Array], like: MethodState) -> MethodState:
     return jax.tree.unflatten(treedef, [leaf_from(k, x) for k, x in enumerate(old)])
 
 
-def checksums_of(leaves: dict[str, jax.Array]) -> list[int]:
-    """A sum over the bits of each leaf, the same wherever its parts lie."""
-    return np.asarray(_jit_checksums(leaves)).tolist()
+def checksums_of(state: MethodState) -> list[int]:
+    """A sum over the bits of each leaf that is stored, the same wherever its parts lie."""
+    return np.asarray(_checksums_of_state(state)).tolist()
+
+
+@jax.jit
+def _checksums_of_state(state: MethodState) -> jax.Array:
+    return _checksums(_named(state))
 
 
 def history_checksum(history: History) -> int:
@@ -83,9 +88,6 @@ def _named(state: MethodState) -> dict[str, jax.Array]:
 
 def _checksums(leaves: dict[str, jax.Array]) -> jax.Array:
     return jnp.stack([_checksum(leaf) for leaf in leaves.values()])
-
-
-_jit_checksums = jax.jit(_checksums)
 
 
 def _checksum(x: jax.Array) -> jax.Array:
