@@ -20,6 +20,7 @@ from jgd._fit.feed import batches_of_iterable
 from jgd._fit.history import History, no_history
 from jgd._fit.keeper import Keeper
 from jgd._fit.placement import batch_axes, mesh_of, on_mesh
+from jgd._fit.processes import lost_processes_named
 from jgd._fit.progress import bar
 from jgd._fit.schedule import Length, Schedule, length_of, schedule_of
 from jgd._fit.standing import Standing
@@ -92,6 +93,7 @@ def fit(
             holds another run, or one that is longer already.
         TypeError: a count is not an int, or a leaf of the data no array.
         OSError: `checkpoint` cannot be written to, or the disk is full; earlier checkpoints stay.
+        RuntimeError: another process of this run has died.
         FloatingPointError: with `check_finite`; its `.state` is the last finite one kept, `.history` all that
             led there.
 
@@ -129,7 +131,7 @@ def fit(
     }
     _check_watchable((state, examples, key), watches)
 
-    with ExitStack() as stack:
+    with lost_processes_named(), ExitStack() as stack:
         keeper, start = None, Standing(state, no_history)
         if checkpoint is not None:
             identity = _identity(key, examples, schedule, length)

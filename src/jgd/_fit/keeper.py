@@ -243,18 +243,15 @@ class Keeper:
     def __exit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
-        ended = error is None or (isinstance(error, KeyboardInterrupt) and not several())
+        if several() and error is not None:
+            return  # to wait for the others, of which one may be gone, is to wait for ever
+        ended = error is None or isinstance(error, KeyboardInterrupt)
         try:
-            if (
-                ended
-                and self._latest
-                and self._latest.batches * self._inner > self._saved
-                and _alive(self._latest)
-            ):
-                self._take(self._latest)
-            if not several() or error is None:
-                self.write()
-                self._wait()
+            latest = self._latest
+            if ended and latest and latest.batches * self._inner > self._saved and _alive(latest):
+                self._take(latest)
+            self.write()
+            self._wait()
         except Exception:
             if error is None:
                 raise

@@ -1,5 +1,7 @@
 """What several processes of one program must decide alike: a collective that one of them skips hangs them all."""
 
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 import jax
@@ -10,6 +12,25 @@ from jax.experimental import multihost_utils
 def several() -> bool:
     """Whether this program runs in several processes."""
     return jax.process_count() > 1
+
+
+@contextmanager
+def lost_processes_named() -> Iterator[None]:
+    """Says what it means when a collective fails: the others have stopped, and so must this one.
+
+    Raises:
+        RuntimeError: another process cannot be reached any more.
+    """
+    try:
+        yield
+    except jax.errors.JaxRuntimeError as error:
+        if not several():
+            raise
+        raise RuntimeError(
+            f"process {jax.process_index()} of {jax.process_count()} stops, as another process of this run has "
+            "died or cannot be reached: look at what that one said last, and start all of them again; with "
+            f"`checkpoint` they go on from the newest one. {str(error).splitlines()[0][:300]}"
+        ) from error
 
 
 def agreed(value: int) -> int:
