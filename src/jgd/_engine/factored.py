@@ -297,6 +297,7 @@ class Factored:
         return self._moments(weights, centred=True)
 
     def _moments(self, weights: jax.Array, *, centred: bool) -> list[jax.Array]:
+        self._refuse(self._unruled_kernels())
         totals: list[jax.Array | None] = [None] * len(self.like)
         for part in self.plan.parts:
             flat, like = self._part_moment(part, weights, centred=centred), self.like[part.leaf]

@@ -1,9 +1,11 @@
 """How the gradient of a batch is computed: the part of a method that can be exchanged.
 
-Every derivative is a function of `(params, *batch)` to an `Evaluation`; the step that follows is the same.
+Every derivative is a function of `(params, *batch, weights=None)` to an `Evaluation`; the step that follows is
+the same. `weights` is `(B,)`, and weight 0 is an absent example.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -63,19 +65,20 @@ def evaluation_by(
         )
     if callable(derivative):
         return _by_callable(derivative, has_aux)
-    objective = _objective(loss, in_axes, has_aux, jnp.sum if reduce is sum_ else jnp.mean)
+    objective = _objective(loss, in_axes, has_aux, _sum if reduce is sum_ else _mean)
     if derivative == "reverse":
         return _by_reverse(loss, objective, reduce, in_axes, has_aux)
     return _by_coordinates(objective, _forward if derivative == "forward" else _central_difference)
 
 
 Objective = Callable[..., tuple[jax.Array, Any]]
+Total = Callable[..., jax.Array]
 
 
-def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Callable[[jax.Array], jax.Array]) -> Objective:
+def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total) -> Objective:
     """The objective of a batch: the mean of its losses, or their sum, and the examples' aux."""
 
-    def objective(params: Any, *batch: Any) -> tuple[jax.Array, Any]:
+    def objective(params: Any, *batch: Any, weights: Any = None) -> tuple[jax.Array, Any]:
         call = bind(loss, (params, *batch), argnums=0, in_axes=in_axes, has_aux=has_aux)
         if call.size == 0:
             raise ValueError("the batch holds no examples: its mean loss is not defined")
@@ -84,21 +87,47 @@ def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Callable[[jax.Arr
         values, aux = jax.vmap(functools.partial(program.run, call.param_leaves, constants))(
             call.batch_leaves
         )
-        return total(_wide(values)), jax.tree.unflatten(program.aux_treedef, aux)
+        return total(_wide(values), weights), jax.tree.unflatten(program.aux_treedef, aux)
 
     return objective
 
 
+def _mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    return jnp.mean(values) if weights is None else _sum(values, weights) / jnp.sum(weights)
+
+
+def _sum(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    if weights is None:
+        return jnp.sum(values)
+    return jnp.sum(jnp.where(weights == 0, 0, values) * weights)  # an absent value may be infinite
+
+
 def _by_reverse(loss: Loss, objective: Objective, reduce: Any, in_axes: Any, has_aux: bool) -> Evaluate:
     per_example = per_example_grad(loss, in_axes=in_axes, has_aux=has_aux)
-    total = jnp.sum if reduce is sum_ else jnp.mean
+    total = _sum if reduce is sum_ else _mean
 
-    def evaluate(params: Any, *batch: Any) -> Evaluation:
+    def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:
         grads = per_example(params, *batch)
-        gradient = reduce(grads)
-        return Evaluation(total(_wide(grads.values)), gradient, grads.aux, lambda p: objective(p, *batch)[0])
+        gradient = reduce(grads) if weights is None else _reduced(reduce, grads, weights)
+        return Evaluation(
+            total(_wide(grads.values), weights),
+            gradient,
+            grads.aux,
+            lambda p: objective(p, *batch, weights=weights)[0],
+        )
 
     return evaluate
+
+
+def _reduced(reduce: Any, grads: Any, weights: jax.Array) -> Any:
+    try:
+        inspect.signature(reduce).bind(grads, weights=weights)
+    except TypeError as error:
+        raise TypeError(
+            "some examples of this batch are absent, so `reduce` must take `weights`, as `jgd.mean`, `jgd.sum` and "
+            f"`jgd.clipped_sum` do, with weight 0 for an absent example: `reduce(grads, weights=...)`; {error}"
+        ) from error
+    return reduce(grads, weights=weights)
 
 
 def _by_callable(derivative: Callable[..., Any], has_aux: bool) -> Evaluate:
@@ -114,7 +143,12 @@ def _by_callable(derivative: Callable[..., Any], has_aux: bool) -> Evaluate:
             raise TypeError(f"`derivative` must return a scalar value, got one of shape {jnp.shape(value)}")
         return jnp.asarray(value), out[1], aux
 
-    def evaluate(params: Any, *batch: Any) -> Evaluation:
+    def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:
+        if weights is not None:
+            raise ValueError(
+                "some examples of this batch are absent, and a `derivative` that is a function cannot be told "
+                "which: use derivative='reverse', or batches without absent examples"
+            )
         value, gradient, aux = value_and_aux(params, *batch)
         return Evaluation(_wide(value), gradient, aux, lambda p: _wide(value_and_aux(p, *batch)[0]))
 
@@ -129,11 +163,11 @@ Slopes = Callable[[Callable[[Any], jax.Array], Any], Any]
 
 
 def _by_coordinates(objective: Objective, slopes: Slopes) -> Evaluate:
-    def evaluate(params: Any, *batch: Any) -> Evaluation:
+    def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:
         def value_fn(params: Any) -> jax.Array:
-            return objective(params, *batch)[0]
+            return objective(params, *batch, weights=weights)[0]
 
-        value, aux = objective(params, *batch)
+        value, aux = objective(params, *batch, weights=weights)
         return Evaluation(value, slopes(value_fn, params), aux, value_fn)
 
     return evaluate
