@@ -207,7 +207,9 @@ def _replay_site(site: Site, env: _Environment, bumps: dict[int, Any]) -> list[A
             bump = bumps.get(position)
             operands.append(env[x] if bump is None else env[x] + bump)
         else:  # where the site only adds, the operand's value makes no difference
-            operands.append(env[x] if id(x) in kept else jnp.zeros(x.aval.shape, x.aval.dtype))
+            shared = [env[site.inputs[i]] for i in site.params]
+            zero = varying(jnp.zeros(x.aval.shape, x.aval.dtype), shared)
+            operands.append(env[x] if id(x) in kept else zero)
     outputs = operands if site.eqn is None else _REPLAYED.get(site.eqn.primitive, bind)(site.eqn, operands)
     return [outputs[i] for i in site.tapped]
 
