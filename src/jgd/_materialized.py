@@ -1,7 +1,7 @@
 """The reference: the gradients as arrays with a leading axis of examples, as `vmap(grad)` returns them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -52,6 +52,14 @@ class Materialized:
         """Over which axes of a mesh the gradients lie, where that is part of their type."""
         specs = [spec_of(b) for b in self.blocks]
         return Placement(specs[0][0], [PartitionSpec(*spec[1:]) for spec in specs])
+
+    def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> Any:
+        """`fun` of the gradients and weights: of what they make, what adds up over examples and what each has."""
+        return fun(self, weights)
+
+    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
+        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
+        return self.squared_norms(), self.squared_sum()
 
     def materialize(self) -> list[jax.Array]:
         """The blocks themselves."""

@@ -63,6 +63,14 @@ class Factored:
     def _all(self) -> range:
         return range(len(self.like))
 
+    def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> Any:
+        """`fun` of the gradients and weights: of what they make, what adds up over examples and what each has."""
+        return fun(self, weights)
+
+    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
+        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
+        return self.squared_norms(), self.squared_sum()
+
     # Linear questions
 
     def materialize(self) -> list[jax.Array]:

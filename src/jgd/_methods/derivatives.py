@@ -16,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jgd._engine.program import trace
 from jgd._gradients import per_example_grad
 from jgd._loss import Loss, bind
+from jgd._memory import checked_sizes
 from jgd._reductions.linear import mean
 from jgd._reductions.linear import sum as sum_
 
@@ -39,12 +40,20 @@ Evaluate = Callable[..., Evaluation]
 
 
 def evaluation_by(
-    derivative: Derivative, loss: Loss, *, reduce: Any, in_axes: Any, has_aux: bool
+    derivative: Derivative,
+    loss: Loss,
+    *,
+    reduce: Any,
+    in_axes: Any,
+    has_aux: bool,
+    microbatch_size: int | None = None,
+    max_memory: int | None = None,
 ) -> Evaluate:
     """The function that evaluates a batch by the derivative chosen.
 
     Raises:
-        ValueError: the derivative is unknown, or knows only the batch's gradient and was given a `reduce`.
+        ValueError: the derivative is unknown, or knows only the batch's gradient and was given a `reduce` or a
+            limit of memory; a limit is out of range, or two are given.
         TypeError: `loss` or `reduce` is not callable.
     """
     if not callable(loss):
@@ -63,11 +72,19 @@ def evaluation_by(
             f"`reduce` needs the gradient of each example, but `derivative`={derivative!r} knows only the "
             "batch's; leave `reduce` out, or use derivative='reverse'"
         )
+    checked_sizes(microbatch_size, max_memory)
+    if derivative != "reverse" and (microbatch_size or max_memory):
+        raise ValueError(
+            f"`microbatch_size` and `max_memory` belong to derivative='reverse', got derivative={derivative!r}"
+        )
     if callable(derivative):
         return _by_callable(derivative, has_aux)
     objective = _objective(loss, in_axes, has_aux, _sum if reduce is sum_ else _mean)
     if derivative == "reverse":
-        return _by_reverse(loss, objective, reduce, in_axes, has_aux)
+        per_example = per_example_grad(
+            loss, in_axes=in_axes, has_aux=has_aux, microbatch_size=microbatch_size, max_memory=max_memory
+        )
+        return _by_reverse(per_example, objective, reduce)
     return _by_coordinates(objective, _forward if derivative == "forward" else _central_difference)
 
 
@@ -102,8 +119,7 @@ def _sum(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     return jnp.sum(jnp.where(weights == 0, 0, values) * weights)  # an absent value may be infinite
 
 
-def _by_reverse(loss: Loss, objective: Objective, reduce: Any, in_axes: Any, has_aux: bool) -> Evaluate:
-    per_example = per_example_grad(loss, in_axes=in_axes, has_aux=has_aux)
+def _by_reverse(per_example: Callable[..., Any], objective: Objective, reduce: Any) -> Evaluate:
     total = _sum if reduce is sum_ else _mean
 
     def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:

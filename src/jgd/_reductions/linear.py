@@ -84,10 +84,14 @@ def _materialize(form):
     return form.materialize()
 
 
+def _wide_sum(form, weights):
+    return form.walk(lambda form, w: (form.weighted_sum(w, keep_wide=True), ()), weights)[0]
+
+
 @jax.jit
 @placed_by(like_leaves)
 def _weighted_sum(form, weights):
-    return form.weighted_sum(weights)
+    return [x.astype(like.dtype) for x, like in zip(_wide_sum(form, weights), form.like, strict=True)]
 
 
 @jax.jit
@@ -95,12 +99,13 @@ def _weighted_sum(form, weights):
 def _weighted_mean(form, weights):
     if weights is None:
         # Not by weights of 1/B: the sum may be asked for beside the mean, and is then shared.
-        sums = form.weighted_sum(None, keep_wide=True)
-        return [(x / form.size).astype(like.dtype) for x, like in zip(sums, form.like, strict=True)]
-    return form.weighted_sum(weights / jnp.sum(weights))
+        sums = [x / form.size for x in _wide_sum(form, None)]
+    else:
+        sums = _wide_sum(form, weights / jnp.sum(weights))
+    return [x.astype(like.dtype) for x, like in zip(sums, form.like, strict=True)]
 
 
 @jax.jit
 @placed_by(like_examples)
 def _dot(form, direction):
-    return form.dot(direction)
+    return form.walk(lambda form, _: ((), form.dot(direction)), None)[1]

@@ -55,7 +55,8 @@ def variance(
 @placed_by(like_leaves)
 def _second_moment(form, weights):
     weights = jnp.ones(form.size) if weights is None else weights
-    moments = form.second_moments(weights / jnp.sum(weights))
+    share = weights / jnp.sum(weights)
+    moments, _ = form.walk(lambda form, w: (form.second_moments(w), ()), share)
     return [m.astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
 
 

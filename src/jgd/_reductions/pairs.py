@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_examples, placed_by
+from jgd._microbatched import Microbatched
 from jgd._reductions.arguments import form_of
 
 
@@ -67,6 +68,8 @@ def project(
 @jax.jit
 @placed_by(like_examples)
 def _gram(form, other):
+    if isinstance(other, Microbatched) and not isinstance(form, Microbatched):
+        return other.gram(form).T
     return form.gram(other)
 
 
@@ -78,7 +81,7 @@ def _self_gram(form):
 
 @placed_by(like_examples)
 def _project_form(form, key, dim):
-    return form.project(key, dim)
+    return form.walk(lambda form, _: ((), form.project(key, dim)), None)[1]
 
 
 _project = jax.jit(_project_form, static_argnums=2)
