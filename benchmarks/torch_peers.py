@@ -12,105 +12,14 @@ import sys
 import time
 import warnings
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import nn
-from torch.nn.functional import cross_entropy, scaled_dot_product_attention
+from torch_models import PROBLEMS, Problem
 
 MAX_NORM = 1.0
 BASELINE = "plain gradient"
-
-
-@dataclass(frozen=True)
-class Problem:
-    """A model, a batch, and the loss of each example."""
-
-    make: Callable[[], nn.Module]
-    inputs: torch.Tensor
-    targets: torch.Tensor
-
-    def losses(self, outputs: torch.Tensor, targets: torch.Tensor) -> torch.Tensor:
-        """`(B,)`: the cross entropy, its mean over positions where there are any."""
-        if outputs.ndim == 2:
-            return cross_entropy(outputs, targets, reduction="none")
-        return (
-            cross_entropy(outputs.flatten(0, 1), targets.flatten(), reduction="none")
-            .view(targets.shape)
-            .mean(1)
-        )
-
-
-def mlp(small: bool) -> Problem:
-    """As `jgd._bench.models.vectors.mlp`."""
-    widths, size = ((32, 64, 64, 10), 8) if small else ((784, 1024, 1024, 10), 128)
-
-    def make() -> nn.Module:
-        a, b, c, d = widths
-        return nn.Sequential(nn.Linear(a, b), nn.ReLU(), nn.Linear(b, c), nn.ReLU(), nn.Linear(c, d))
-
-    return Problem(make, torch.randn(size, widths[0]), torch.randint(widths[-1], (size,)))
-
-
-def cnn(small: bool) -> Problem:
-    """As `jgd._bench.models.images.cnn`."""
-    channels, side, size = ((3, 4, 8, 8), 8, 4) if small else ((3, 32, 64, 128), 32, 32)
-
-    def make() -> nn.Module:
-        a, b, c, d = channels
-        convolution = lambda i, o: nn.Conv2d(i, o, 3, padding=1)
-        first = [convolution(a, b), nn.ReLU(), nn.AvgPool2d(2), convolution(b, c), nn.ReLU(), nn.AvgPool2d(2)]
-        rest = [convolution(c, d), nn.ReLU(), nn.AdaptiveAvgPool2d(1), nn.Flatten(), nn.Linear(d, 10)]
-        return nn.Sequential(*first, *rest)
-
-    return Problem(make, torch.randn(size, channels[0], side, side), torch.randint(10, (size,)))
-
-
-class Layer(nn.Module):
-    """As `jgd._bench.models.layers.transform`."""
-
-    def __init__(self, d: int, heads: int):
-        super().__init__()
-        self.heads = heads
-        self.norm_attention, self.norm_mlp = nn.LayerNorm(d), nn.LayerNorm(d)
-        self.query, self.key, self.value, self.out = (nn.Linear(d, d) for _ in range(4))
-        self.up, self.down = nn.Linear(d, 4 * d), nn.Linear(4 * d, d)
-
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        """Attention, then two dense layers."""
-        h = self.norm_attention(x)
-        split = lambda y: y.unflatten(-1, (self.heads, -1)).transpose(1, 2)
-        q, k, v = split(self.query(h)), split(self.key(h)), split(self.value(h))
-        attended = scaled_dot_product_attention(q, k, v, is_causal=True)
-        x = x + self.out(attended.transpose(1, 2).flatten(2))
-        return x + self.down(nn.functional.gelu(self.up(self.norm_mlp(x)), approximate="tanh"))
-
-
-class Transformer(nn.Module):
-    """As `jgd._bench.models.sequences.transformer`. Positions are looked up: hooks know no bare parameter."""
-
-    def __init__(self, d: int, layers: int, length: int, vocabulary: int, heads: int):
-        super().__init__()
-        self.embedding, self.positions = nn.Embedding(vocabulary, d), nn.Embedding(length, d)
-        self.layers = nn.Sequential(*(Layer(d, heads) for _ in range(layers)))
-        self.norm, self.head = nn.LayerNorm(d), nn.Linear(d, vocabulary, bias=False)
-
-    def forward(self, tokens: torch.Tensor) -> torch.Tensor:
-        """The logits at each position."""
-        positions = torch.arange(tokens.shape[1]).expand(tokens.shape).contiguous()  # as Opacus needs them
-        return self.head(self.norm(self.layers(self.embedding(tokens) + self.positions(positions))))
-
-
-def transformer(small: bool) -> Problem:
-    """As `jgd._bench.models.sequences.transformer`."""
-    d, layers, length, vocabulary, size, heads = (16, 1, 8, 32, 4, 2) if small else (256, 4, 128, 4096, 8, 4)
-    tokens = torch.randint(vocabulary, (size, length + 1))
-    return Problem(
-        lambda: Transformer(d, layers, length, vocabulary, heads),
-        tokens[:, :-1].contiguous(),
-        tokens[:, 1:].contiguous(),
-    )
 
 
 def plain(problem: Problem, model: nn.Module) -> Callable[[], Any]:
@@ -124,11 +33,21 @@ def plain(problem: Problem, model: nn.Module) -> Callable[[], Any]:
     return run
 
 
+def norms_of(blocks: list[torch.Tensor]) -> torch.Tensor:
+    """`(B,)`: the norms of gradients that are held."""
+    return torch.stack([g.flatten(1).norm(dim=1) for g in blocks]).norm(dim=0)
+
+
 def clip(blocks: list[torch.Tensor]) -> tuple[list[torch.Tensor], torch.Tensor]:
     """The clipped sum and the norms, from every example's gradient."""
-    norms = torch.stack([g.flatten(1).norm(dim=1) for g in blocks]).norm(dim=0)
+    norms = norms_of(blocks)
     factor = (MAX_NORM / norms).clamp(max=1)
     return [torch.einsum("i,i...", factor, g) for g in blocks], norms
+
+
+def answer(blocks: list[torch.Tensor], quantity: str) -> Any:
+    """The quantity, from every example's gradient."""
+    return norms_of(blocks) if quantity == "norms" else clip(blocks)
 
 
 def torch_func(problem: Problem, model: nn.Module, quantity: str) -> Callable[[], Any]:
@@ -142,8 +61,7 @@ def torch_func(problem: Problem, model: nn.Module, quantity: str) -> Callable[[]
     gradients = torch.func.vmap(torch.func.grad(loss), in_dims=(None, 0, 0))
 
     def run() -> Any:
-        total, norms = clip(list(gradients(params, problem.inputs, problem.targets).values()))
-        return norms if quantity == "norms" else (total, norms)
+        return answer(list(gradients(params, problem.inputs, problem.targets).values()), quantity)
 
     return run
 
@@ -157,8 +75,7 @@ def opacus_hooks(problem: Problem, model: nn.Module, quantity: str) -> Callable[
     def run() -> Any:
         wrapped.zero_grad()
         problem.losses(wrapped(problem.inputs), problem.targets).sum().backward()
-        total, norms = clip([p.grad_sample for p in wrapped.parameters()])
-        return norms if quantity == "norms" else (total, norms)
+        return answer([p.grad_sample for p in wrapped.parameters()], quantity)
 
     return run
 
@@ -194,21 +111,23 @@ def backpack_norms(problem: Problem, model: nn.Module, quantity: str) -> Callabl
     from backpack import backpack, extend
     from backpack.extensions import BatchL2Grad
 
-    extended, criterion = extend(model), extend(nn.CrossEntropyLoss(reduction="sum"))
+    extended = extend(model)
 
     def run() -> Any:
         extended.zero_grad()
-        outputs = extended(problem.inputs)
+        losses = problem.losses(extended(problem.inputs), problem.targets)
         with backpack(BatchL2Grad()):
-            if outputs.ndim == 3:
-                raise NotImplementedError("its loss takes one position for each example")
-            criterion(outputs, problem.targets).backward()
+            losses.sum().backward()
+        left_out = [name for name, p in extended.named_parameters() if not hasattr(p, "batch_l2")]
+        if left_out:
+            raise NotImplementedError(
+                f"it has no norms of {', '.join(left_out[:3])} and so on: {len(left_out)} parameters"
+            )
         return torch.stack([p.batch_l2 for p in extended.parameters()]).sum(0).sqrt()
 
     return run
 
 
-PROBLEMS = {"mlp": mlp, "cnn": cnn, "transformer": transformer}
 METHODS = {
     "torch.func": torch_func,
     "Opacus hooks": opacus_hooks,
