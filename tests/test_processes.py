@@ -78,7 +78,7 @@ def test_a_run_of_two_goes_on(tmp_path):
 def test_a_process_that_dies_ends_the_others(tmp_path, rank, data):
     job = {"data": [data], "epochs": 100000, "dies": {"rank": rank, "step": 20}, "out": str(tmp_path / "x")}
     running = start(job, 2)
-    running[rank].wait(timeout=200)
+    running[rank].communicate(timeout=200)
     died = time.monotonic()
     said = running[1 - rank].communicate(timeout=100)[0]
     assert running[1 - rank].returncode not in (0, 17)

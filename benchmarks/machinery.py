@@ -1,0 +1,97 @@
+"""What checkpoints, progress and history cost together: the digits classifier at batch 64, with and without.
+
+`python benchmarks/machinery.py` makes the figures of docs/scaling.md. The runs take turns, so that what else the
+machine does falls on both alike.
+"""
+
+import argparse
+import contextlib
+import io
+import statistics
+import tempfile
+import time
+from pathlib import Path
+
+import grain
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from sklearn.datasets import load_digits
+
+import jgd
+
+
+def loss(params: dict[str, jax.Array], pixels: jax.Array, digit: jax.Array) -> jax.Array:
+    """The cross-entropy of ONE image."""
+    logits = jnp.tanh(pixels @ params["w1"] + params["b1"]) @ params["w2"] + params["b2"]
+    return optax.softmax_cross_entropy_with_integer_labels(logits, digit)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--epochs", type=int, default=2000)
+    parser.add_argument("--repeats", type=int, default=7)
+    parser.add_argument("--seconds", type=float, default=30.0, help="from one checkpoint to the next")
+    options = parser.parse_args()
+    images, digits = load_digits(return_X_y=True)
+    data = jnp.asarray(images / 16, jnp.float32), jnp.asarray(digits, jnp.int32)
+    shapes = {"w1": (64, 32), "b1": (32,), "w2": (32, 10), "b2": (10,)}
+    keys = dict(zip(shapes, jax.random.split(jax.random.key(0), 4), strict=True))
+    params = {name: jax.random.normal(keys[name], shape) / 8 for name, shape in shapes.items()}
+    method = jgd.descent(loss, optax.adam(1e-3))
+
+    def run(epochs: int, data: object = data, batch_size: int | None = 64, **machinery: object) -> float:
+        began = time.perf_counter()
+        with contextlib.redirect_stdout(io.StringIO()):
+            result = jgd.fit(
+                method, params, data, batch_size=batch_size, epochs=epochs, key=jax.random.key(1), **machinery
+            )
+        jax.block_until_ready(result)
+        return time.perf_counter() - began
+
+    def kept(epochs: int) -> float:
+        with tempfile.TemporaryDirectory() as folder:
+            plan = jgd.Checkpoint(Path(folder) / "run", seconds=options.seconds)
+            return run(epochs, checkpoint=plan, progress=True)
+
+    kept(options.epochs)  # compiles, and imports the store
+    run(options.epochs)
+    bare, full = [], []
+    for _ in range(options.repeats):
+        bare.append(run(options.epochs))
+        full.append(kept(options.epochs))
+    updates = options.epochs * -(-len(digits) // 64)
+    ratios = [b / a for a, b in zip(bare, full, strict=True)]
+    print(f"{updates} updates a run, {options.repeats} runs of each kind, in turns")
+    print(f"bare: {1e6 * min(bare) / updates:.2f} µs an update at best, {min(bare):.2f} s a run")
+    print(f"with checkpoint and progress: {1e6 * min(full) / updates:.2f} µs an update at best")
+    print(
+        f"ratio of the best {min(full) / min(bare):.4f}, median of the ratios {statistics.median(ratios):.4f}"
+    )
+
+    # Fed by a loader: the same batches, by hand from memory and by grain, each step a call of its own.
+    source = [(x, y) for x, y in zip(np.asarray(data[0]), np.asarray(data[1]), strict=True)]
+    loader = grain.MapDataset.source(source).batch(64)
+    batches = list(loader)
+    fed: dict[str, list[float]] = {"list": [], "grain": []}
+    for _ in range(options.repeats):
+        for name, made in (("list", batches), ("grain", loader)):
+            fed[name].append(run(10, made, None) / 10 / len(batches))
+    alone = []
+    for _ in range(options.repeats):
+        began = time.perf_counter()
+        for _ in range(10):
+            for _ in loader:
+                pass
+        alone.append((time.perf_counter() - began) / 10 / len(batches))
+    print(
+        f"a step from batches in memory {1e6 * min(fed['list']):.0f} µs, from grain {1e6 * min(fed['grain']):.0f} µs, "
+        f"of which grain alone takes {1e6 * min(alone):.0f} µs"
+    )
+
+
+if __name__ == "__main__":
+    main()
