@@ -113,10 +113,10 @@ class Factored:
             if part.leaf == leaf:
                 blocks = self._blocks(part)
                 if self.pieces == 1:
-                    flat = moments.of_blocks(blocks, weights)
+                    made = moments.of_blocks(blocks, weights)
                 else:  # one sum over the devices, not one before the numbers are looked at and one after
-                    flat = Materialized([blocks]).weighted_sum(weights, keep_wide=True)[0]
-                total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
+                    made = Materialized([blocks]).weighted_sum(weights, keep_wide=True)[0]
+                total = factors.place(part.in_memory(made), part.offset, part.axes, self.like[leaf], total)
         assert total is not None
         return total
 
@@ -131,8 +131,8 @@ class Factored:
         return self._batch(ones).folded(of_tile, sum(self.like[leaf].size for leaf in leaves))
 
     def _blocks(self, part: Part) -> jax.Array:
-        """The examples' gradients in one part: `(B, part)`."""
-        return self._each(lambda one: self._part_gradient(one, part))
+        """The examples' gradients in one part, each in the order in which it comes."""
+        return self._each(lambda one: self._unordered(one, part))
 
     def _direct_sum(self, leaf: int, examples: Example) -> jax.Array:
         """Σ g_i of one leaf, by one product for each use, the examples among its positions."""
@@ -286,7 +286,7 @@ class Factored:
         of_each = lambda fun: [form._each(functools.partial(fun, form)) for form in forms]
         for part in self.plan.parts:
             if part.shape is None or part.leaf in self.plan.kept:
-                made = of_each(lambda form, one, part=part: form._part_gradient(one, part))
+                made = of_each(lambda form, one, part=part: form._unordered(one, part).reshape(-1))
                 total = total + grams.of_blocks(made[0], *made[1:], pieces=pieces)
             else:
                 made = of_each(lambda form, one, part=part: form._factors(one, part))
@@ -330,11 +330,13 @@ class Factored:
             return part.shape.flatten(moments.spread_of_outer(outer, weights))
         if part.leaf in self.plan.kept:
             blocks = self._blocks(part)
-            return (
+            made = (
                 moments.spread_of(blocks, weights).square if centred else moments.square_of(blocks, weights)
             )
-        block = lambda one: self._part_gradient(one, part)
-        return self._folded_moment(block, part.size, weights, centred=centred)
+        else:
+            block = lambda one: self._unordered(one, part)
+            made = self._folded_moment(block, part.size, weights, centred=centred)
+        return part.in_memory(made)
 
     def _folded_moment(
         self, block: Callable[[Example], jax.Array], size: int, weights: jax.Array, *, centred: bool
@@ -415,14 +417,14 @@ class Factored:
         total = None
         for part in self.plan.parts:
             if part.leaf == leaf:
-                flat = self._part_gradient(example, part)
+                flat = part.in_memory(self._unordered(example, part))
                 total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
         assert total is not None
         return total.astype(self.like[leaf].dtype)
 
-    def _part_gradient(self, example: Example, part: Part) -> jax.Array:
+    def _unordered(self, example: Example, part: Part) -> jax.Array:
         self._refuse(self._unruled_kernels().intersection([part.leaf]))
-        return part.gradient(part_data(self.plan, self.model, example, part))
+        return part.unordered(part_data(self.plan, self.model, example, part))
 
     def _factors(self, example: Example, part: Part) -> list[Factor]:
         return part.factors(part_data(self.plan, self.model, example, part))

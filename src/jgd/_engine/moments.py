@@ -1,6 +1,6 @@
 """Σ w_i g_i, Σ w_i g_i² and Σ w_i (g_i − ḡ)² of a part, straight from a batch of its blocks or factors.
 
-ḡ is the weighted mean. Gradients come flat, `(examples, elements)`; all sums are kept in at least float32.
+ḡ is the weighted mean. Blocks have a leading axis of examples; all sums are kept in at least float32.
 """
 
 import math
@@ -9,7 +9,7 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.factors import Outer, contract, sum_leading, wide
+from jgd._engine.factors import Outer, sum_leading, wide
 from jgd._materialized import mask_rows, scale_rows
 from jgd._mesh import varying
 
@@ -29,14 +29,14 @@ class Spread(NamedTuple):
 
 
 def of_blocks(blocks: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Σ w_i g_i of `(B, size)` gradients, as one product where all is finite.
+    """Σ w_i g_i, as one product where all is finite.
 
     A product with 0 lets a nan through: then the rows of weight 0 are silenced first, which costs a copy.
     """
     if weights is None:
-        return contract("i,is->s", jnp.ones(blocks.shape[0], blocks.dtype), blocks)
-    total = contract("i,is->s", weights, blocks)
-    masked = lambda: contract("i,is->s", weights, mask_rows(weights != 0, blocks))
+        return sum_leading(blocks)
+    total = sum_leading(blocks, weights)
+    masked = lambda: sum_leading(mask_rows(weights != 0, blocks), weights)
     return jax.lax.cond(jnp.all(jnp.isfinite(total)), lambda: total, masked)
 
 
@@ -67,8 +67,8 @@ def joined(a: Spread, b: Spread) -> Spread:
 def joined_all(each: Spread) -> Spread:
     """The spread of all together that lie along a leading axis."""
     weight = jnp.sum(each.weight)
-    mean = jnp.einsum("k,ks->s", each.weight, each.mean) * inverse(weight)
-    apart = jnp.einsum("k,ks->s", each.weight, jnp.square(each.mean - mean[None]))
+    mean = sum_leading(each.mean, each.weight) * inverse(weight)
+    apart = sum_leading(jnp.square(each.mean - mean[None]), each.weight)
     return Spread(weight, mean, jnp.sum(each.square, axis=0) + apart)
 
 

@@ -143,6 +143,16 @@ class Part:
         sides = sum(use.sizes.n * use.sizes.t * (use.sizes.p + use.sizes.q) for use in self.uses)
         return products and self.method == "block" and self.size <= _KEPT * sides
 
+    def unordered(self, data: dict[int, SiteData]) -> jax.Array:
+        """One example's gradient in this part, in the order in which it comes: to change it would take a copy."""
+        first, *others = self.uses
+        return self.gradient(data) if others else first.unordered(data[id(first.site)])
+
+    def in_memory(self, gradient: jax.Array) -> jax.Array:
+        """What `unordered` made, or a sum of such, flat, in the order of the leaf's memory."""
+        first, *others = self.uses
+        return gradient if others else first.in_memory(gradient)
+
     def gradient(self, data: dict[int, SiteData]) -> jax.Array:
         """One example's gradient in this part, flat, in the order of the leaf's memory."""
         return factors.add([use.gradient(data[id(use.site)]) for use in self.uses])
