@@ -114,7 +114,7 @@ def test_the_report_needs_nothing_beside_itself(quick):
 def test_every_picture_of_the_report_is_a_drawing(quick):
     page = Page(quick[2])
     sources = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
-    assert len(sources) == 8
+    assert len(sources) == 9
     for source in sources:
         root = ElementTree.fromstring(base64.b64decode(source.split(",", 1)[1]))
         assert root.tag.endswith("svg")
