@@ -141,6 +141,8 @@ def measure(wanted: int, draw: random.Random, work: Path) -> dict[str, int]:
     while kills < wanted:
         watch, folder = watches[runs % 2], work / f"run-{runs}"
         while True:
+            if watch:
+                watch[:8] = struct.pack("q", 0)  # a child that is killed at once has made no update
             child, reader = fork(work, folder, watch)
             os.read(reader, 2)
             ended = finished(child, draw.uniform(0, LONGEST) if kills < wanted else 600)

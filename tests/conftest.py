@@ -24,7 +24,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=20,
+    max_examples=10,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=500)

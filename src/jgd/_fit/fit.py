@@ -120,7 +120,7 @@ def fit(
     else:
         examples = examples_of(data, method.in_axes)
         if mesh is not None and (axes := batch_axes(mesh, params, data)):
-            examples = replace(examples, sharding=NamedSharding(mesh, PartitionSpec(axes)))
+            examples = replace(examples, sharding=_batch_sharding(mesh, axes))
         schedule = schedule_of(length, examples.size, batch_size)
         updates = schedule.updates
     watches = {
@@ -144,30 +144,24 @@ def fit(
             trained, history = run_epochs(
                 method, start, examples, key, schedule, check_finite=check_finite, chunks=chunks
             )
-            return FitResult(trained.params, trained, history)
-        if examples is not None and schedule is not None:
-            batches = batches_of_examples(examples, key, schedule, start.batches)
         else:
-            batches = batches_of_iterable(
-                data,
-                length,
-                start.position,
-                in_axes=method.in_axes,
-                keep_position=keeper is not None,
-                sharding=mesh
-                and NamedSharding(mesh, PartitionSpec(batch_axes(mesh, params) or mesh.axis_names)),
-            )
-        trained, history = run_steps(
-            method,
-            start,
-            batches,
-            inner_steps=length.inner_steps,
-            check_finite=check_finite,
-            callback=callback,
-            report=report,
-            keeper=keeper,
-        )
-        return FitResult(trained.params, trained, history)
+            if examples is not None and schedule is not None:
+                batches = batches_of_examples(examples, key, schedule, start.batches)
+            else:
+                sharding = mesh and _batch_sharding(mesh, batch_axes(mesh, params) or mesh.axis_names)
+                batches = batches_of_iterable(
+                    data, length, start.position, in_axes=method.in_axes, keep_position=keeper is not None,
+                    sharding=sharding,
+                )  # fmt: skip
+            trained, history = run_steps(
+                method, start, batches, inner_steps=length.inner_steps, check_finite=check_finite,
+                callback=callback, report=report, keeper=keeper,
+            )  # fmt: skip
+    return FitResult(trained.params, trained, history)
+
+
+def _batch_sharding(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def _own(method: Method, params: Any, mesh: Mesh | None) -> MethodState:

@@ -2,11 +2,8 @@
 
 import json
 import logging
-import os
-import tempfile
 import time
 import warnings
-from pathlib import Path
 from types import TracebackType
 from typing import Any, NamedTuple, Self
 
@@ -16,8 +13,9 @@ import numpy as np
 
 from jgd._errors import require
 from jgd._fit.checkpoint import Checkpoint
+from jgd._fit.folder import FORMAT, OtherRunError, compare, first_line, writable
 from jgd._fit.history import History
-from jgd._fit.processes import agreed, gathered_text, several
+from jgd._fit.processes import agreed, gathered, gathered_text, several
 from jgd._fit.standing import Standing
 from jgd._fit.stored import (
     Stored,
@@ -30,12 +28,7 @@ from jgd._fit.stored import (
 )
 from jgd._methods.method import MethodState
 
-_FORMAT = 1
 _log = logging.getLogger("jgd")
-
-
-class OtherRunError(ValueError):
-    """The folder holds a run that this call does not go on with. Nothing in it was changed."""
 
 
 class Pending(NamedTuple):
@@ -57,16 +50,20 @@ class Keeper:
     def __init__(self, checkpoint: Checkpoint, identity: dict[str, Any], inner_steps: int) -> None:
         self._ocp = require("orbax.checkpoint", "checkpoint")
         self._plan, self._identity, self._inner = checkpoint, identity, inner_steps
-        self._path = _writable(checkpoint.path)
-        options = self._ocp.CheckpointManagerOptions(
-            preservation_policy=self._ocp.checkpoint_managers.LatestN(checkpoint.keep),
-            cleanup_tmp_directories=True,
-            enable_async_checkpointing=True,
-        )
-        self._manager = self._ocp.CheckpointManager(self._path, options=options)
+        self._path = writable(checkpoint.path)
+        self._manager = self._opened()
         self._latest: Standing | None = None
         self._pending: Pending | None = None
         self._saved, self._when, self._asked = 0, time.monotonic(), 0
+
+    def _opened(self, *, clean: bool = False) -> Any:
+        """The store; `clean` removes what was half written, once it is sure whose folder this is."""
+        options = self._ocp.CheckpointManagerOptions(
+            preservation_policy=self._ocp.checkpoint_managers.LatestN(self._plan.keep),
+            cleanup_tmp_directories=clean,
+            enable_async_checkpointing=True,
+        )
+        return self._ocp.CheckpointManager(self._path, options=options)
 
     # Going on
 
@@ -79,14 +76,19 @@ class Keeper:
         """
         unreadable = []
         for step in sorted(self._manager.all_steps(), reverse=True):
+            standing, error = None, None
             try:
                 standing = self._read(step, state)
             except OtherRunError:
                 raise
-            except Exception as error:  # of any library between here and the disk
-                unreadable.append((step, error))
+            except Exception as caught:  # of any library between here and the disk
+                error = caught
+            whole = gathered(error is None).all()
+            if standing is None or not whole:
+                unreadable.append((step, error or OSError("another process cannot read it")))
                 continue
             self._set_aside(unreadable, step)
+            self._reopen()
             _log.info("goes on after update %d, from %s", step, self._path / str(step))
             self._latest, self._saved = standing, step
             return standing
@@ -94,13 +96,18 @@ class Keeper:
             step, error = unreadable[0]
             raise ValueError(
                 f"`checkpoint`: no checkpoint in {self._path} can be read, the newest being that after update "
-                f"{step}: {_first_line(error)}. Nothing was changed; to start anew, give another folder"
+                f"{step}: {first_line(error)}. Nothing was changed; to start anew, give another folder"
             ) from error
+        self._reopen()
         return None
+
+    def _reopen(self) -> None:
+        self._manager.close()
+        self._manager = self._opened(clean=True)
 
     def _read(self, step: int, state: MethodState) -> Standing:
         run = self._manager.restore(step, args=self._ocp.args.Composite(run=self._ocp.args.JsonRestore())).run
-        self._compare(run, state)
+        compare(self._path, run, self._identity, state)
         blank = np.empty(run["updates"], run["history_dtype"])
         target = {"state": targets_of(state), "history": {"value": blank, "grad_norm": blank}}
         read = self._manager.restore(
@@ -112,28 +119,6 @@ class Keeper:
         if not same or history_checksum(history) != run["history_checksum"]:
             raise ValueError("its numbers are not those that were saved")
         return Standing(restored, lambda: history, run["batches"], self._own_position(run["positions"]))
-
-    def _compare(self, run: dict[str, Any], state: MethodState) -> None:
-        if run["format"] != _FORMAT:
-            raise OtherRunError(
-                f"`checkpoint`: {self._path} was written by another version of jgd, in format {run['format']}, "
-                f"and this one reads format {_FORMAT}"
-            )
-        for what, was in run["identity"].items():
-            if was != (now := self._identity.get(what)):
-                raise OtherRunError(
-                    f"`checkpoint`: {self._path} holds another run, with `{what}` {was} where this one has "
-                    f"{now}. Nothing was changed; give each run a folder of its own"
-                )
-        was, now = run["names"], names_of(state)
-        if was != now:
-            paths = [path for path in {**was, **now} if was.get(path) != now.get(path)]
-            differ = [f"`{p}` was {was.get(p, 'not there')}, is {now.get(p, 'not there')}" for p in paths[:5]]
-            more = f" and {len(paths) - 5} more" if len(paths) > 5 else ""
-            raise OtherRunError(
-                f"`checkpoint`: {self._path} holds the state of another model or optimizer: {'; '.join(differ)}"
-                f"{more}. Nothing was changed; give each run a folder of its own"
-            )
 
     def _own_position(self, positions: list[Any]) -> Any:
         """Where the data of this process stood."""
@@ -155,13 +140,13 @@ class Keeper:
             if jax.process_index() == 0:
                 (self._path / str(bad)).rename(aside)
             warnings.warn(
-                f"the checkpoint after update {bad} in {self._path} cannot be read ({_first_line(error)}); the "
+                f"the checkpoint after update {bad} in {self._path} cannot be read ({first_line(error)}); the "
                 f"run goes on from the one after update {step}, and {aside.name} is left for you to look at",
                 RuntimeWarning,
                 stacklevel=4,
             )
         if unreadable:
-            self._manager.reload()
+            agreed(0)  # that they are renamed
 
     # Saving
 
@@ -193,7 +178,7 @@ class Keeper:
         history = jax.tree.map(lambda x: np.asarray(x)[:updates], pending.history)
         assert self._latest is not None
         run = {
-            "format": _FORMAT,
+            "format": FORMAT,
             "identity": self._identity,
             "names": names_of(self._latest.state),
             "checksums": np.asarray(pending.stored.checksums).tolist(),
@@ -234,7 +219,7 @@ class Keeper:
         left = "there is none before it" if whole is None else f"that after update {whole} is whole"
         return OSError(
             f"`checkpoint`: a checkpoint could not be written to {self._path}; {left}. Make room, and the same "
-            f"call goes on from there. What the system said: {_first_line(error)}"
+            f"call goes on from there. What the system said: {first_line(error)}"
         )
 
     def __enter__(self) -> Self:
@@ -288,36 +273,3 @@ def _alive(at: Standing) -> bool:
 
 def _copied(x: Any) -> Any:
     return jnp.copy(x) if isinstance(x, jax.Array) else x
-
-
-def _first_line(error: BaseException) -> str:
-    """What went wrong, without the store's account of how it was set up."""
-    text = (str(error).strip().splitlines() or [""])[0].split(" [tensorstore_spec")[0]
-    if len(text) > 320:
-        text = f"{text[:120]} … {text[-200:]}"
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
-
-
-def _writable(path: Path) -> Path:
-    """The folder, made if need be.
-
-    Raises:
-        NotADirectoryError: it, or a part of its path, is a file.
-        PermissionError: nothing can be written there.
-        OSError: whatever else is in the way.
-    """
-    try:
-        path.mkdir(parents=True, exist_ok=True)
-        with tempfile.TemporaryFile(dir=path):
-            pass
-    except (FileExistsError, NotADirectoryError) as error:
-        raise NotADirectoryError(
-            f"`checkpoint` must be a folder, or a path where one can be made, got {path}, of which a part is a file"
-        ) from error
-    except OSError as error:
-        raise type(error)(
-            error.errno,
-            f"`checkpoint`: nothing can be written to the folder ({os.strerror(error.errno or 0)})",
-            str(path),
-        ) from error
-    return path
