@@ -33,6 +33,16 @@ def clocks() -> np.ndarray:
     return np.array([time.perf_counter(), time.process_time()])
 
 
+def initial(width: int) -> dict[str, jax.Array]:
+    """Random parameters of a classifier with one hidden layer."""
+    shapes = {"w1": (64, width), "b1": (width,), "w2": (width, 10), "b2": (10,)}
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    return {
+        name: jax.random.normal(key, shape) / 8
+        for key, (name, shape) in zip(keys, shapes.items(), strict=True)
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -40,15 +50,20 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=2000)
     parser.add_argument("--repeats", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=30.0, help="from one checkpoint to the next")
+    parser.add_argument("--width", type=int, default=4096, help="of the net that a loader feeds")
     options = parser.parse_args()
     images, digits = load_digits(return_X_y=True)
     data = jnp.asarray(images / 16, jnp.float32), jnp.asarray(digits, jnp.int32)
-    shapes = {"w1": (64, 32), "b1": (32,), "w2": (32, 10), "b2": (10,)}
-    keys = dict(zip(shapes, jax.random.split(jax.random.key(0), 4), strict=True))
-    params = {name: jax.random.normal(keys[name], shape) / 8 for name, shape in shapes.items()}
+    params = initial(32)
     method = jgd.descent(loss, optax.adam(1e-3))
 
-    def run(epochs: int, data: object = data, batch_size: int | None = 64, **machinery: object) -> np.ndarray:
+    def run(
+        epochs: int,
+        data: object = data,
+        params: object = params,
+        batch_size: int | None = 64,
+        **machinery: object,
+    ) -> np.ndarray:
         began = clocks()
         with contextlib.redirect_stdout(io.StringIO()):
             result = jgd.fit(
@@ -76,25 +91,20 @@ def main() -> None:
             f"with; ratio of the best {min(b) / min(a):.3f}, median of the ratios {statistics.median(b / a):.3f}"
         )
 
-    # Fed by a loader: the same batches, by hand from memory and by grain, each step a call of its own.
+    # Fed by a loader: the same batches from memory and by grain, for a step that takes longer than to make one.
     source = [(x, y) for x, y in zip(np.asarray(data[0]), np.asarray(data[1]), strict=True)]
     loader = grain.MapDataset.source(source).batch(64)
-    batches = list(loader)
-    fed: dict[str, list[float]] = {"list": [], "grain": []}
+    batches, wide = list(loader), initial(options.width)
+    fed: dict[str, list[float]] = {"memory": [], "grain": [], "grain alone": []}
     for _ in range(options.repeats):
-        for name, made in (("list", batches), ("grain", loader)):
-            fed[name].append(run(10, made, None)[0] / 10 / len(batches))
-    alone = []
-    for _ in range(options.repeats):
+        for name, made in (("memory", batches), ("grain", loader)):
+            fed[name].append(run(2, made, wide, None)[0] / 2 / len(batches))
         began = time.perf_counter()
-        for _ in range(10):
-            for _ in loader:
-                pass
-        alone.append((time.perf_counter() - began) / 10 / len(batches))
-    print(
-        f"a step from batches in memory {1e6 * min(fed['list']):.0f} µs, from grain {1e6 * min(fed['grain']):.0f} µs, "
-        f"of which grain alone takes {1e6 * min(alone):.0f} µs"
-    )
+        for _ in loader:
+            pass
+        fed["grain alone"].append((time.perf_counter() - began) / len(batches))
+    said = ", ".join(f"{name} {1e3 * statistics.median(times):.2f}" for name, times in fed.items())
+    print(f"ms a step of a net of width {options.width}, median: {said}")
 
 
 if __name__ == "__main__":
