@@ -8,6 +8,7 @@ from jgd._engine.costs import weight_gradient
 from jgd._engine.plan import MATERIALIZED_BELOW, Part, Plan, plan_of, sites_of
 from jgd._engine.program import trace
 from jgd._engine.regions import Site
+from jgd._engine.shares import DeviceShare, share_of
 from jgd._engine.uses import Use
 from jgd._loss import Loss, bind
 
@@ -52,6 +53,7 @@ class Explanation:
         strategy: what `strategy="auto"` does with this loss and batch: "factored" or "materialized".
         norms: the predicted operations of `jgd.norms`, in units of the plain gradient's.
         clipped_sum: the same of `jgd.clipped_sum`.
+        share: what one device holds and sends, where the batch given lies over several; else None.
     """
 
     rows: tuple[ExplainRow, ...]
@@ -60,6 +62,7 @@ class Explanation:
     strategy: str
     norms: float
     clipped_sum: float
+    share: DeviceShare | None = None
 
     def __str__(self) -> str:
         names = [f.name for f in fields(ExplainRow)]
@@ -72,7 +75,7 @@ class Explanation:
             f"the products alone, against the plain gradient's operations: norms {self.norms:.2f}×, clipped sum "
             f"{self.clipped_sum:.2f}×."
         )
-        return "\n".join([*lines, "", total])
+        return "\n".join([*lines, "", total, *([] if self.share is None else [str(self.share)])])
 
 
 def explain(
@@ -89,7 +92,8 @@ def explain(
 
     Args:
         loss: as for `jgd.per_example_grad`, and so are `argnums`, `in_axes` and `has_aux`.
-        params: the loss's first argument; arrays, or their shapes by `jax.eval_shape`.
+        params: the loss's first argument; arrays, or their shapes by `jax.eval_shape`. Where they and the batch lie
+            over the devices of a mesh, so is said what each device holds and sends.
         *batch: its other arguments, with a leading axis of examples.
 
     Returns:
@@ -117,6 +121,7 @@ def explain(
         strategy="materialized" if call.size * total <= MATERIALIZED_BELOW else "factored",
         norms=(2 * weights + squares) / plain,
         clipped_sum=(3 * weights + squares) / plain,
+        share=share_of(plan, call.size, call.param_leaves, call.batch_leaves),
     )
 
 
