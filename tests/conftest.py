@@ -10,6 +10,10 @@ if "xla_backend_optimization_level" not in os.environ.get("XLA_FLAGS", ""):
         os.environ.get("XLA_FLAGS", "")
         + " --xla_backend_optimization_level=0 --xla_cpu_parallel_codegen_split_count=1"
     )
+if "device_count" not in os.environ["XLA_FLAGS"]:
+    os.environ["XLA_FLAGS"] += (
+        " --xla_force_host_platform_device_count=8"  # for tests/test_mesh.py; others use one
+    )
 
 import hypothesis
 import jax
@@ -20,7 +24,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=20,
+    max_examples=10,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=500)

@@ -22,7 +22,12 @@ ROOT = Path(__file__).parent.parent
 DISTINCT = [name for name in MODELS if name != "cnn-128"]
 
 
-@pytest.mark.parametrize("name", DISTINCT)
+FEW = ("mlp", "cnn", "gpt", "bag")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in DISTINCT]
+)
 def test_all_quantities_are_those_of_the_formulas(name, x64):
     model = build(name, small=True)
     ours = jax.jit(by_jgd(model, "all"))(model.params, *model.batch)

@@ -16,7 +16,7 @@ from cases import B, Draw, Problem
 from jax import lax
 
 import jgd
-from jgd._engine import factored, views
+from jgd._engine import tiles, views
 from jgd._engine.jaxprs import trace_jaxpr
 from jgd._engine.views import View, overlap
 
@@ -222,9 +222,9 @@ def forget():
 
 def tiled_answers(monkeypatch, tile=None, elements=None):
     if elements is not None:
-        monkeypatch.setattr(factored, "TILE", elements)
+        monkeypatch.setattr(tiles, "TILE", elements)
     if tile is not None:
-        monkeypatch.setattr(factored, "_tile", lambda size, elements: min(tile, size))
+        monkeypatch.setattr(tiles, "tile_of", lambda size, elements: min(tile, size))
     problem = of_every_kind(Draw(0))
     blocks = oracle.vmap_of_grad(problem)
     direction = jax.tree.map(lambda x: Draw(1)(*x.shape), problem.params)
@@ -253,8 +253,8 @@ def test_tiles_of_every_number_of_elements(elements, monkeypatch, forget, x64):
 @pytest.mark.parametrize("size", range(1, 14))
 @pytest.mark.parametrize("elements", [0, 1, 30, 1000])
 def test_a_tile_fits_and_divides_where_a_divisor_is_near(size, elements, monkeypatch):
-    monkeypatch.setattr(factored, "TILE", 100)
-    tile = factored._tile(size, elements)
+    monkeypatch.setattr(tiles, "TILE", 100)
+    tile = tiles.tile_of(size, elements)
     most = max(1, min(size, 100 // max(elements, 1)))
     assert most // 2 < tile <= most or tile == most == 1
     assert size % tile == 0 or all(size % k for k in range(most // 2 + 1, most + 1))

@@ -2,20 +2,19 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.examples import Model, pass_over
-from jgd._engine.factored import Factored
-from jgd._engine.plan import MATERIALIZED_BELOW, plan_of
-from jgd._engine.program import Program, trace
+from jgd._engine.examples import Model
+from jgd._engine.program import trace
 from jgd._errors import describe, leaf_name
 from jgd._loss import Loss, bind
 from jgd._materialized import Materialized
-
-Strategy = Literal["auto", "factored", "materialized"]
+from jgd._memory import checked_sizes, microbatch_within
+from jgd._microbatched import Microbatched
+from jgd._whole import Strategy, gradients_of
 
 
 @jax.tree_util.register_dataclass
@@ -51,6 +50,8 @@ def per_example_grad(
     in_axes: Any = None,
     has_aux: bool = False,
     strategy: Strategy = "auto",
+    microbatch_size: int | None = None,
+    max_memory: int | None = None,
 ) -> Callable[..., PerExampleGrads]:
     """The gradients of a loss at each example of a batch: g_i = ∇ loss(params, example_i).
 
@@ -63,6 +64,10 @@ def per_example_grad(
         has_aux: whether the loss returns a pair.
         strategy: `"auto"` plans by cost; `"factored"` never builds a `(B, P)` block where a rule exists;
             `"materialized"` is `jax.vmap(jax.grad(loss))`, the reference.
+        microbatch_size: make the gradients so many at a time, and anew for each reduction: the memory of one
+            microbatch. The examples need not divide by it. None makes all at once.
+        max_memory: choose the largest microbatch, by halves of B, whose clipped sum needs no more than so many
+            bytes beside arguments and results, as the compiler counts them; that takes a few compilations.
 
     Returns:
         A function of `(params, *batch)` to `PerExampleGrads`. Called outside of `jit` it compiles itself, once
@@ -70,7 +75,8 @@ def per_example_grad(
 
     Raises:
         TypeError: a parameter is not floating-point, or the loss of one example is not a floating-point scalar.
-        ValueError: the batch's leaves disagree in length, or `strategy`, `in_axes` or `argnums` do not fit.
+        ValueError: the batch's leaves disagree in length, or `strategy`, `in_axes` or `argnums` do not fit;
+            `microbatch_size` or `max_memory` is below 1, both are given, or one example alone needs more memory.
 
     Example:
         >>> import jax.numpy as jnp, jgd
@@ -81,52 +87,37 @@ def per_example_grad(
         Array([1., 2.], dtype=float32)
 
     Cost: one forward and one backward pass without the products that make the weights' gradients; those are
-    done by the reductions. The reference makes B gradients and holds them all.
+    done by the reductions. The reference makes B gradients and holds them all. In microbatches each reduction
+    makes its own pass, the losses' values take a forward pass more where they are used, and a Gram one of both for
+    each pair of microbatches.
     """
     if strategy not in get_args(Strategy):
         raise ValueError(
             f"`strategy` must be one of {', '.join(map(repr, get_args(Strategy)))}, got {strategy!r}"
         )
 
+    checked_sizes(microbatch_size, max_memory)
+
     def gradients(*args: Any) -> PerExampleGrads:
         call = bind(loss, args, argnums=argnums, in_axes=in_axes, has_aux=has_aux)
         program = trace(call)
-        values, aux, form = _compiled_pass(
-            program, strategy, call.param_leaves, program.constants(call.shared_leaves), call.batch_leaves
-        )
+        model = Model(call.param_leaves, program.constants(call.shared_leaves))
+        size = microbatch_size
+        if max_memory is not None:
+            size = microbatch_within(max_memory, program, strategy, model, call.batch_leaves)
+        if size is None or size >= call.size:
+            values, aux, form = _compiled(program, strategy, *model, call.batch_leaves)
+        else:
+            form = Microbatched(model, call.batch_leaves, program, strategy, size)
+            values, aux = _compiled_values(form)
         aux = jax.tree.unflatten(program.aux_treedef, aux)
         return PerExampleGrads(values, aux, form, jax.tree.structure(call.params))
 
     return gradients
 
 
-def _pass(
-    program: Program, strategy: Strategy, params: list[Any], constants: list[Any], batch: list[Any]
-) -> tuple[jax.Array, list[Any], Any]:
-    if batch[0].shape[0] == 0:
-        return _no_examples(program, params, constants, batch)
-    total = batch[0].shape[0] * sum(p.size for p in program.param_avals)
-    if strategy == "factored" or (strategy == "auto" and total > MATERIALIZED_BELOW):
-        plan = plan_of(program)
-        model = Model(params, constants)
-        values, aux, examples = pass_over(plan, model, batch)
-        return values, aux, Factored(model, examples, plan)
-
-    def value_and_grad(example: list[Any]) -> Any:
-        return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)
-
-    (values, aux), blocks = jax.vmap(value_and_grad)(batch)
-    return values, aux, Materialized(blocks)
-
-
-_compiled_pass = jax.jit(_pass, static_argnums=(0, 1))
-
-
-def _no_examples(program: Program, params: list[Any], constants: list[Any], batch: list[Any]) -> Any:
-    example = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in batch]
-    value, aux = jax.eval_shape(program.run, params, constants, example)
-    empty = lambda x: jnp.zeros((0, *x.shape), x.dtype)
-    return empty(value), [empty(x) for x in aux], Materialized([empty(jnp.asarray(p)) for p in params])
+_compiled = jax.jit(gradients_of, static_argnums=(0, 1))
+_compiled_values = jax.jit(Microbatched.values)
 
 
 def held_form(grads: Any) -> tuple[Any, Any]:

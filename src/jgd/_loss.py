@@ -14,6 +14,7 @@ import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
 from jgd._errors import describe, leaf_name
+from jgd._mesh import check_one_place, shape_like, varying
 
 Loss = Callable[..., Any]
 
@@ -61,7 +62,8 @@ def bind(
 
     Raises:
         TypeError: a leaf of the parameters is not a floating-point array.
-        ValueError: `in_axes` does not fit the arguments, or the leaves of the batch disagree in length.
+        ValueError: `in_axes` does not fit the arguments, the leaves of the batch disagree in length, or arrays lie
+            on different meshes.
     """
     chosen = (argnums,) if isinstance(argnums, int) else tuple(argnums)
     for number in chosen:
@@ -78,6 +80,7 @@ def bind(
     by_role: dict[str, list[Any]] = {"params": [], "shared": [], "batch": []}
     roles: list[list[tuple[str, int]]] = [[] for _ in args]
     lengths: list[tuple[str, int]] = []
+    placed: list[tuple[str, Any, Any]] = []
     # The parameters' leaves in the order of `argnums`, which is that of the gradients.
     for number in (*chosen, *(i for i in range(len(args)) if i not in chosen)):
         argument = _argument_name(number, chosen, argnums)
@@ -91,6 +94,7 @@ def bind(
                 role, name = "batch", leaf_name(argument, path)
                 leaf = _batch_first(leaf, axis, name)
                 lengths.append((name, leaf.shape[0]))
+            placed.append((argument, path, leaf))
             roles[number].append((role, len(by_role[role])))
             by_role[role].append(leaf)
 
@@ -98,6 +102,8 @@ def bind(
                           jax.tree.structure(tuple(args)), tuple(itertools.chain(*roles)))  # fmt: skip
     if not by_role["params"]:
         raise ValueError("`params` has no leaves: there is nothing to differentiate with respect to")
+    check_one_place(placed)
+    by_role = varying(by_role, by_role)
     return Call(
         signature, params, by_role["params"], by_role["shared"], by_role["batch"], _common_length(lengths)
     )
@@ -105,7 +111,7 @@ def bind(
 
 def example_of(batch_leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one example, from the leaves of a batch."""
-    return [jax.ShapeDtypeStruct(leaf.shape[1:], leaf.dtype) for leaf in batch_leaves]
+    return [shape_like(leaf, leaf.shape[1:]) for leaf in batch_leaves]
 
 
 def _argument_name(number: int, chosen: tuple[int, ...], argnums: int | Sequence[int]) -> str:

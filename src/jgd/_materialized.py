@@ -1,13 +1,15 @@
 """The reference: the gradients as arrays with a leading axis of examples, as `vmap(grad)` returns them."""
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jax.sharding import PartitionSpec
 
+from jgd._mesh import Placement, spec_of
 from jgd._random import directions
 
 
@@ -45,6 +47,20 @@ class Materialized:
         """Shape and dtype of one gradient's leaves."""
         return [jax.ShapeDtypeStruct(b.shape[1:], b.dtype) for b in self.blocks]
 
+    @property
+    def placement(self) -> Placement:
+        """Over which axes of a mesh the gradients lie, where that is part of their type."""
+        specs = [spec_of(b) for b in self.blocks]
+        return Placement(specs[0][0], [PartitionSpec(*spec[1:]) for spec in specs])
+
+    def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> Any:
+        """`fun` of the gradients and weights: of what they make, what adds up over examples and what each has."""
+        return fun(self, weights)
+
+    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
+        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
+        return self.squared_norms(), self.squared_sum()
+
     def materialize(self) -> list[jax.Array]:
         """The blocks themselves."""
         return self.blocks
@@ -72,6 +88,11 @@ class Materialized:
         """‖g_i‖² of each leaf."""
         return [jnp.sum(jnp.square(_flat(b).astype(accumulator(b.dtype))), axis=1) for b in self.blocks]
 
+    def squared_sum(self) -> jax.Array:
+        """‖Σ g_i‖²."""
+        sums = self.weighted_sum(None, keep_wide=True)
+        return jnp.sum(jnp.stack([jnp.sum(jnp.square(x)) for x in sums]))
+
     def gram(self, other: Any) -> jax.Array:
         """⟨g_i, g'_j⟩, with gradients that are held in any form."""
         total = jnp.zeros((self.size, other.size), jnp.float32)
@@ -80,13 +101,26 @@ class Materialized:
             total = total + _flat(ours).astype(wide) @ _flat(theirs).astype(wide).T
         return total
 
-    def squared_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
-        """Σ w_i (g_i − c)², elementwise; `center` None is 0. Leaves in the accumulator's dtype."""
+    def self_gram(self) -> jax.Array:
+        """⟨g_i, g_j⟩."""
+        return self.gram(self)
+
+    def second_moments(self, weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i g_i², elementwise. Leaves in the accumulator's dtype."""
+        zero = [jnp.zeros(x.shape, accumulator(x.dtype)) for x in self.like]
+        return self._squares_around(zero, weights)
+
+    def spreads(self, weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulator's dtype."""
+        total = jnp.sum(weights)
+        mean = [x / total for x in self.weighted_sum(weights, keep_wide=True)]
+        return self._squares_around(mean, weights)
+
+    def _squares_around(self, center: Sequence[jax.Array], weights: jax.Array) -> list[jax.Array]:
         sums = []
-        for k, block in enumerate(self.blocks):
-            wide = block.astype(accumulator(block.dtype))
-            deviation = wide if center is None else wide - center[k].astype(wide.dtype)[None]
-            sums.append(jnp.sum(scale_rows(weights, jnp.square(mask_rows(weights != 0, deviation))), axis=0))
+        for block, c in zip(self.blocks, center, strict=True):
+            deviation = mask_rows(weights != 0, block.astype(c.dtype) - c[None])
+            sums.append(jnp.sum(scale_rows(weights, jnp.square(deviation)), axis=0))
         return sums
 
     def project(self, key: jax.Array, dim: int, numbers: Sequence[int] | None = None) -> jax.Array:

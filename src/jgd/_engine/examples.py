@@ -15,6 +15,7 @@ from jgd._engine.plan import Part, Plan
 from jgd._engine.regions import Nested, Op, Region, Site, recorded
 from jgd._engine.tapped import batch_axes, bumps_of, picked, records_of, replay, run, taps_of, zeros
 from jgd._engine.uses import SiteData
+from jgd._mesh import varying
 
 Leaves = Sequence[int] | range
 
@@ -48,7 +49,8 @@ def pass_over(plan: Plan, model: Model, batch: list[Any]) -> tuple[jax.Array, li
             (value, *aux), records = run(plan.region, _inputs(plan, model, inputs), taps)
             return value, (aux, records)
 
-        value, pull, (aux, records) = jax.vjp(forward, zeros(plan.region, taps_of), has_aux=True)
+        taps = varying(zeros(plan.region, taps_of), inputs)
+        value, pull, (aux, records) = jax.vjp(forward, taps, has_aux=True)
         return value, aux, records, pull(jnp.ones_like(value))[0]
 
     axes = axes_of(plan)
@@ -101,6 +103,7 @@ def part_data(plan: Plan, model: Model, example: Example, part: Part) -> dict[in
     asked = {(id(use.site), use.position) for use in part.uses if use.needs_operand_grad}
     if asked:
         zero = bumps_of(plan.region, lambda site, position: (id(site), position) in asked)
+        zero = varying(zero, example)
         values = [model.params[part.leaf]]
         outputs = lambda bumps: site_outputs(plan, model, example, [part.leaf], values, bumps)
         bumps = jax.vjp(outputs, zero)[1](deltas_of(plan, example, [part.leaf]))[0]

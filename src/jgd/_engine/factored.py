@@ -4,15 +4,16 @@ Linear questions replay the sites: one `vjp` with the examples inside, so that t
 `jvp`. Norms, Grams and moments go part by part, and build at most a tile of the examples' gradients.
 """
 
+import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors, moments
+from jgd._engine import factors, grams, lookups, moments
 from jgd._engine.examples import (
     Example,
     Leaves,
@@ -24,12 +25,13 @@ from jgd._engine.examples import (
     part_data,
     site_outputs,
 )  # fmt: skip
-from jgd._engine.factors import Factor, Outer
-from jgd._engine.plan import Part, Plan
+from jgd._engine.factors import Factor
+from jgd._engine.jaxprs import prim
+from jgd._engine.plan import Part, Plan, sites_of
+from jgd._engine.tiles import Batch
 from jgd._materialized import Materialized, accumulator
+from jgd._mesh import Placement, spec_of, varying
 from jgd._random import directions
-
-TILE = 1 << 18  # elements that are built at once, where it may be done in pieces
 
 
 @jax.tree_util.register_dataclass
@@ -40,6 +42,7 @@ class Factored:
     model: Model
     examples: Example  # with the batch axis where `axes_of` says
     plan: Plan = field(metadata={"static": True})
+    pieces: int = field(default=1, metadata={"static": True})  # the devices that may share the batch axis
 
     @property
     def size(self) -> int:
@@ -52,8 +55,21 @@ class Factored:
         return list(self.plan.program.param_avals)
 
     @property
+    def placement(self) -> Placement:
+        """Over which axes of a mesh the gradients lie, where that is part of their type."""
+        return Placement(spec_of(self.examples.inputs[0])[0], [spec_of(p) for p in self.model.params])
+
+    @property
     def _all(self) -> range:
         return range(len(self.like))
+
+    def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> Any:
+        """`fun` of the gradients and weights: of what they make, what adds up over examples and what each has."""
+        return fun(self, weights)
+
+    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
+        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
+        return self.squared_norms(), self.squared_sum()
 
     # Linear questions
 
@@ -68,38 +84,55 @@ class Factored:
 
         `after_norms`: the norms were asked for in the same program, so what they built can be used again.
         """
+        self._refuse(self._unruled_kernels(batch_groups=2))  # XLA aborts on their sum
         examples = self.examples if weights is None else self._weighted(weights)
         sums: dict[int, jax.Array] = {}
-        if after_norms and weights is not None:
+        if after_norms:
             sums = {leaf: self._kept_sum(leaf, weights) for leaf in self.plan.kept}
         for leaf in self.plan.direct:
             if leaf not in sums:
                 sums[leaf] = self._direct_sum(leaf, examples)
         # A custom derivative need not be linear in what it is given: it gets each example's own.
-        apart = sorted(self.plan.backward_only)
-        ones = jnp.ones(self.size) if weights is None else weights
-        add = lambda blocks, w: blocks.weighted_sum(w, keep_wide=True)
-        sums.update(zip(apart, self._folded(apart, ones, add), strict=True))
+        apart = sorted(self.plan.backward_only | (self._convolved(groups=2) - sums.keys()))
+        if apart:
+            sums.update(zip(apart, self._apart_sum(apart, weights), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]
-        sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         if weights is not None:
-            for leaf in self.plan.guarded:
-                sums[leaf] = jnp.where(jnp.any(weights != 0), sums[leaf], 0)
+            unruled = self._unruled_kernels()
+            guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
+            for some in ([k for k in guarded if k in unruled], [k for k in guarded if k not in unruled]):
+                sums.update(zip(some, self._guarded_sum(some, weights), strict=True))
+            rest = [leaf for leaf in rest if leaf not in sums]
+        sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
 
-    def _kept_sum(self, leaf: int, weights: jax.Array) -> jax.Array:
+    def _kept_sum(self, leaf: int, weights: jax.Array | None) -> jax.Array:
         """Σ w_i g_i of one leaf, from the blocks that its norms were taken of."""
         total = None
         for part in self.plan.parts:
             if part.leaf == leaf:
-                flat = moments.of_blocks(self._blocks(part), weights)
-                total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
+                blocks = self._blocks(part)
+                if self.pieces == 1:
+                    made = moments.of_blocks(blocks, weights)
+                else:  # one sum over the devices, not one before the numbers are looked at and one after
+                    made = Materialized([blocks]).weighted_sum(weights, keep_wide=True)[0]
+                total = factors.place(part.in_memory(made), part.offset, part.axes, self.like[leaf], total)
         assert total is not None
         return total
 
+    def _apart_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
+        """Σ w_i g_i of some leaves, from the examples' gradients, a tile at a time."""
+
+        def of_tile(batch: tuple[Example, jax.Array], size: int) -> list[jax.Array]:
+            blocks = self._each(lambda one: self._gradient(one, leaves), batch[0], size)
+            return Materialized(blocks).weighted_sum(batch[1], keep_wide=True)
+
+        ones = jnp.ones(self.size) if weights is None else weights
+        return self._batch(ones).folded(of_tile, sum(self.like[leaf].size for leaf in leaves))
+
     def _blocks(self, part: Part) -> jax.Array:
-        """The examples' gradients in one part: `(B, part)`."""
-        return self._each(lambda one: self._part_gradient(one, part))
+        """The examples' gradients in one part, each in the order in which it comes."""
+        return self._each(lambda one: self._unordered(one, part))
 
     def _direct_sum(self, leaf: int, examples: Example) -> jax.Array:
         """Σ g_i of one leaf, by one product for each use, the examples among its positions."""
@@ -107,11 +140,20 @@ class Factored:
         total = None
         for part in self.plan.parts:
             if part.leaf == leaf:
-                data = batch_data(self.plan, self.model, examples, part)
-                flat = factors.add([use.batch_gradient(data[id(use.site)]) for use in part.uses])
+                flat = self._part_sum(part, examples)
                 total = factors.place(flat, part.offset, part.axes, like, total)
         assert total is not None
         return total
+
+    def _part_sum(self, part: Part, examples: Example) -> jax.Array:
+        def summed(examples: Example) -> jax.Array:
+            data = batch_data(self.plan, self.model, examples, part)
+            return factors.add([use.batch_gradient(data[id(use.site)]) for use in part.uses])
+
+        if self.pieces == 1 or not any(use.site.loops for use in part.uses):
+            return summed(examples)
+        # Behind the steps of a loop the batch axis cannot be cut once both are folded into the positions.
+        return jnp.sum(replace(self, examples=examples)._batch().by_piece(summed), axis=0)
 
     def _pull_sum(self, leaves: Sequence[int], examples: Example) -> list[jax.Array]:
         """Σ g_i of some leaves, by one `vjp` with the examples inside."""
@@ -127,12 +169,27 @@ class Factored:
         params = [self.model.params[leaf].astype(w) for leaf, w in zip(leaves, wide, strict=True)]
         return jax.vjp(outputs, params)[1](deltas)[0]
 
-    def _weighted(self, weights: jax.Array) -> Example:
+    def _guarded_sum(self, leaves: Sequence[int], weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i g_i of leaves whose sites may have no derivative at 0."""
+        if not leaves:
+            return []
+
+        def of_present(batch: tuple[Example, jax.Array]) -> list[jax.Array]:
+            part = replace(self, examples=batch[0], pieces=1)
+            sums = part._pull_sum(leaves, part._weighted(batch[1], stand_in=True))
+            return [jnp.where(jnp.any(batch[1] != 0), x, 0) for x in sums]
+
+        if self.pieces == 1 or self._unruled_kernels().intersection(leaves):
+            return of_present((self.examples, weights))
+        # A stand-in comes from the device's own examples.
+        return [jnp.sum(x, axis=0) for x in self._batch(weights).by_piece(of_present)]
+
+    def _weighted(self, weights: jax.Array, *, stand_in: bool = False) -> Example:
         """The examples with each δ times its weight, and nothing of those of weight 0.
 
-        A product with 0 would let a nan through, on either side: δ becomes 0, and what an absent example left
-        becomes what a present one did, at which every site is known to have a derivative. Where none is present
-        it becomes 0, at which all but the guarded leaves' sites have one.
+        A product with 0 would let a nan through, on either side: δ becomes 0, and so does what an absent example
+        left. There all but the guarded leaves' sites have a derivative; for those, told to put in a `stand_in`, it
+        becomes what a present example left, at which every site is known to have one.
         """
         present = weights != 0
         first = jnp.argmax(present)
@@ -140,8 +197,10 @@ class Factored:
         def keep(x: jax.Array, axis: int) -> jax.Array:
             if not jnp.issubdtype(x.dtype, jnp.inexact):
                 return x
-            stand_in = jax.lax.dynamic_index_in_dim(x, first, axis)
-            return jnp.where(_along(present, axis, x.ndim), x, jnp.where(present[first], stand_in, 0))
+            other = jnp.zeros((), x.dtype)
+            if stand_in:
+                other = jnp.where(present[first], jax.lax.dynamic_index_in_dim(x, first, axis), other)
+            return jnp.where(_along(present, axis, x.ndim), x, other)
 
         def scale(x: jax.Array, axis: int) -> jax.Array:
             kept = jnp.where(_along(present, axis, x.ndim), x, jnp.zeros((), x.dtype))
@@ -157,6 +216,7 @@ class Factored:
         backward = sorted(self.plan.backward_only)
         forward = [leaf for leaf in self._all if leaf not in self.plan.backward_only]
         tangents = [v.astype(x.dtype) for v, x in zip(direction, self.like, strict=True)]
+        tangents = varying(tangents, self.examples)
 
         def one(example: Example) -> jax.Array:
             outputs = lambda values: site_outputs(self.plan, self.model, example, forward, values)
@@ -175,6 +235,7 @@ class Factored:
 
     def squared_norms(self) -> list[jax.Array]:
         """‖g_i‖² of each leaf."""
+        self._refuse(self._unruled_kernels())
         totals = [jnp.zeros(self.size, jnp.float32) for _ in self.like]
         for part in self.plan.parts:
             if part.leaf in self.plan.kept:
@@ -188,57 +249,104 @@ class Factored:
             totals[leaf] = totals[leaf] + self._tiled(self.like[leaf].size, block)
         return totals
 
+    def squared_sum(self) -> jax.Array:
+        """‖Σ g_i‖²."""
+        # Over several devices the sum itself travels, as the plain gradient does; pairs would ask for everything.
+        short = (
+            frozenset(self._all if self.pieces == 1 else ())
+            - self.plan.whole_leaves
+            - self.plan.backward_only
+        )
+        short -= {part.leaf for part in self.plan.parts if not part.short_sum(self.size)}
+        total = jnp.zeros((), jnp.float32)
+        for part in self.plan.parts:
+            if part.leaf in short and part.shape is not None and part.looks_up:
+                (rows,) = self._each(lambda one, part=part: self._factors(one, part))
+                total = total + lookups.squared_sum(rows, part.shape.sizes()[1])
+            elif part.leaf in short:
+                data = batch_data(self.plan, self.model, self.examples, part)
+                total = total + factors.square(part.factors(data, batch=True))
+        sums = self.weighted_sum(None, keep_wide=True, after_norms=True)
+        return total + sum(factors.sum_squares(x) for leaf, x in enumerate(sums) if leaf not in short)
+
     def gram(self, other: Any) -> jax.Array:
         """⟨g_i, g'_j⟩."""
         if not isinstance(other, Factored) or other.plan is not self.plan:
             theirs = other if isinstance(other, Materialized) else Materialized(other.materialize())
             return Materialized(self.materialize()).gram(theirs)
-        total = jnp.zeros((self.size, other.size), jnp.float32)
+        return self._gram([self, other])
+
+    def self_gram(self) -> jax.Array:
+        """⟨g_i, g_j⟩."""
+        return self._gram([self])
+
+    def _gram(self, forms: Sequence["Factored"]) -> jax.Array:
+        total = jnp.zeros((self.size, forms[-1].size), jnp.float32)
+        pieces = math.gcd(forms[-1].size, max(form.pieces for form in forms))
+        of_each = lambda fun: [form._each(functools.partial(fun, form)) for form in forms]
         for part in self.plan.parts:
-            if part.shape is not None:
-                made = (f._each(lambda one, f=f, part=part: f._factors(one, part)) for f in (self, other))
-                total = total + _factor_gram(*made)
+            if part.shape is None or part.leaf in self.plan.kept:
+                made = of_each(lambda form, one, part=part: form._unordered(one, part).reshape(-1))
+                total = total + grams.of_blocks(made[0], *made[1:], pieces=pieces)
             else:
-                blocks = (
-                    f._each(lambda one, f=f, part=part: f._part_gradient(one, part)) for f in (self, other)
-                )
-                total = total + _block_gram(*blocks)
+                made = of_each(lambda form, one, part=part: form._factors(one, part))
+                total = total + grams.of_factors(made[0], *made[1:], rows=part.shape.sizes()[1])
         for leaf in sorted(self.plan.whole_leaves):
-            blocks = (f._each(lambda one, f=f, leaf=leaf: f._gradient(one, [leaf])[0]) for f in (self, other))
-            total = total + _block_gram(*blocks)
+            made = of_each(lambda form, one, leaf=leaf: form._gradient(one, [leaf])[0].reshape(-1))
+            total = total + grams.of_blocks(made[0], *made[1:], pieces=pieces)
         return total
 
-    def squared_deviations(self, weights: jax.Array, center: Sequence[jax.Array] | None) -> list[jax.Array]:
-        """Σ w_i (g_i − c)², elementwise; `center` None is 0. Leaves in the accumulator's dtype."""
-        sums: dict[int, jax.Array] = {}
-        for part in self.plan.parts:
-            block = self._direct_moment(part, weights, center)
-            if block is not None and part.shape is not None:
-                flat, like = part.shape.flatten(block), self.like[part.leaf]
-                sums[part.leaf] = factors.place(flat, part.offset, part.axes, like, None)
-        rest = [leaf for leaf in self._all if leaf not in sums]
-        chosen = None if center is None else [center[leaf] for leaf in rest]
-        tiled = self._folded(rest, weights, lambda blocks, w: blocks.squared_deviations(w, chosen))
-        sums.update(zip(rest, tiled, strict=True))
-        return [sums[leaf] for leaf in self._all]
+    def second_moments(self, weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i g_i², elementwise. Leaves in the accumulator's dtype."""
+        return self._moments(weights, centred=False)
 
-    def _direct_moment(
-        self, part: Part, weights: jax.Array, center: Sequence[jax.Array] | None
-    ) -> jax.Array | None:
-        """Σ w_i (g_i − c)² of a part that is a whole leaf, where its factors give it without the gradients."""
-        rules = {use.rule for use in part.uses}
-        if part.shape is None or part.size != self.like[part.leaf].size:
-            return None
-        if rules == {"lookup"}:
+    def spreads(self, weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulator's dtype."""
+        return self._moments(weights, centred=True)
+
+    def _moments(self, weights: jax.Array, *, centred: bool) -> list[jax.Array]:
+        self._refuse(self._unruled_kernels())
+        totals: list[jax.Array | None] = [None] * len(self.like)
+        for part in self.plan.parts:
+            flat, like = self._part_moment(part, weights, centred=centred), self.like[part.leaf]
+            totals[part.leaf] = factors.place(flat, part.offset, part.axes, like, totals[part.leaf])
+        for leaf in self.plan.whole_leaves:
+            block = lambda one, leaf=leaf: self._gradient(one, [leaf])[0].reshape(-1)
+            flat = self._folded_moment(block, self.like[leaf].size, weights, centred=centred)
+            totals[leaf] = flat.reshape(self.like[leaf].shape)
+        unmet = lambda x: jnp.zeros(x.shape, accumulator(x.dtype))
+        return [unmet(x) if total is None else total for total, x in zip(totals, self.like, strict=True)]
+
+    def _part_moment(self, part: Part, weights: jax.Array, *, centred: bool) -> jax.Array:
+        """One part's moment, flat: from its factors where they give it, else from the gradients, a tile at a time."""
+        if part.shape is not None and part.looks_up:
             (rows,) = self._each(lambda one: self._factors(one, part))
-            around = None
-            if center is not None:
-                around = part.shape.unflatten(factors.pick(center[part.leaf], part.offset, part.axes))[0]
-            return moments.of_rows(rows, weights, around, part.shape.sizes()[1])[None]
-        if rules == {"dot_general"} and part.positions == 1 and center is None:
+            moment = lookups.spread if centred else lookups.second_moment
+            return part.shape.flatten(moment(rows, weights, part.shape.sizes()[1])[None])
+        if part.shape is not None and part.positions == 1 and part.uses[0].rule == "dot_general":
             (outer,) = self._each(lambda one: self._factors(one, part))
-            return moments.of_outer(outer, weights)
-        return None
+            if not centred:
+                return part.shape.flatten(moments.square_of_outer(outer, weights))
+            return part.shape.flatten(moments.spread_of_outer(outer, weights))
+        if part.leaf in self.plan.kept:
+            blocks = self._blocks(part)
+            made = (
+                moments.spread_of(blocks, weights).square if centred else moments.square_of(blocks, weights)
+            )
+        else:
+            block = lambda one: self._unordered(one, part)
+            made = self._folded_moment(block, part.size, weights, centred=centred)
+        return part.in_memory(made)
+
+    def _folded_moment(
+        self, block: Callable[[Example], jax.Array], size: int, weights: jax.Array, *, centred: bool
+    ) -> jax.Array:
+        made = moments.spread_of if centred else moments.square_of
+        of_tile = lambda batch, number: made(self._each(block, batch[0], number), batch[1])
+        whole = self._batch(weights)
+        if centred:
+            return whole.folded(of_tile, size, moments.joined, moments.joined_all).square
+        return whole.folded(of_tile, size)
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
@@ -263,10 +371,60 @@ class Factored:
     # One example, all examples, or a tile of them
 
     def _gradient(self, example: Example, leaves: Leaves) -> list[jax.Array]:
-        return gradient(self.plan, self.model, example, leaves)
+        pulled = [leaf for leaf in leaves if leaf not in self._convolved(groups=1)]
+        self._refuse(self._unruled_kernels().intersection(pulled))
+        made = dict(zip(pulled, gradient(self.plan, self.model, example, pulled), strict=True))
+        return [made[leaf] if leaf in made else self._leaf_gradient(example, leaf) for leaf in leaves]
 
-    def _part_gradient(self, example: Example, part: Part) -> jax.Array:
-        return part.gradient(part_data(self.plan, self.model, example, part))
+    def _convolved(self, *, groups: int) -> frozenset[int]:
+        """The kernels, of at least so many groups, whose gradient only the rule gives.
+
+        XLA's partitioner gets the derivative of a convolution in groups wrong, and `vmap` makes it one (docs/mesh.md).
+        """
+        uses = [use for part in self.plan.parts for use in part.uses if use.rule == "convolution"]
+        counts = ((use.leaf, use.site.eqn.params["feature_group_count"]) for use in uses)
+        return frozenset(leaf for leaf, count in counts if self.pieces > 1 and count >= groups)
+
+    def _unruled_kernels(self, *, batch_groups: int = 1) -> frozenset[int]:
+        """The leaves that make a kernel whose gradient no rule gives, where the examples' axis may be cut.
+
+        Of those, the kernels of convolutions with at least so many `batch_groups`.
+        """
+        if self.pieces == 1:
+            return frozenset()
+        uses = (use for part in self.plan.parts for use in part.uses if use.rule != "opaque")
+        ruled = {(id(use.site), use.position) for use in uses}
+        convolutions = [
+            site
+            for site in sites_of(self.plan.region)
+            if site.eqn is not None
+            and site.eqn.primitive is prim.conv_general_dilated_p
+            and site.eqn.params["batch_group_count"] >= batch_groups
+        ]
+        return frozenset().union(*(s.inputs[1].leaves for s in convolutions if (id(s), 1) not in ruled))
+
+    def _refuse(self, leaves: frozenset[int]) -> None:
+        """Raises NotImplementedError where a gradient would be a convolution's that XLA partitions wrongly."""
+        for leaf in sorted(leaves):
+            raise NotImplementedError(
+                f"the parameter {self.plan.program.param_paths[leaf]} makes a kernel that no rule knows, and over a "
+                "sharded batch XLA computes the examples' gradients of that wrongly, with or without jgd: ask inside "
+                "of `jax.shard_map`, see docs/mesh.md"
+            )
+
+    def _leaf_gradient(self, example: Example, leaf: int) -> jax.Array:
+        """The gradient with respect to one leaf, by the rules of its parts."""
+        total = None
+        for part in self.plan.parts:
+            if part.leaf == leaf:
+                flat = part.in_memory(self._unordered(example, part))
+                total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
+        assert total is not None
+        return total.astype(self.like[leaf].dtype)
+
+    def _unordered(self, example: Example, part: Part) -> jax.Array:
+        self._refuse(self._unruled_kernels().intersection([part.leaf]))
+        return part.unordered(part_data(self.plan, self.model, example, part))
 
     def _factors(self, example: Example, part: Part) -> list[Factor]:
         return part.factors(part_data(self.plan, self.model, example, part))
@@ -279,94 +437,17 @@ class Factored:
         return each(self.examples if examples is None else examples)
 
     def _tiled(self, workspace: int, fun: Callable[[Example], jax.Array]) -> jax.Array:
-        """`fun` of each example, as many at once as `TILE` has room for at this many elements for each."""
-        tile = _tile(self.size, workspace)
-        if tile == self.size:
-            return self._each(fun)
-        whole = self.size - self.size % tile
-        made = jax.lax.map(
-            lambda start: self._each(fun, self._slice(start, tile), tile), jnp.arange(0, whole, tile)
-        )
-        made = made.reshape(whole, *made.shape[2:])
-        if whole == self.size:
-            return made
-        rest = self._each(fun, self._slice(whole, self.size - whole), self.size - whole)
-        return jnp.concatenate([made, rest])
+        """`fun` of each example, as many at once as there is room for at this many elements for each."""
+        return self._batch().mapped(lambda some, size: self._each(fun, some, size), workspace)
 
-    def _folded(
-        self, leaves: Leaves, weights: jax.Array, add: Callable[[Materialized, jax.Array], list[jax.Array]]
-    ) -> list[jax.Array]:
-        """Sums `add(gradients, weights)` over tiles of the examples."""
-        if not leaves:
-            return []
-        tile = _tile(self.size, sum(self.like[leaf].size for leaf in leaves))
-        gradients = lambda one: self._gradient(one, leaves)
-        if tile == self.size:
-            return add(Materialized(self._each(gradients)), weights)
-
-        def of_tile(start: Any, size: int) -> list[jax.Array]:
-            blocks = self._each(gradients, self._slice(start, size), size)
-            return add(Materialized(blocks), jax.lax.dynamic_slice_in_dim(weights, start, size))
-
-        def step(totals: list[jax.Array], start: jax.Array) -> tuple[list[jax.Array], None]:
-            return [a + b for a, b in zip(totals, of_tile(start, tile), strict=True)], None
-
-        zero = [jnp.zeros(self.like[leaf].shape, accumulator(self.like[leaf].dtype)) for leaf in leaves]
-        whole = self.size - self.size % tile
-        totals = jax.lax.scan(step, zero, jnp.arange(0, whole, tile))[0]
-        if whole == self.size:
-            return totals
-        return [a + b for a, b in zip(totals, of_tile(whole, self.size - whole), strict=True)]
-
-    def _slice(self, start: Any, size: int) -> Example:
-        """Some examples in a row, from where they lie."""
-        cut = lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, size, axis)
+    def _batch(self, weights: jax.Array | None = None) -> Batch:
+        """The examples, by themselves or paired with their weights."""
         axes = axes_of(self.plan)
-        inputs = [cut(x, 0) for x in self.examples.inputs]
-        records = jax.tree.map(cut, self.examples.records, axes.records)
-        return Example(inputs, records, jax.tree.map(cut, self.examples.deltas, axes.deltas))
+        if weights is None:
+            return Batch(self.examples, axes, self.size, self.pieces)
+        return Batch((self.examples, weights), (axes, 0), self.size, self.pieces)
 
 
 def _along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
     """One number for each example, to be spread over an array whose batch axis is `axis`."""
     return weights.reshape([-1 if i == axis else 1 for i in range(ndim)])
-
-
-def _tile(size: int, elements: int) -> int:
-    """How many examples to take at once; a divisor of their number where one is near."""
-    most = max(1, min(size, TILE // max(elements, 1)))
-    return next((k for k in range(most, most // 2, -1) if size % k == 0), most)
-
-
-def _block_gram(ours: jax.Array, theirs: jax.Array) -> jax.Array:
-    return Materialized([ours]).gram(Materialized([theirs]))
-
-
-def _factor_gram(ours: list[Any], theirs: list[Any]) -> jax.Array:
-    if len(ours) > 1 or not isinstance(ours[0], Outer):
-        return jax.lax.map(lambda a: jax.vmap(lambda b: factors.inner_sum(a, b))(theirs), ours)
-    a, b = ours[0], theirs[0]
-    if a.left.shape[2] == 1 and b.left.shape[2] == 1:
-        rows = factors.contract("intp,jntp->nij", a.left, b.left)
-        return jnp.sum(rows * factors.contract("intq,jntq->nij", a.right, b.right), axis=0)
-    return _tiled_gram(a, b)
-
-
-def _tiled_gram(a: Outer, b: Outer) -> jax.Array:
-    """The Gram from a few columns of p at a time: of the gradients, no more is ever built."""
-    p = a.left.shape[3]
-    per_column = a.left.shape[0] * a.left.shape[1] * a.right.shape[3]
-    width = max(1, min(p, TILE // max(per_column, 1)))
-    width = next(k for k in range(width, 0, -1) if p % k == 0)
-    columns = [jnp.moveaxis(x.left.reshape(*x.left.shape[:3], p // width, width), 3, 0) for x in (a, b)]
-
-    def add(total: jax.Array, step: Any) -> tuple[jax.Array, None]:
-        blocks = [
-            factors.contract("intp,intq->inpq", left, x.right) for left, x in zip(step, (a, b), strict=True)
-        ]
-        return total + factors.contract("inpq,jnpq->ij", *blocks), None
-
-    start = jnp.zeros(
-        (a.left.shape[0], b.left.shape[0]), jnp.promote_types(factors.wide(a.left), factors.wide(a.right))
-    )
-    return jax.lax.scan(add, start, tuple(columns))[0]

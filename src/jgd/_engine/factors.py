@@ -10,6 +10,7 @@ built), and `Full` is the gradient itself, flat, in the order of the leaf's memo
 """
 
 import functools
+import math
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -87,7 +88,11 @@ class Arrangement:
 
     def __call__(self, array: jax.Array) -> jax.Array:
         """The array with one axis for each group."""
-        if self.summed:
+        lead = len(self.summed)
+        if lead and self.summed == tuple(range(lead)):
+            total = sum_leading(array.reshape(math.prod(array.shape[:lead]), *array.shape[lead:]))
+            array = total.reshape([1] * lead + list(total.shape))
+        elif lead:
             wide = jnp.promote_types(array.dtype, jnp.float32)
             array = jnp.sum(array, axis=self.summed, dtype=wide, keepdims=True)
         order = [axis for group in self.groups for axis in group]
@@ -133,6 +138,18 @@ def wide(x: jax.Array) -> Any:
 def add(arrays: Sequence[jax.Array]) -> jax.Array:
     """The sum of some arrays, in at least float32 where there are several."""
     return functools.reduce(lambda total, x: total.astype(wide(total)) + x, arrays)
+
+
+def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Σ_i w_i x_i over the leading axis, in at least float32, as a product: a plain reduction
+    would read across memory."""
+    if weights is None:
+        weights = jnp.ones(x.shape[0], x.dtype)
+    dtype = jnp.promote_types(wide(x), weights.dtype)
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    exact = jax.lax.Precision.HIGHEST  # some devices multiply in fewer bits than float32 has
+    total = jnp.einsum("i,is->s", weights, flat, precision=exact, preferred_element_type=dtype)
+    return total.reshape(x.shape[1:])
 
 
 def sum_squares(x: jax.Array) -> jax.Array:

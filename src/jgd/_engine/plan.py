@@ -54,16 +54,32 @@ class Part:
         """T, over all uses."""
         return sum(use.positions for use in self.uses)
 
-    def factors(self, data: dict[int, SiteData]) -> list[Factor]:
-        """One example's factors, those of a kind joined into one; needs `shape`."""
+    def factors(self, data: dict[int, SiteData], *, batch: bool = False) -> list[Factor]:
+        """One example's factors, or those of the sum over a `batch`; those of a kind joined into one; needs `shape`."""
         kinds: dict[type, list[Factor]] = {}
         for use, swap in zip(self.uses, self.swaps, strict=True):
-            factor = use.factor(data[id(use.site)])
+            at = data[id(use.site)]
+            assert use.batch_factor is not None or not batch
+            factor = use.batch_factor(at) if batch and use.batch_factor else use.factor(at)
             if swap:
                 assert isinstance(factor, Outer)
                 factor = Outer(factor.right, factor.left)
             kinds.setdefault(type(factor), []).append(factor)
         return [factors.concatenate(same) for same in kinds.values()]
+
+    @property
+    def looks_up(self) -> bool:
+        """Whether all uses are lookups of rows."""
+        return all(use.rule == "lookup" for use in self.uses)
+
+    def short_sum(self, size: int) -> bool:
+        """Whether the sum over `size` examples has its norm by a shorter way than by itself: from rows or pairs."""
+        if self.shape is not None and self.looks_up:
+            return True
+        if self.shape is None or any(use.batch_factor is None for use in self.uses):
+            return False
+        sizes = _sizes(self.shape, self.positions * size)
+        return costs.pairs(sizes, lookup=False).flops < costs.block(sizes).flops
 
     def square(self, data: dict[int, SiteData]) -> jax.Array:
         """The squared norm of one example's gradient in this part, by the part's method."""
@@ -84,8 +100,7 @@ class Part:
                 total = Cost(total.flops + costs.weight_gradient(use.sizes), total.numbers)
         open_to = {"block": total}
         if self.shape is not None:
-            lookup = all(use.rule == "lookup" for use in self.uses)
-            open_to["pairs"] = costs.pairs(_sizes(self.shape, self.positions), lookup=lookup)
+            open_to["pairs"] = costs.pairs(_sizes(self.shape, self.positions), lookup=self.looks_up)
         return open_to
 
     @property
@@ -127,6 +142,16 @@ class Part:
         products = {use.rule for use in self.uses} <= {"dot_general", "convolution"}
         sides = sum(use.sizes.n * use.sizes.t * (use.sizes.p + use.sizes.q) for use in self.uses)
         return products and self.method == "block" and self.size <= _KEPT * sides
+
+    def unordered(self, data: dict[int, SiteData]) -> jax.Array:
+        """One example's gradient in this part, in the order in which it comes: to change it would take a copy."""
+        first, *others = self.uses
+        return self.gradient(data) if others else first.unordered(data[id(first.site)])
+
+    def in_memory(self, gradient: jax.Array) -> jax.Array:
+        """What `unordered` made, or a sum of such, flat, in the order of the leaf's memory."""
+        first, *others = self.uses
+        return gradient if others else first.in_memory(gradient)
 
     def gradient(self, data: dict[int, SiteData]) -> jax.Array:
         """One example's gradient in this part, flat, in the order of the leaf's memory."""
@@ -181,7 +206,7 @@ def plan_of(program: Program) -> Plan:
         else:
             parts += found
     met = {part.leaf for part in parts}
-    indirect = {part.leaf for part in parts for use in part.uses if use.batch_block is None}
+    indirect = {part.leaf for part in parts for use in part.uses if use.batch_factor is None}
     guarded = whole_leaves | {part.leaf for part in parts for use in part.uses if use.rule == "opaque"}
     backward_only = _backward_only(region) | (guarded & _branched(region))
     kept = frozenset(met - backward_only - {part.leaf for part in parts if not part.kept})
@@ -246,7 +271,7 @@ _MANY = (
 def _part(leaf: int, offset: int, axes: tuple[Axis, ...], uses: tuple[Use, ...]) -> Part:
     part = Part(leaf, offset, axes, uses, *_common_shape(uses), "block")
     open_to = part.costs
-    if "pairs" in open_to and open_to["pairs"].flops < open_to["block"].flops:
+    if "pairs" in open_to and open_to["pairs"].flops < costs.BLOCK_SPEED * open_to["block"].flops:
         return replace(part, method="pairs")
     return part
 

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jgd._engine import jaxprs
 from jgd._errors import describe, is_concrete
 from jgd._loss import Call, example_of
+from jgd._mesh import compiler_places, manual_type, unplaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -60,12 +61,13 @@ def trace(call: Call) -> Program:
         tuple(_aval_key(x) for x in (*call.param_leaves, *call.shared_leaves)),
         tuple((x.shape[1:], x.dtype) for x in call.batch_leaves),
         *(getattr(jax.config, name) for name in _CONFIG),
-        jax.sharding.get_abstract_mesh(),
+        jax.sharding.get_abstract_mesh(), manual_type(call.batch_leaves[0]),
     )  # fmt: skip
     programs = _programs_of(call.signature.loss)
     if key in programs:
         return programs[key]
-    program = _trace(call)
+    with compiler_places((call.param_leaves, call.batch_leaves)):
+        program = _trace(call)
     if all(is_concrete(x) for x in program.captured):
         programs[key] = program
         if len(programs) > _SHAPES_KEPT:
@@ -113,10 +115,9 @@ def _trace(call: Call) -> Program:
         out = signature.call(params, shared, example)
         return _check_value(out[0]), out[1]
 
+    leaves = unplaced((call.param_leaves, call.shared_leaves))
     try:
-        jaxpr, captured, (_, aux) = jaxprs.trace_jaxpr(
-            example_loss, call.param_leaves, call.shared_leaves, example_of(call.batch_leaves)
-        )
+        jaxpr, captured, (_, aux) = jaxprs.trace_jaxpr(example_loss, *leaves, example_of(call.batch_leaves))
     except ValueError as error:
         if signature.has_aux and "unpack" in str(error):
             raise TypeError("with `has_aux=True` the loss must return a pair `(scalar, aux)`") from error

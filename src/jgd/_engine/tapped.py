@@ -18,6 +18,7 @@ from jax.lax import GatherScatterMode
 
 from jgd._engine.jaxprs import bind, prim, scan_of
 from jgd._engine.regions import Nested, Op, Region, Side, Site, Value, needed_by, recorded
+from jgd._mesh import varying
 
 Tree = tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]
 
@@ -119,7 +120,7 @@ def _run_nested(op: Nested, operands: list[Any], taps: Any) -> tuple[Sequence[An
         def run_branch(inputs: list[Any], taps: Any) -> Any:
             outputs, own = run(op.regions[number], inputs, taps[number])
             blank = [zeros(region, records_of) for region in op.regions]
-            return outputs, (*blank[:number], own, *blank[number + 1 :])
+            return varying((outputs, (*blank[:number], own, *blank[number + 1 :])), operands)
 
         return run_branch
 
@@ -206,7 +207,9 @@ def _replay_site(site: Site, env: _Environment, bumps: dict[int, Any]) -> list[A
             bump = bumps.get(position)
             operands.append(env[x] if bump is None else env[x] + bump)
         else:  # where the site only adds, the operand's value makes no difference
-            operands.append(env[x] if id(x) in kept else jnp.zeros(x.aval.shape, x.aval.dtype))
+            shared = [env[site.inputs[i]] for i in site.params]
+            zero = varying(jnp.zeros(x.aval.shape, x.aval.dtype), shared)
+            operands.append(env[x] if id(x) in kept else zero)
     outputs = operands if site.eqn is None else _REPLAYED.get(site.eqn.primitive, bind)(site.eqn, operands)
     return [outputs[i] for i in site.tapped]
 
@@ -260,7 +263,8 @@ def _replay_cond(op: Nested, operands: list[Any], parts: tuple[Any, Any], wanted
     def branch(number: int, region: Region, records: Tree, bumps: Any) -> Callable[[], list[Any]]:
         def replay_branch() -> list[Any]:
             own = replay(region, operands[1:], records, wanted, bumps)
-            return [x for each in (*blank[:number], own, *blank[number + 1 :]) for x in each]
+            made = [x for each in (*blank[:number], own, *blank[number + 1 :]) for x in each]
+            return varying(made, [x for x in operands if x is not None])
 
         return replay_branch
 

@@ -25,10 +25,10 @@ class Use:
     """One operand of one site, as a use of one leaf.
 
     `shape` says where n, p and q lie in the leaf; None where the gradient is not factored. `factor` makes the
-    factors of one example; `block` its `(N, P, Q)` gradient, and `square` that gradient's squared norm, where there
-    is a better way than the factors'.
-    `batch_block` makes the block of the examples' sum, from data with a batch axis behind the loops': folded into
-    the positions, it makes one large product of many.
+    factors of one example; `block` its gradient in some order of its own, which `arrange` turns into `(N, P, Q)`, and
+    `square` that gradient's squared norm, where there is a better way than the factors'.
+    `batch_factor` makes the factors of the examples' sum, from data with a batch axis behind the loops': folded
+    into the positions, it makes one large product of many.
     """
 
     rule: str
@@ -41,8 +41,9 @@ class Use:
     positions: int  # T
     factor: Callable[[SiteData], Factor]
     block: Callable[[SiteData], jax.Array] | None = None
+    arrange: Callable[[jax.Array], jax.Array] | None = None
     square: Callable[[SiteData], jax.Array] | None = None
-    batch_block: Callable[[SiteData], jax.Array] | None = None
+    batch_factor: Callable[[SiteData], Factor] | None = None
 
     @property
     def needs_operand_grad(self) -> bool:
@@ -59,17 +60,26 @@ class Use:
 
     def gradient(self, data: SiteData) -> jax.Array:
         """One example's gradient in this part, flat, in the order of the leaf's memory."""
+        return self.in_memory(self.unordered(data))
+
+    def unordered(self, data: SiteData) -> jax.Array:
+        """One example's gradient in this part, in the order in which it comes."""
         if self.shape is None:
             factor = self.factor(data)
             assert isinstance(factor, Full)
             return factor.flat
-        made = self.block(data) if self.block is not None else block(self.factor(data), self.shape)
-        return self.shape.flatten(made)
+        return self.block(data) if self.block is not None else block(self.factor(data), self.shape)
+
+    def in_memory(self, gradient: jax.Array) -> jax.Array:
+        """What `unordered` made, or a sum of such, flat, in the order of the leaf's memory."""
+        if self.shape is None:
+            return gradient
+        return self.shape.flatten(gradient if self.arrange is None else self.arrange(gradient))
 
     def batch_gradient(self, data: SiteData) -> jax.Array:
         """The gradients' sum over a batch in this part, flat, in the order of the leaf's memory."""
-        assert self.batch_block is not None and self.shape is not None
-        return self.shape.flatten(self.batch_block(data))
+        assert self.batch_factor is not None and self.shape is not None
+        return self.shape.flatten(block(self.batch_factor(data), self.shape))
 
 
 def opaque(site: Site, position: int, view: View) -> Use:

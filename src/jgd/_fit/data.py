@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten_with_path
 
 from jgd._errors import describe, leaf_name
@@ -20,15 +21,23 @@ class Examples:
     args: tuple[Any, ...]
     axes: tuple[int | None, ...] = field(metadata={"static": True})  # of each leaf: where its examples lie
     size: int = field(metadata={"static": True})
+    sharding: NamedSharding | None = field(default=None, metadata={"static": True})  # of a batch's examples
 
-    def take(self, index: jax.Array | np.ndarray) -> tuple[Any, ...]:
-        """The arguments for the batch of these examples; shared arguments as they are."""
+    def take(self, index: jax.Array | np.ndarray | None = None) -> tuple[Any, ...]:
+        """The arguments for the batch of these examples, or of all; shared arguments as they are."""
         leaves, treedef = jax.tree.flatten(self.args)
-        chosen = [
-            leaf if axis is None else jnp.take(leaf, index, axis=axis, mode="clip")
-            for leaf, axis in zip(leaves, self.axes, strict=True)
-        ]
+        chosen = [self._chosen(leaf, axis, index) for leaf, axis in zip(leaves, self.axes, strict=True)]
         return jax.tree.unflatten(treedef, chosen)
+
+    def _chosen(self, leaf: jax.Array, axis: int | None, index: Any) -> jax.Array:
+        if axis is None:
+            return leaf
+        if index is not None:
+            leaf = jnp.take(leaf, index, axis=axis, mode="clip")
+        if self.sharding is None:
+            return leaf
+        spec = PartitionSpec(*[None] * (axis % leaf.ndim), *self.sharding.spec)
+        return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.sharding.mesh, spec))
 
 
 def splat(element: Any) -> tuple[Any, ...]:
@@ -53,7 +62,7 @@ def examples_of(data: Any, in_axes: Any) -> Examples:
         ValueError: the leaves disagree in length, are empty, or do not fit `in_axes`.
     """
     args = splat(data)
-    axes = _leaf_axes(args, in_axes)
+    axes = leaf_axes(args, in_axes)
     leaves, lengths = [], {}
     for (path, leaf), axis in zip(tree_flatten_with_path(args)[0], axes, strict=True):
         name = leaf_name("data", path if type(data) is tuple else path[1:])
@@ -71,7 +80,13 @@ def examples_of(data: Any, in_axes: Any) -> Examples:
     return Examples(args, tuple(axes), _common_length(lengths))
 
 
-def _leaf_axes(args: tuple[Any, ...], in_axes: Any) -> list[int | None]:
+def leaf_axes(args: tuple[Any, ...], in_axes: Any) -> list[int | None]:
+    """Where each leaf of the arguments has its examples; None for one that all share.
+
+    Raises:
+        ValueError: `in_axes` does not fit the arguments.
+    """
+
     def is_none(x: Any) -> bool:
         return x is None
 

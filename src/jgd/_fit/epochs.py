@@ -1,4 +1,4 @@
-"""Epochs as compiled scans over arrays: no dispatch between updates, and the state updated in place."""
+"""Epochs as compiled loops over arrays: no dispatch between updates, and the state updated in place."""
 
 import functools
 import warnings
@@ -6,45 +6,56 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
+from jgd._errors import is_concrete
+from jgd._fit.chunks import Chunks
 from jgd._fit.data import Examples
-from jgd._fit.history import History, check_history, joined
+from jgd._fit.history import History, check_history
 from jgd._fit.schedule import Pass, Schedule
+from jgd._fit.standing import Standing
 from jgd._methods.method import Method, MethodState
 
 
 def run_epochs(
     method: Method,
-    state: MethodState,
+    start: Standing,
     examples: Examples,
     key: jax.Array,
     schedule: Schedule,
     *,
     check_finite: bool,
+    chunks: Chunks | None = None,
 ) -> tuple[MethodState, History]:
-    """Trains by a schedule. The state is consumed.
+    """Trains by a schedule, from where `start` stands. Its state is consumed.
 
-    Whole epochs are one compiled call, and the part of one that is left another; `check_finite` makes a call
-    of each epoch, to look at its history, and keeps the state before it.
+    All updates are one compiled call; `check_finite` makes a call of each epoch, to look at its history, and
+    keeps the state before it. With `chunks`, who saves and reports, calls are shorter. Where a call begins and
+    ends is data of one compiled loop, so that the numbers are the same however the updates are cut into calls.
     """
-    numbers = np.arange(schedule.epochs + 1)
-    calls = np.split(numbers[:-1], schedule.epochs if check_finite else 1) if schedule.epochs else []
-    pieces = [(schedule.epoch, call) for call in calls]
-    if schedule.last:
-        pieces.append((schedule.last, numbers[-1:]))
-    parts: list[History] = []
-    for one, epochs in pieces:
-        run = _run if check_finite else _run_in_place
-        before = state
-        with warnings.catch_warnings():
-            # Under `vmap` the state may be the same for all runs, and then has no room for their states.
-            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-            state, history = run(method, one, state, examples, key, epochs)
-        parts.append(history)
+    one, at = schedule.epoch, start
+    history = _buffer(method, one, start, examples, schedule.updates)
+    if not all(is_concrete(x) for x in jax.tree.leaves((start.state, examples, key))):
+        return _run_all(method, schedule, (start.state, history), examples, key)
+    run = _run if check_finite else _run_in_place
+    while at.batches < schedule.batches:
+        stop = schedule.batches
         if check_finite:
-            check_history(before, state, parts)
-    return state, joined(parts)
+            stop = min(stop, (at.batches // one.batches + 1) * one.batches)
+        if chunks:
+            stop = chunks.stop(at.batches, stop)
+        with warnings.catch_warnings():
+            # A leaf that the optimizer replaces by one of another layout leaves no room for it.
+            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
+            (state, history), value = run(method, one, (at.state, history), examples, key, at.batches, stop)
+        before, at = at, Standing(state, functools.partial(_same, history), stop)
+        if check_finite:
+            made = [batches * one.inner_steps for batches in (before.batches, stop)]
+            check_history(before.state, state, history, *made)
+        if chunks:
+            chunks.passed(at, value)
+    if chunks:
+        chunks.finish()
+    return at.state, history
 
 
 def order_of(key: jax.Array, epoch: jax.Array | int, size: int) -> jax.Array:
@@ -52,37 +63,106 @@ def order_of(key: jax.Array, epoch: jax.Array | int, size: int) -> jax.Array:
     return jax.random.permutation(jax.random.fold_in(key, epoch), size)
 
 
-def _epochs(
-    method: Method, one: Pass, state: MethodState, examples: Examples, key: jax.Array, epochs: jax.Array
+def _same(history: History) -> History:
+    return history
+
+
+Carry = tuple[MethodState, History]
+
+
+def _span(
+    method: Method,
+    one: Pass,
+    carry: Carry,
+    examples: Examples,
+    key: jax.Array,
+    start: jax.Array,
+    stop: jax.Array,
+) -> tuple[Carry, jax.Array]:
+    """The batches from `start` up to `stop`, counted over all epochs, and the value that the last one saw."""
+
+    def epoch(number: jax.Array, carry: Carry) -> Carry:
+        first = number * one.batches
+        low, high = jnp.maximum(start - first, 0), jnp.minimum(stop - first, one.batches)
+        return _epoch(method, one, examples, key, carry, number, low, high)
+
+    carry = jax.lax.fori_loop(start // one.batches, -(-stop // one.batches), epoch, carry)
+    return carry, carry[1].value[stop * one.inner_steps - 1]
+
+
+_run = jax.jit(_span, static_argnums=(0, 1))
+_run_in_place = jax.jit(_span, static_argnums=(0, 1), donate_argnums=2)
+
+
+@functools.partial(jax.jit, static_argnums=(0, 1))
+def _run_all(
+    method: Method, schedule: Schedule, carry: Carry, examples: Examples, key: jax.Array
 ) -> tuple[MethodState, History]:
-    """Walks the examples once for each of `epochs`, numbers that draw an order from `key`."""
-    state, history = jax.lax.scan(functools.partial(_epoch, method, one, examples, key), state, epochs)
-    return state, jax.tree.map(lambda x: x.reshape(epochs.shape[0] * one.updates), history)
-
-
-_run = jax.jit(_epochs, static_argnums=(0, 1))
-_run_in_place = jax.jit(_epochs, static_argnums=(0, 1), donate_argnums=2)
+    """A whole run under a transformation, where all bounds are fixed: JAX can then differentiate it too."""
+    one = schedule.epoch
+    walk = functools.partial(_epoch, method, one, examples, key)
+    epochs, rest = divmod(schedule.batches, one.batches)
+    if epochs:
+        carry = jax.lax.fori_loop(0, epochs, lambda number, carry: walk(carry, number, 0, one.batches), carry)
+    return walk(carry, epochs, 0, rest) if rest else carry
 
 
 def _epoch(
-    method: Method, one: Pass, examples: Examples, key: jax.Array, state: MethodState, epoch: jax.Array
-) -> tuple[MethodState, History]:
-    def train(state: MethodState, index: jax.Array | None) -> tuple[MethodState, History]:
-        batch = examples.args if index is None else examples.take(index)
+    method: Method,
+    one: Pass,
+    examples: Examples,
+    key: jax.Array,
+    carry: Carry,
+    number: jax.Array | int,
+    low: jax.Array | int,
+    high: jax.Array | int,
+) -> Carry:
+    """The batches of one epoch from `low` up to `high`; fixed bounds are ints."""
 
-        def update(state: MethodState, _: Any) -> tuple[MethodState, History]:
+    def train(carry: Carry, place: jax.Array | int, batch: tuple[Any, ...]) -> Carry:
+        first = (number * one.batches + place) * one.inner_steps
+
+        def update(repeat: jax.Array, carry: Carry) -> Carry:
+            state, history = carry
             state, info = method.step(state, *batch)
-            return state, History(info.value, info.grad_norm)
+            saw = History(info.value, info.grad_norm)
+            return state, jax.tree.map(lambda all, x: all.at[first + repeat].set(x), history, saw)
 
-        return jax.lax.scan(update, state, length=one.inner_steps)
+        return jax.lax.fori_loop(0, one.inner_steps, update, carry)
 
     if one.batch_size == examples.size:
-        return train(state, None)
-    order = order_of(key, epoch, examples.size)
-    split = one.whole * one.batch_size
-    state, history = jax.lax.scan(train, state, order[:split].reshape(one.whole, one.batch_size))
-    history = jax.tree.map(jnp.ravel, history)
-    if one.rest:
-        state, last = train(state, order[split:])
-        history = joined([history, last])
-    return state, history
+        return train(carry, 0, examples.take())
+    order = order_of(key, number, examples.size)
+
+    def whole(place: jax.Array, carry: Carry) -> Carry:
+        index = jax.lax.dynamic_slice_in_dim(order, place * one.batch_size, one.batch_size)
+        return train(carry, place, examples.take(index))
+
+    def rest(carry: Carry) -> Carry:
+        return train(carry, one.whole, examples.take(order[one.whole * one.batch_size :]))
+
+    fixed = isinstance(high, int)
+    carry = jax.lax.fori_loop(
+        low, min(high, one.whole) if fixed else jnp.minimum(high, one.whole), whole, carry
+    )
+    if not one.rest:
+        return carry
+    if fixed:
+        return rest(carry) if high > one.whole else carry
+    return jax.lax.cond(high > one.whole, rest, lambda carry: carry, carry)
+
+
+def _buffer(method: Method, one: Pass, start: Standing, examples: Examples, updates: int) -> History:
+    """Room for the history of all updates, that of those made already filled in."""
+
+    def saw(state: MethodState, examples: Examples) -> History:
+        index = None if one.batch_size == examples.size else jnp.arange(one.batch_size)
+        _, info = method.step(state, *examples.take(index))
+        return History(info.value, info.grad_norm)
+
+    like = jax.eval_shape(saw, start.state, examples)
+    made = start.batches * one.inner_steps
+    blank = jax.tree.map(lambda x: jnp.zeros(updates, x.dtype), like)
+    if not made:
+        return blank
+    return jax.tree.map(lambda all, so_far: all.at[:made].set(so_far[:made]), blank, start.history())

@@ -1,19 +1,30 @@
 """`fit`: a method, parameters and data in; trained parameters and the history out."""
 
+import os
 from collections.abc import Callable, Iterable
 from contextlib import ExitStack
+from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jgd._errors import is_concrete
-from jgd._fit.data import examples_of, is_batches
+from jgd._errors import describe, is_concrete
+from jgd._fit.checkpoint import Checkpoint, checkpoint_of
+from jgd._fit.chunks import Chunks
+from jgd._fit.data import Examples, examples_of, is_batches
 from jgd._fit.epochs import run_epochs
-from jgd._fit.history import History
+from jgd._fit.feed import batches_of_iterable
+from jgd._fit.history import History, no_history
+from jgd._fit.keeper import Keeper
+from jgd._fit.placement import batch_axes, mesh_of, on_mesh
+from jgd._fit.processes import lost_processes_named
 from jgd._fit.progress import bar
-from jgd._fit.schedule import Length, length_of, schedule_of
-from jgd._fit.stepwise import batches_of_examples, batches_of_iterable, run_steps
+from jgd._fit.schedule import Length, Schedule, length_of, schedule_of
+from jgd._fit.standing import Standing
+from jgd._fit.stepwise import batches_of_examples, run_steps
 from jgd._methods.method import Method, MethodState, StepInfo
 
 
@@ -44,6 +55,7 @@ def fit(
     callback: Callable[[MethodState, StepInfo], Any] | None = None,
     progress: bool = False,
     check_finite: bool = False,
+    checkpoint: str | os.PathLike[str] | Checkpoint | None = None,
 ) -> FitResult:
     """Trains parameters by a method, one update for each batch of examples.
 
@@ -68,14 +80,20 @@ def fit(
         progress: whether to show a bar with an estimate of the time left (extra `demo`).
         check_finite: whether to stop at a value, gradient or parameter that is not finite. Arrays are checked
             after every epoch, iterables and watched runs after every update.
+        checkpoint: a folder to keep the run in (extra `checkpoint`), or a `jgd.Checkpoint`, which says how often.
+            After a run has died, by whatever, the same call goes on from the newest checkpoint that is whole,
+            to the same bits; with more `epochs` or `steps`, from the end of a run that is done.
 
     Returns:
         `FitResult(params, state, history)`.
 
     Raises:
         ValueError: `batch_size` is below 1 or above the number of examples, or given for an iterable; neither
-            or both of `epochs` and `steps`; the data are empty, disagree in length, or ran out.
+            or both of `epochs` and `steps`; the data are empty, disagree in length, or ran out; `checkpoint`
+            holds another run, or one that is longer already.
         TypeError: a count is not an int, or a leaf of the data no array.
+        OSError: `checkpoint` cannot be written to, or the disk is full; earlier checkpoints stay.
+        RuntimeError: another process of this run has died.
         FloatingPointError: with `check_finite`; its `.state` is the last finite one kept, `.history` all that
             led there.
 
@@ -88,47 +106,67 @@ def fit(
         >>> round(float(result.params), 3), result.history.value.shape
         (3.0, (160,))
 
-    Cost: one dispatch for all epochs. With `callback` or `progress`, or for an iterable, one for each update,
-    about 0.1 ms.
+    Cost: one dispatch for all epochs, or with `progress` or `checkpoint` one for each tenth of a second. With
+    `callback`, or for an iterable, one for each update, about 0.1 ms.
     """
     if not isinstance(method, Method):
         raise TypeError(f"`method` must come from `jgd.descent` or its kin, got {type(method).__name__}")
     length = length_of(epochs, steps, inner_steps)
-    state = _own(method, params)
-
+    mesh = mesh_of(params, () if is_batches(data) else data)
+    state = _own(method, params, mesh)
     if is_batches(data):
         _check_batches(data, batch_size, length)
-        examples, schedule = None, None
-        batches, updates = batches_of_iterable(data, length), _updates_of_iterable(data, length)
+        examples, schedule, updates = None, None, _updates_of_iterable(data, length)
     else:
         examples = examples_of(data, method.in_axes)
+        if mesh is not None and (axes := batch_axes(mesh, params, data)):
+            examples = replace(examples, sharding=_batch_sharding(mesh, axes))
         schedule = schedule_of(length, examples.size, batch_size)
-        batches, updates = batches_of_examples(examples, key, schedule), schedule.updates
-    watches = {"callback": callback is not None, "progress": progress, "check_finite": check_finite}
+        updates = schedule.updates
+    watches = {
+        "callback": callback is not None,
+        "progress": progress,
+        "check_finite": check_finite,
+        "checkpoint": checkpoint is not None,
+    }
     _check_watchable((state, examples, key), watches)
 
-    if examples is not None and schedule is not None and callback is None and not progress:
-        state, history = run_epochs(method, state, examples, key, schedule, check_finite=check_finite)
-        return FitResult(state.params, state, history)
-    watchers = [] if callback is None else [callback]
-    with ExitStack() as stack:
-        if progress:
-            advance = stack.enter_context(bar(updates))
-            watchers.insert(0, lambda _, info: advance(info))
-        state, history = run_steps(
-            method,
-            state,
-            batches,
-            inner_steps=length.inner_steps,
-            check_finite=check_finite,
-            watchers=watchers,
-        )
-    return FitResult(state.params, state, history)
+    with lost_processes_named(), ExitStack() as stack:
+        keeper, start = None, Standing(state, no_history)
+        if checkpoint is not None:
+            identity = _identity(key, examples, schedule, length)
+            keeper = stack.enter_context(Keeper(checkpoint_of(checkpoint), identity, length.inner_steps))
+            start = keeper.restore(state) or start
+            _check_not_past(start, schedule, length)
+        report = stack.enter_context(bar(updates)) if progress else None
+        if examples is not None and schedule is not None and callback is None:
+            chunks = Chunks(keeper, report, length.inner_steps) if keeper or report else None
+            trained, history = run_epochs(
+                method, start, examples, key, schedule, check_finite=check_finite, chunks=chunks
+            )
+        else:
+            if examples is not None and schedule is not None:
+                batches = batches_of_examples(examples, key, schedule, start.batches)
+            else:
+                sharding = mesh and _batch_sharding(mesh, batch_axes(mesh, params) or mesh.axis_names)
+                batches = batches_of_iterable(
+                    data, length, start.position, in_axes=method.in_axes, keep_position=keeper is not None,
+                    sharding=sharding,
+                )  # fmt: skip
+            trained, history = run_steps(
+                method, start, batches, inner_steps=length.inner_steps, check_finite=check_finite,
+                callback=callback, report=report, keeper=keeper,
+            )  # fmt: skip
+    return FitResult(trained.params, trained, history)
 
 
-def _own(method: Method, params: Any) -> MethodState:
+def _batch_sharding(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
+    return NamedSharding(mesh, PartitionSpec(axes))
+
+
+def _own(method: Method, params: Any, mesh: Mesh | None) -> MethodState:
     """A state that nobody else holds and whose leaves are all apart, so that it can be updated in place."""
-    state = params if isinstance(params, MethodState) else method.init(params)
+    state = on_mesh(params if isinstance(params, MethodState) else method.init(params), mesh)
     return jax.tree.map(lambda x: jnp.array(x, copy=True), state)
 
 
@@ -158,4 +196,35 @@ def _check_watchable(arrays: Any, watches: dict[str, bool]) -> None:
         raise ValueError(
             f"`{argument}` needs values to look at, and inside `jax.jit` or `jax.vmap` there are none: leave "
             "it out there and look at `result.history`"
+        )
+
+
+def _identity(
+    key: jax.Array, examples: Examples | None, schedule: Schedule | None, length: Length
+) -> dict[str, Any]:
+    """What makes a run the run that it is, in JSON; the state's leaves are compared apart from it."""
+    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
+        key = jax.random.key_data(key)
+    return {
+        "key": np.asarray(key).tolist(),
+        "data": [describe(x) for x in jax.tree.leaves(examples.args)] if examples else "batches",
+        "batch_size": schedule.epoch.batch_size if schedule else None,
+        "inner_steps": length.inner_steps,
+    }
+
+
+def _check_not_past(start: Standing, schedule: Schedule | None, length: Length) -> None:
+    made = start.batches * length.inner_steps
+    if schedule is not None:
+        past = start.batches > schedule.batches
+    elif length.steps is not None:
+        past = made > length.steps
+    else:
+        epoch, place = start.position[:2] if start.position else (0, 0)
+        past = epoch + (place > 0) > (length.epochs or 0)
+    if past:
+        asked = f"`epochs`={length.epochs}" if length.steps is None else f"`steps`={length.steps}"
+        raise ValueError(
+            f"`checkpoint`: the run has made {made} updates already, more than {asked} asks for; ask for as "
+            "many or more, or give another folder"
         )

@@ -42,24 +42,22 @@ class NonFiniteError(FloatingPointError):
         self.state, self.history = state, history
 
 
-def check_history(before: MethodState, after: MethodState, parts: list[History]) -> None:
-    """Looks at the last of `parts`, whose updates led from one state to the other.
+def check_history(before: MethodState, after: MethodState, history: History, start: int, stop: int) -> None:
+    """Looks at the updates from `start` up to `stop`, which led from one state to the other.
 
     Raises:
         NonFiniteError: something is not finite.
     """
-    bad = np.flatnonzero(~(np.isfinite(parts[-1].value) & np.isfinite(parts[-1].grad_norm)))
-    if bad.size:
-        parts = [*parts[:-1], jax.tree.map(lambda x: x[: bad[0] + 1], parts[-1])]
+    made = jax.tree.map(lambda x: np.asarray(x[start:stop]), history)
+    bad = np.flatnonzero(~(np.isfinite(made.value) & np.isfinite(made.grad_norm)))
     if bad.size or not is_finite(after.params):
-        raise NonFiniteError(before, joined(parts))
+        end = start + bad[0] + 1 if bad.size else stop
+        raise NonFiniteError(before, jax.tree.map(lambda x: x[:end], history))
 
 
-def joined(parts: list[History]) -> History:
-    """One history of several."""
-    if not parts:
-        return History(jnp.zeros(0), jnp.zeros(0))
-    return jax.tree.map(lambda *arrays: jnp.concatenate(arrays), *parts) if len(parts) > 1 else parts[0]
+def no_history() -> History:
+    """What no update saw."""
+    return History(jnp.zeros(0), jnp.zeros(0))
 
 
 @jax.jit

@@ -4,15 +4,18 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
+import jax
+
 from jgd._errors import require
-from jgd._methods.method import StepInfo
+
+Report = Callable[[int, jax.Array], None]  # how many updates are made, and the value that the last one saw
 
 _REFRESH_SECONDS = 0.1
 
 
 @contextmanager
-def bar(total: int | None) -> Iterator[Callable[[StepInfo], None]]:
-    """A bar on the terminal with an estimate of the time left; the function it gives counts one update.
+def bar(total: int | None) -> Iterator[Report]:
+    """A bar on the terminal with an estimate of the time left; the function it gives moves it.
 
     Raises:
         ImportError: `rich` is not installed.
@@ -29,15 +32,15 @@ def bar(total: int | None) -> Iterator[Callable[[StepInfo], None]]:
     ]
     with rich.Progress(*columns) as progress:
         task = progress.add_task("", total=total, value="-")
-        done, shown = 0, time.monotonic()
+        made, shown = 0, time.monotonic()
 
-        def advance(info: StepInfo) -> None:
-            nonlocal done, shown
-            done += 1
+        def report(done: int, value: jax.Array) -> None:
+            nonlocal made, shown
+            made = done
             # Reading the value waits for the device, without which the bar would run ahead of the work.
             if done == total or time.monotonic() - shown > _REFRESH_SECONDS:
-                progress.update(task, completed=done, value=f"{float(info.value):.5g}")
+                progress.update(task, completed=done, value=f"{float(value):.5g}")
                 shown = time.monotonic()
 
-        yield advance
-        progress.update(task, completed=done)
+        yield report
+        progress.update(task, completed=made)

@@ -1,9 +1,11 @@
 """How the gradient of a batch is computed: the part of a method that can be exchanged.
 
-Every derivative is a function of `(params, *batch)` to an `Evaluation`; the step that follows is the same.
+Every derivative is a function of `(params, *batch, weights=None)` to an `Evaluation`; the step that follows is
+the same. `weights` is `(B,)`, and weight 0 is an absent example.
 """
 
 import functools
+import inspect
 from collections.abc import Callable
 from typing import Any, Literal, NamedTuple, get_args
 
@@ -14,6 +16,7 @@ from jax.flatten_util import ravel_pytree
 from jgd._engine.program import trace
 from jgd._gradients import per_example_grad
 from jgd._loss import Loss, bind
+from jgd._memory import checked_sizes
 from jgd._reductions.linear import mean
 from jgd._reductions.linear import sum as sum_
 
@@ -37,12 +40,20 @@ Evaluate = Callable[..., Evaluation]
 
 
 def evaluation_by(
-    derivative: Derivative, loss: Loss, *, reduce: Any, in_axes: Any, has_aux: bool
+    derivative: Derivative,
+    loss: Loss,
+    *,
+    reduce: Any,
+    in_axes: Any,
+    has_aux: bool,
+    microbatch_size: int | None = None,
+    max_memory: int | None = None,
 ) -> Evaluate:
     """The function that evaluates a batch by the derivative chosen.
 
     Raises:
-        ValueError: the derivative is unknown, or knows only the batch's gradient and was given a `reduce`.
+        ValueError: the derivative is unknown, or knows only the batch's gradient and was given a `reduce` or a
+            limit of memory; a limit is out of range, or two are given.
         TypeError: `loss` or `reduce` is not callable.
     """
     if not callable(loss):
@@ -61,21 +72,30 @@ def evaluation_by(
             f"`reduce` needs the gradient of each example, but `derivative`={derivative!r} knows only the "
             "batch's; leave `reduce` out, or use derivative='reverse'"
         )
+    checked_sizes(microbatch_size, max_memory)
+    if derivative != "reverse" and (microbatch_size or max_memory):
+        raise ValueError(
+            f"`microbatch_size` and `max_memory` belong to derivative='reverse', got derivative={derivative!r}"
+        )
     if callable(derivative):
         return _by_callable(derivative, has_aux)
-    objective = _objective(loss, in_axes, has_aux, jnp.sum if reduce is sum_ else jnp.mean)
+    objective = _objective(loss, in_axes, has_aux, _sum if reduce is sum_ else _mean)
     if derivative == "reverse":
-        return _by_reverse(loss, objective, reduce, in_axes, has_aux)
+        per_example = per_example_grad(
+            loss, in_axes=in_axes, has_aux=has_aux, microbatch_size=microbatch_size, max_memory=max_memory
+        )
+        return _by_reverse(per_example, objective, reduce)
     return _by_coordinates(objective, _forward if derivative == "forward" else _central_difference)
 
 
 Objective = Callable[..., tuple[jax.Array, Any]]
+Total = Callable[..., jax.Array]
 
 
-def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Callable[[jax.Array], jax.Array]) -> Objective:
+def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total) -> Objective:
     """The objective of a batch: the mean of its losses, or their sum, and the examples' aux."""
 
-    def objective(params: Any, *batch: Any) -> tuple[jax.Array, Any]:
+    def objective(params: Any, *batch: Any, weights: Any = None) -> tuple[jax.Array, Any]:
         call = bind(loss, (params, *batch), argnums=0, in_axes=in_axes, has_aux=has_aux)
         if call.size == 0:
             raise ValueError("the batch holds no examples: its mean loss is not defined")
@@ -84,21 +104,46 @@ def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Callable[[jax.Arr
         values, aux = jax.vmap(functools.partial(program.run, call.param_leaves, constants))(
             call.batch_leaves
         )
-        return total(_wide(values)), jax.tree.unflatten(program.aux_treedef, aux)
+        return total(_wide(values), weights), jax.tree.unflatten(program.aux_treedef, aux)
 
     return objective
 
 
-def _by_reverse(loss: Loss, objective: Objective, reduce: Any, in_axes: Any, has_aux: bool) -> Evaluate:
-    per_example = per_example_grad(loss, in_axes=in_axes, has_aux=has_aux)
-    total = jnp.sum if reduce is sum_ else jnp.mean
+def _mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    return jnp.mean(values) if weights is None else _sum(values, weights) / jnp.sum(weights)
 
-    def evaluate(params: Any, *batch: Any) -> Evaluation:
+
+def _sum(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+    if weights is None:
+        return jnp.sum(values)
+    return jnp.sum(jnp.where(weights == 0, 0, values) * weights)  # an absent value may be infinite
+
+
+def _by_reverse(per_example: Callable[..., Any], objective: Objective, reduce: Any) -> Evaluate:
+    total = _sum if reduce is sum_ else _mean
+
+    def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:
         grads = per_example(params, *batch)
-        gradient = reduce(grads)
-        return Evaluation(total(_wide(grads.values)), gradient, grads.aux, lambda p: objective(p, *batch)[0])
+        gradient = reduce(grads) if weights is None else _reduced(reduce, grads, weights)
+        return Evaluation(
+            total(_wide(grads.values), weights),
+            gradient,
+            grads.aux,
+            lambda p: objective(p, *batch, weights=weights)[0],
+        )
 
     return evaluate
+
+
+def _reduced(reduce: Any, grads: Any, weights: jax.Array) -> Any:
+    try:
+        inspect.signature(reduce).bind(grads, weights=weights)
+    except TypeError as error:
+        raise TypeError(
+            "some examples of this batch are absent, so `reduce` must take `weights`, as `jgd.mean`, `jgd.sum` and "
+            f"`jgd.clipped_sum` do, with weight 0 for an absent example: `reduce(grads, weights=...)`; {error}"
+        ) from error
+    return reduce(grads, weights=weights)
 
 
 def _by_callable(derivative: Callable[..., Any], has_aux: bool) -> Evaluate:
@@ -114,7 +159,12 @@ def _by_callable(derivative: Callable[..., Any], has_aux: bool) -> Evaluate:
             raise TypeError(f"`derivative` must return a scalar value, got one of shape {jnp.shape(value)}")
         return jnp.asarray(value), out[1], aux
 
-    def evaluate(params: Any, *batch: Any) -> Evaluation:
+    def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:
+        if weights is not None:
+            raise ValueError(
+                "some examples of this batch are absent, and a `derivative` that is a function cannot be told "
+                "which: use derivative='reverse', or batches without absent examples"
+            )
         value, gradient, aux = value_and_aux(params, *batch)
         return Evaluation(_wide(value), gradient, aux, lambda p: _wide(value_and_aux(p, *batch)[0]))
 
@@ -129,11 +179,11 @@ Slopes = Callable[[Callable[[Any], jax.Array], Any], Any]
 
 
 def _by_coordinates(objective: Objective, slopes: Slopes) -> Evaluate:
-    def evaluate(params: Any, *batch: Any) -> Evaluation:
+    def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:
         def value_fn(params: Any) -> jax.Array:
-            return objective(params, *batch)[0]
+            return objective(params, *batch, weights=weights)[0]
 
-        value, aux = objective(params, *batch)
+        value, aux = objective(params, *batch, weights=weights)
         return Evaluation(value, slopes(value_fn, params), aux, value_fn)
 
     return evaluate
@@ -157,7 +207,7 @@ def _central_difference(function: Callable[[Any], jax.Array], params: Any) -> An
     """
     flat, unravel = ravel_pytree(params)
     widths, _ = ravel_pytree(
-        jax.tree.map(lambda x: jnp.finfo(x.dtype).eps ** (1 / 3) * jnp.maximum(1, jnp.abs(x)), params)
+        jax.tree.map(lambda x: float(jnp.finfo(x.dtype).eps) ** (1 / 3) * jnp.maximum(1, jnp.abs(x)), params)
     )
 
     def slope(k: jax.Array) -> jax.Array:

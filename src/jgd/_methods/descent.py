@@ -20,6 +20,8 @@ def descent(
     derivative: Derivative = "reverse",
     in_axes: Any = None,
     has_aux: bool = False,
+    microbatch_size: int | None = None,
+    max_memory: int | None = None,
 ) -> Method:
     """A method that minimises the mean of `loss` over the examples.
 
@@ -38,6 +40,9 @@ def descent(
             All but the first know only the gradient of the batch, and take no `reduce`.
         in_axes: as in `jax.vmap`, one entry for each argument of the loss; None marks a shared argument.
         has_aux: whether the loss returns a pair.
+        microbatch_size: as in `jgd.per_example_grad`: so many examples at a time, for the memory of as many. The
+            value of the objective then takes one more forward pass.
+        max_memory: as in `jgd.per_example_grad`: the largest microbatch that stays within so many bytes.
 
     Returns:
         A method: `method.init(params)` gives a state, `method.step(state, *batch)` the next one.
@@ -54,7 +59,10 @@ def descent(
         >>> state.params, info.value, info.grad_norm
         (Array(1., dtype=float32), Array(2.5, dtype=float32), Array(2., dtype=float32))
     """
-    evaluate = evaluation_by(derivative, loss, reduce=reduce, in_axes=in_axes, has_aux=has_aux)
+    evaluate = evaluation_by(
+        derivative, loss, reduce=reduce, in_axes=in_axes, has_aux=has_aux,
+        microbatch_size=microbatch_size, max_memory=max_memory,
+    )  # fmt: skip
     return Method(evaluate, checked(optimizer, "optimizer"), in_axes)
 
 
@@ -66,6 +74,8 @@ def ascent(
     derivative: Derivative = "reverse",
     in_axes: Any = None,
     has_aux: bool = False,
+    microbatch_size: int | None = None,
+    max_memory: int | None = None,
 ) -> Method:
     """A method that maximises the mean of `objective` over the examples.
 
@@ -79,6 +89,8 @@ def ascent(
         derivative: as in `jgd.descent`; a function gives the value and gradient of the objective itself.
         in_axes: as in `jgd.descent`.
         has_aux: as in `jgd.descent`.
+        microbatch_size: as in `jgd.descent`, and so is `max_memory`.
+        max_memory: a number of bytes.
 
     Returns:
         A method, as `jgd.descent` does.
@@ -87,7 +99,10 @@ def ascent(
         TypeError: `optimizer` is not an optax transformation.
         ValueError: `derivative` is unknown, or `reduce` was given with one that knows only the batch.
     """
-    evaluate = evaluation_by(derivative, objective, reduce=reduce, in_axes=in_axes, has_aux=has_aux)
+    evaluate = evaluation_by(
+        derivative, objective, reduce=reduce, in_axes=in_axes, has_aux=has_aux,
+        microbatch_size=microbatch_size, max_memory=max_memory,
+    )  # fmt: skip
     return Method(evaluate, ascending(checked(optimizer, "optimizer")), in_axes)
 
 
@@ -100,6 +115,8 @@ def descent_ascent(
     derivative: Derivative = "reverse",
     in_axes: Any = None,
     has_aux: bool = False,
+    microbatch_size: int | None = None,
+    max_memory: int | None = None,
 ) -> Method:
     """A method for min over x, max over y of the mean of `objective((x, y), *example)`.
 
@@ -114,6 +131,8 @@ def descent_ascent(
         derivative: as in `jgd.descent`.
         in_axes: as in `jgd.descent`.
         has_aux: as in `jgd.descent`.
+        microbatch_size: as in `jgd.descent`, and so is `max_memory`.
+        max_memory: a number of bytes.
 
     Returns:
         A method whose parameters are the pair `(x, y)`.
@@ -125,6 +144,9 @@ def descent_ascent(
 
     Source: Mokhtari et al., "A unified analysis of extra-gradient and optimistic gradient methods", 2020.
     """
-    evaluate = evaluation_by(derivative, objective, reduce=reduce, in_axes=in_axes, has_aux=has_aux)
+    evaluate = evaluation_by(
+        derivative, objective, reduce=reduce, in_axes=in_axes, has_aux=has_aux,
+        microbatch_size=microbatch_size, max_memory=max_memory,
+    )  # fmt: skip
     minimiser, maximiser = checked(min_optimizer, "min_optimizer"), checked(max_optimizer, "max_optimizer")
     return Method(evaluate, simultaneous(minimiser, ascending(maximiser)), in_axes)

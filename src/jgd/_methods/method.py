@@ -74,19 +74,23 @@ class Method:
         params = _strongly_typed(params)
         return MethodState(params, _strongly_typed(self.optimizer.init(params)), jnp.zeros((), jnp.int32))
 
-    def step(self, state: MethodState, *batch: Any) -> tuple[MethodState, StepInfo]:
+    def step(
+        self, state: MethodState, *batch: Any, weights: Float[Array, "B"] | None = None
+    ) -> tuple[MethodState, StepInfo]:
         """One update from one batch; compiled at the first call with its shapes.
 
         Args:
             state: what `init` or the last step returned. It is left intact, so it can be kept or stepped from
                 again; `jgd.fit`, which owns its states, updates in place.
             batch: the arguments of the loss after the parameters, with a leading axis B.
+            weights: `(B,)`, handed to `reduce`, and weighing the losses in `info.value`. Weight 0 is an absent
+                example, which fills a batch up to a common size and counts for nothing.
 
         Returns:
             The new state, and what this update saw at the old one.
 
         Raises:
-            TypeError: `state` is not a `MethodState`.
+            TypeError: `state` is not a `MethodState`, or `reduce` takes no `weights` and some are given.
             ValueError: `state` is not this method's optimizer's, or the batch does not fit the loss.
         """
         if not isinstance(state, MethodState):
@@ -94,12 +98,14 @@ class Method:
                 "`state` must be the MethodState that `method.init(params)` returned, got "
                 f"{type(state).__name__}"
             )
-        return _step(self, state, batch)
+        return _step(self, state, batch, weights)
 
 
-def _update(method: Method, state: MethodState, batch: tuple[Any, ...]) -> tuple[MethodState, StepInfo]:
+def _update(
+    method: Method, state: MethodState, batch: tuple[Any, ...], weights: jax.Array | None
+) -> tuple[MethodState, StepInfo]:
     _check_state(method, state)
-    at = method.evaluate(state.params, *batch)
+    at = method.evaluate(state.params, *batch, weights=weights)
     _check_gradient(at.gradient, state.params)
     updates, opt_state = method.optimizer.update(
         at.gradient, state.opt_state, state.params, value=at.value, grad=at.gradient, value_fn=at.value_fn
@@ -113,9 +119,11 @@ _step = jax.jit(_update, static_argnums=0)
 _step_in_place = jax.jit(_update, static_argnums=0, donate_argnums=1)
 
 
-def step_in_place(method: Method, state: MethodState, *batch: Any) -> tuple[MethodState, StepInfo]:
+def step_in_place(
+    method: Method, state: MethodState, *batch: Any, weights: jax.Array | None = None
+) -> tuple[MethodState, StepInfo]:
     """`method.step`, for a caller who owns every leaf of the state: its memory goes to the next one."""
-    return _step_in_place(method, state, batch)
+    return _step_in_place(method, state, batch, weights)
 
 
 def _strongly_typed(tree: Any) -> Any:

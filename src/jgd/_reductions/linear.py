@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
+from jgd._mesh import like_blocks, like_examples, like_leaves, placed_by
 from jgd._reductions.arguments import direction_of, form_of, weights_of
 
 
@@ -78,23 +79,33 @@ def dot(
 
 
 @jax.jit
+@placed_by(like_blocks)
 def _materialize(form):
     return form.materialize()
 
 
+def _wide_sum(form, weights):
+    return form.walk(lambda form, w: (form.weighted_sum(w, keep_wide=True), ()), weights)[0]
+
+
 @jax.jit
+@placed_by(like_leaves)
 def _weighted_sum(form, weights):
-    return form.weighted_sum(weights)
+    return [x.astype(like.dtype) for x, like in zip(_wide_sum(form, weights), form.like, strict=True)]
 
 
 @jax.jit
+@placed_by(like_leaves)
 def _weighted_mean(form, weights):
     if weights is None:
-        weights = jnp.full(form.size, 1 / form.size)
-        return form.weighted_sum(weights)
-    return form.weighted_sum(weights / jnp.sum(weights))
+        # Not by weights of 1/B: the sum may be asked for beside the mean, and is then shared.
+        sums = [x / form.size for x in _wide_sum(form, None)]
+    else:
+        sums = _wide_sum(form, weights / jnp.sum(weights))
+    return [x.astype(like.dtype) for x, like in zip(sums, form.like, strict=True)]
 
 
 @jax.jit
+@placed_by(like_examples)
 def _dot(form, direction):
-    return form.dot(direction)
+    return form.walk(lambda form, _: ((), form.dot(direction)), None)[1]

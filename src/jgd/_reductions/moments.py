@@ -5,6 +5,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
+from jgd._mesh import like_leaves, placed_by
 from jgd._reductions.arguments import at_least_two, form_of, weights_of
 
 
@@ -51,17 +52,19 @@ def variance(
 
 
 @jax.jit
+@placed_by(like_leaves)
 def _second_moment(form, weights):
     weights = jnp.ones(form.size) if weights is None else weights
-    moments = form.squared_deviations(weights / jnp.sum(weights), None)
+    share = weights / jnp.sum(weights)
+    moments, _ = form.walk(lambda form, w: (form.second_moments(w), ()), share)
     return [m.astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
 
 
 @jax.jit
+@placed_by(like_leaves)
 def _variance(form, weights):
     weights = jnp.ones(form.size) if weights is None else weights
     share = weights / jnp.sum(weights)
-    center = form.weighted_sum(share, keep_wide=True)
-    moments = form.squared_deviations(share, center)
-    unbiased = 1 - jnp.sum(jnp.square(share))
-    return [(m / unbiased).astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
+    # The mean is the same by any multiple of the weights: this one spares a division of every element.
+    unbiased = share / (1 - jnp.sum(jnp.square(share)))
+    return [m.astype(x.dtype) for m, x in zip(form.spreads(unbiased), form.like, strict=True)]

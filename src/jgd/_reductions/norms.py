@@ -1,14 +1,16 @@
 """Norms, and what needs no more than them: clipped sums and the noise scale."""
 
-import functools
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jgd import _clipping
+from jgd._clipping import root, total
 from jgd._errors import describe, is_concrete
 from jgd._gradients import PerExampleGrads
+from jgd._mesh import like_examples, like_leaves, like_scalars, placed_by
 from jgd._reductions.arguments import at_least_two, form_of, weights_of
 
 
@@ -94,45 +96,35 @@ def noise_scale(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> Noise
     return _noise_scale(form)
 
 
-def _total(parts: list[jax.Array], size: int) -> jax.Array:
-    return functools.reduce(jnp.add, parts, jnp.zeros(size, jnp.float32))
-
-
-def _root(square: jax.Array) -> jax.Array:
-    """√x whose derivative at 0 is 0, so that a penalty on norms trains past a zero gradient."""
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), square)
-
-
 @jax.jit
+@placed_by(like_examples)
 def _leaf_norms(form):
-    return [_root(square) for square in form.squared_norms()]
+    return [root(square) for square in _squared_norms(form)]
 
 
 @jax.jit
+@placed_by(like_examples)
 def _norms(form):
-    return _root(_total(form.squared_norms(), form.size))
+    return root(total(_squared_norms(form), form.size))
+
+
+def _squared_norms(form):
+    return form.walk(lambda form, _: ((), form.squared_norms()), None)[1]
 
 
 @jax.jit
+@placed_by(like_leaves)
 def _clipped_sum(form, max_norm, weights):
-    norm = _root(_total(form.squared_norms(), form.size))
-    inside = norm <= max_norm
-    factor = jnp.where(inside, 1, max_norm / jnp.where(inside, 1, norm))
-    factor = jnp.where(jnp.isfinite(norm), factor, 0)
-    if weights is not None:
-        factor = jnp.where(weights != 0, factor * weights, 0)
-    return form.weighted_sum(factor, after_norms=True)
+    sums, _ = form.walk(lambda form, w: (_clipping.clipped_sum(form, max_norm, w), ()), weights)
+    return [x.astype(like.dtype) for x, like in zip(sums, form.like, strict=True)]
 
 
 @jax.jit
+@placed_by(like_scalars)
 def _noise_scale(form):
     size = form.size
-    mean_square = jnp.mean(_total(form.squared_norms(), size))
-    mean = form.weighted_sum(jnp.full(size, 1 / size))
-    square_mean = jnp.sum(
-        jnp.stack([jnp.sum(jnp.square(x.astype(jnp.promote_types(x.dtype, jnp.float32)))) for x in mean])
-    )
+    squares, square_sum = form.squares_and_sum()
+    mean_square, square_mean = jnp.mean(total(squares, size)), square_sum / size**2
     trace = (mean_square - square_mean) * (size / (size - 1))
     signal = square_mean - trace / size
     return NoiseScale(trace / signal, trace, signal)

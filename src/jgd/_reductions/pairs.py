@@ -6,6 +6,8 @@ import jax
 from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
+from jgd._mesh import like_examples, placed_by
+from jgd._microbatched import Microbatched
 from jgd._reductions.arguments import form_of
 
 
@@ -24,7 +26,7 @@ def gram(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], other: Any = No
     """
     form, treedef = form_of(grads)
     if other is None:
-        return _gram(form, form)
+        return _self_gram(form)
     other_form, other_treedef = form_of(other)
     if treedef != other_treedef:
         raise ValueError(f"`grads` and `other` are of different structure: {treedef} and {other_treedef}")
@@ -64,12 +66,22 @@ def project(
 
 
 @jax.jit
+@placed_by(like_examples)
 def _gram(form, other):
+    if isinstance(other, Microbatched) and not isinstance(form, Microbatched):
+        return other.gram(form).T
     return form.gram(other)
 
 
+@jax.jit
+@placed_by(like_examples)
+def _self_gram(form):
+    return form.self_gram()
+
+
+@placed_by(like_examples)
 def _project_form(form, key, dim):
-    return form.project(key, dim)
+    return form.walk(lambda form, _: ((), form.project(key, dim)), None)[1]
 
 
 _project = jax.jit(_project_form, static_argnums=2)

@@ -45,7 +45,7 @@ def match(site: Site, position: int, view: View) -> Use | None:
     positions = geometry.positions()
     return Use(
         "convolution", site, position, view.leaf, view.offset, shape.axes, shape, positions,
-        geometry.factor, geometry.block, geometry.square,
+        geometry.factor, geometry.block, geometry.arrange, geometry.square,
     )  # fmt: skip
 
 
@@ -91,9 +91,13 @@ class _Geometry:
         return Outer(left.reshape(n, t, -1), right.reshape(n, t, -1))
 
     def block(self, data: SiteData) -> jax.Array:
-        """The gradient, one product for each place in the window."""
+        """The gradient, one product for each place in the window: (window, steps.., groups, channels, q)."""
+        return jnp.stack(list(self._products(data)))
+
+    def arrange(self, block: jax.Array) -> jax.Array:
+        """The gradient's block as `(N, P, Q)`."""
         depth = len(self.stepping) + 1
-        stacked = jnp.stack(list(self._products(data)), axis=-2)  # (steps.., groups, channels, window, q)
+        stacked = jnp.moveaxis(block, 0, -2)
         stacked = stacked.reshape(*stacked.shape[: depth + 1], *self.window, stacked.shape[-1])
         made = stacked.transpose(*self.n_order, *(depth + i for i in self.p_order), stacked.ndim - 1)
         return made.reshape(math.prod(made.shape[:depth]), -1, made.shape[-1])

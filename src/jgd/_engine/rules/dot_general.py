@@ -6,9 +6,7 @@ positions t. The gradient is the product of the other operand and δ over t.
 
 from typing import Any
 
-import jax
-
-from jgd._engine.factors import Arrangement, Outer, Shape, contract, group, split_axes
+from jgd._engine.factors import Arrangement, Outer, Shape, group, split_axes
 from jgd._engine.regions import Side, Site
 from jgd._engine.uses import SiteData, Use
 from jgd._engine.views import Axis, View
@@ -93,11 +91,11 @@ class _Axes:
         # contracted axis as they lie in memory, and copies those that have several.
         many_left, many_right = left.with_batch(self.depth, 1), right.with_batch(self.depth, 1)
 
-        def batch_block(data: SiteData) -> jax.Array:
-            return contract("ntp,ntq->npq", many_left(data.values[other]), many_right(data.deltas[0]))
+        def batch_factor(data: SiteData) -> Outer:
+            return Outer(many_left(data.values[other]), many_right(data.deltas[0]))
 
         shape = Shape(n, p, q)
         return Use(
             rule, site, position, view.leaf, view.offset, shape.axes, shape, positions, factor,
-            batch_block=batch_block,
+            batch_factor=batch_factor,
         )  # fmt: skip

@@ -1,0 +1,144 @@
+"""Reductions of a part whose rows were looked up: no table is built but the answer's, and that once.
+
+`Rows` come with a leading axis of examples: the row of each lookup, `(B, T)`, and its δ, `(B, 1, T, Q)`. A lookup
+that met no row has the number of the rows, and adds nothing.
+"""
+
+import math
+
+import jax
+import jax.numpy as jnp
+
+from jgd._engine.factors import Rows, contract, wide
+from jgd._engine.moments import inverse
+from jgd._materialized import mask_rows
+from jgd._mesh import varying
+
+_DISTANCES = 16  # of partners in the sorted lookups that are looked at before asking whether any are left
+
+
+def second_moment(made: Rows, weights: jax.Array, rows: int) -> jax.Array:
+    """Σ w_i g_i², `(rows, Q)`."""
+    right = mask_rows(weights != 0, made.right)
+    first, total = _by_row(made.index, right, rows)
+    share = jnp.where(first & (weights != 0)[:, None], weights[:, None], 0)
+    table = jnp.zeros((rows, total.shape[2]), total.dtype)
+    return table.at[made.index].add(share[:, :, None] * jnp.square(total), mode="drop")
+
+
+def spread(made: Rows, weights: jax.Array, rows: int) -> jax.Array:
+    """Σ w_i (g_i − ḡ)², `(rows, Q)`, with ḡ the weighted mean: an example that did not look up a row deviates by ḡ."""
+    present, weight = weights != 0, jnp.sum(weights)
+    first, total = _by_row(made.index, mask_rows(present, made.right), rows)
+    share = jnp.where(first & present[:, None], weights[:, None], 0).reshape(-1, 1)
+    number, places = _numbered(made.index, rows)
+    total = total.reshape(share.shape[0], -1)
+    summed = lambda x: jnp.zeros((places.size, x.shape[1]), x.dtype).at[number].add(x, mode="drop")
+    mean = summed(share * total) * inverse(weight)
+    near = jnp.take(mean, number, axis=0, mode="fill", fill_value=0)
+    # What is left of the weight rounds: where every example met the row, it is 0.
+    met = summed((share != 0).astype(jnp.int32)) == jnp.sum(present)
+    unmet = jnp.where(met, 0, weight - summed(share))
+    made_of = summed(share * jnp.square(total - near)) + unmet * jnp.square(mean)
+    if places.size == rows:
+        return made_of
+    return jnp.zeros((rows, total.shape[1]), total.dtype).at[places].set(made_of, mode="drop")
+
+
+def squared_sum(made: Rows, rows: int) -> jax.Array:
+    """‖Σ g_i‖²."""
+    number, places = _numbered(made.index, rows)
+    right = made.right.astype(wide(made.right)).reshape(number.size, -1)
+    total = jnp.zeros((places.size, right.shape[1]), right.dtype).at[number].add(right, mode="drop")
+    return jnp.sum(jnp.square(mask_rows(places < rows, total)))
+
+
+def gram(ours: Rows, theirs: Rows | None, rows: int) -> jax.Array:
+    """⟨g_i, g'_j⟩, from the rows that both examples looked up; `theirs` None means `ours` once more.
+
+    All lookups are grouped by row, after those of one example have been added up: then the partners of each lie
+    next to it, at distances below the number of examples, and mostly there are none.
+    """
+    indices, rights = [], []
+    for made in [ours] if theirs is None else [ours, theirs]:
+        first, total = _by_row(made.index, made.right, rows)
+        indices.append(jnp.where(first, made.index, rows))
+        rights.append(total)
+    lengths = [index.shape for index in indices]
+    owners = [
+        jnp.repeat(jnp.arange(size) + before, length)
+        for (size, length), before in zip(lengths, (0, lengths[0][0]), strict=False)
+    ]
+    size, flat = (
+        sum(size for size, _ in lengths),
+        lambda parts: jnp.concatenate([x.reshape(-1) for x in parts]),
+    )
+    index, owner = flat(indices), jnp.concatenate(owners)
+    right = jnp.concatenate([x.reshape(-1, x.shape[2]) for x in rights])
+    order = _by_group(_representative(index, rows))
+    total = _partners(index[order], owner[order], right[order], rows, size)
+    return total if theirs is None else total[: lengths[0][0], lengths[0][0] :]
+
+
+def _partners(index: jax.Array, owner: jax.Array, right: jax.Array, rows: int, size: int) -> jax.Array:
+    """Adds up the products of lookups of the same row, which stand together, one distance after the other."""
+    place = jnp.arange(index.size)
+    beyond = lambda x, distance: jnp.roll(x, -distance, axis=0)
+
+    def meets(distance: jax.Array) -> jax.Array:
+        return (index == beyond(index, distance)) & (index < rows) & (place + distance < index.size)
+
+    def at(total: jax.Array, distance: jax.Array) -> tuple[jax.Array, None]:
+        pairs = meets(distance)
+
+        def add() -> jax.Array:
+            products = jnp.where(pairs, jnp.sum(right * beyond(right, distance), axis=1), 0)
+            return total.at[owner, beyond(owner, distance)].add(products)
+
+        return jax.lax.cond(jnp.any(pairs), add, lambda: total), None
+
+    def some(total: jax.Array, nearest: jax.Array) -> tuple[jax.Array, None]:
+        each = nearest + jnp.arange(_DISTANCES)
+        # A row's lookups stand together: where none has a partner at a distance, none has one beyond it.
+        more = jnp.any(meets(nearest))
+        return jax.lax.cond(more, lambda: jax.lax.scan(at, total, each)[0], lambda: total), None
+
+    own = jnp.where(index < rows, jnp.sum(jnp.square(right), axis=1), 0)
+    diagonal = jnp.zeros(size, right.dtype).at[owner].add(own)
+    nearest = 1 + _DISTANCES * jnp.arange(math.ceil((size - 1) / _DISTANCES))
+    above = jax.lax.scan(some, varying(jnp.zeros((size, size), right.dtype), right), nearest)[0]
+    return above + above.T + jnp.diag(diagonal)
+
+
+def _by_row(index: jax.Array, right: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """Which lookup is the first of its row in its example, and the whole δ of its row there, `(B, T, Q)`."""
+    right = right[:, 0].astype(wide(right))
+    same = index[:, :, None] == index[:, None, :]
+    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
+    first = ~jnp.any(same & earlier[None], axis=2) & (index < rows)
+    return first, contract("its,isq->itq", same.astype(right.dtype), right)
+
+
+def _numbered(index: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
+    """A number for each lookup's row, and the rows by number: only those met, where the table has more."""
+    flat = index.reshape(-1)
+    if rows <= flat.size:
+        return flat, jnp.arange(rows)
+    number = _representative(flat, rows)
+    return number, jnp.where(number == jnp.arange(flat.size), flat, rows)
+
+
+def _representative(flat: jax.Array, rows: int) -> jax.Array:
+    """For each lookup, one of its row's: a table of integers finds it, where a sort would take far longer."""
+    place = jnp.arange(flat.size)
+    return jnp.zeros(rows + 1, place.dtype).at[flat].set(place)[flat]
+
+
+def _by_group(number: jax.Array) -> jax.Array:
+    """An order that brings equal numbers, each below how many there are, together."""
+    size = number.size
+    if size**2 > jnp.iinfo(number.dtype).max:
+        return jnp.argsort(number)
+    return (
+        jnp.sort(number * size + jnp.arange(size)) % size
+    )  # one sort of plain integers is several times faster

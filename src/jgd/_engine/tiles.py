@@ -1,0 +1,120 @@
+"""Walks over a batch, a tile of its examples at a time, on one device or on many.
+
+A batch axis that lies over several devices is cut into as many pieces; each step takes examples in a row from
+every piece, so that no device asks another for its own, and what is summed is summed on each device until the end.
+"""
+
+import functools
+import math
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jgd._mesh import pieces, varying
+
+TILE = 1 << 18  # elements that are built at once, where it may be done in pieces
+
+Fun = Callable[[Any, int], Any]  # of some examples of a batch, and their number
+
+
+def add(a: Any, b: Any) -> Any:
+    """The sum of two trees."""
+    return jax.tree.map(jnp.add, a, b)
+
+
+def total(tree: Any) -> Any:
+    """The sum along the leading axis."""
+    return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
+
+
+@dataclass(frozen=True)
+class Batch:
+    """Arrays of examples, and how they lie.
+
+    `axes` says where the examples lie in each array, as in `jax.vmap`; `pieces` how many devices may share them.
+    """
+
+    arrays: Any
+    axes: Any
+    size: int
+    pieces: int
+
+    def mapped(self, fun: Fun, elements: int) -> jax.Array:
+        """`fun` of all examples, which are its leading axis, with room for so many `elements` for each."""
+        tile = tile_of(self.size // self.pieces, elements)
+        if tile * self.pieces == self.size:
+            return fun(self.arrays, self.size)
+        piece = lambda arrays: map_tiles(fun, arrays, self.axes, self.size // self.pieces, tile)
+        if self.pieces == 1:
+            return piece(self.arrays)
+        made = self.by_piece(piece)
+        return made.reshape(self.size, *made.shape[2:])
+
+    def folded(
+        self,
+        fun: Fun,
+        elements: int,
+        join: Callable[[Any, Any], Any] = add,
+        join_all: Callable[[Any], Any] = total,
+    ) -> Any:
+        """The sum of `fun`, which itself sums over the examples that it is given.
+
+        Another sum may be given, by how two parts `join`, and how all do that lie along a leading axis.
+        """
+        tile = tile_of(self.size // self.pieces, elements)
+        if tile * self.pieces == self.size:
+            return fun(self.arrays, self.size)
+        piece = lambda arrays: fold_tiles(fun, arrays, self.axes, self.size // self.pieces, tile, join)
+        return piece(self.arrays) if self.pieces == 1 else join_all(self.by_piece(piece))
+
+    def by_piece(self, fun: Callable[[Any], Any]) -> Any:
+        """`fun` of each device's examples apart: the pieces as its leading axis."""
+        sizes = self.pieces, self.size // self.pieces
+        cut = lambda x, axis: x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
+        cuts = _each(cut, self.arrays, self.axes)
+        return jax.vmap(fun, in_axes=(self.axes,), axis_size=self.pieces)(cuts)
+
+
+def pieces_of(arrays: Any, size: int) -> int:
+    """Into how many pieces of one length the devices may cut a batch of arrays whose leading axis it is."""
+    return math.gcd(size, max((pieces(x, 0) for x in jax.tree.leaves(arrays)), default=1))
+
+
+def tile_of(size: int, elements: int) -> int:
+    """How many examples to take at once; a divisor of their number where one is near."""
+    most = max(1, min(size, TILE // max(elements, 1)))
+    return next((k for k in range(most, most // 2, -1) if size % k == 0), most)
+
+
+def map_tiles(fun: Fun, arrays: Any, axes: Any, size: int, tile: int) -> jax.Array:
+    """`fun` of one tile after the other, joined along the leading axis."""
+    whole = size - size % tile
+    some = functools.partial(_cut, arrays, axes)
+    made = jax.lax.map(lambda start: fun(some(start, tile), tile), jnp.arange(0, whole, tile))
+    made = made.reshape(whole, *made.shape[2:])
+    return made if whole == size else jnp.concatenate([made, fun(some(whole, size - whole), size - whole)])
+
+
+def fold_tiles(
+    fun: Fun, arrays: Any, axes: Any, size: int, tile: int, join: Callable[[Any, Any], Any] = add
+) -> Any:
+    """Joins `fun` of one tile after the other; zeros must change nothing that they join."""
+    whole = size - size % tile
+    some = functools.partial(_cut, arrays, axes)
+    like = jax.eval_shape(lambda: fun(some(0, tile), tile))
+    zero = varying(jax.tree.map(lambda x: jnp.zeros(x.shape, x.dtype), like), arrays)
+    step = lambda so_far, start: (join(so_far, fun(some(start, tile), tile)), None)
+    made = jax.lax.scan(step, zero, jnp.arange(0, whole, tile))[0]
+    return made if whole == size else join(made, fun(some(whole, size - whole), size - whole))
+
+
+def _cut(arrays: Any, axes: Any, start: Any, size: int) -> Any:
+    """Some examples in a row, from where they lie."""
+    return _each(lambda x, axis: jax.lax.dynamic_slice_in_dim(x, start, size, axis), arrays, axes)
+
+
+def _each(fun: Callable[[Any, int], Any], arrays: Any, axes: Any) -> Any:
+    return jax.tree.map(lambda axis, part: jax.tree.map(lambda x: fun(x, axis), part), axes, arrays)

@@ -1,0 +1,75 @@
+"""How many examples at a time fit into some memory, by what the compiler says."""
+
+import functools
+from typing import Any
+
+import jax
+
+from jgd._clipping import clipped_sum
+from jgd._engine.examples import Model
+from jgd._engine.program import Program
+from jgd._errors import describe
+from jgd._whole import Strategy, gradients_of
+
+
+def checked_sizes(microbatch_size: Any, max_memory: Any) -> None:
+    """Raises what is wrong with the two ways to say how many examples go at a time."""
+    for name, value in (("microbatch_size", microbatch_size), ("max_memory", max_memory)):
+        if value is None:
+            continue
+        if not isinstance(value, int) or isinstance(value, bool):
+            unit = "examples" if name == "microbatch_size" else "bytes"
+            raise TypeError(f"`{name}` must be an int, a number of {unit}, got {describe(value)}")
+        if value < 1:
+            raise ValueError(f"`{name}` must be at least 1, got {value}")
+    if microbatch_size is not None and max_memory is not None:
+        raise ValueError(
+            f"give at most one of `microbatch_size` and `max_memory`, got {microbatch_size} and {max_memory}"
+        )
+
+
+def microbatch_within(
+    max_memory: int, program: Program, strategy: Strategy, model: Model, batch: list[Any]
+) -> int:
+    """The largest B, B/2, B/4, ... rounded up, of which a clipped sum stays within so many temporary bytes.
+
+    Raises:
+        ValueError: one example alone needs more.
+    """
+    shapes = lambda tree: tuple(_Shape.of(x) for x in tree)
+    size = batch[0].shape[0]
+    key = program, strategy, shapes(model.params), shapes(model.constants), shapes(batch)
+    while size > 1 and _temporary_bytes(*key, size) > max_memory:
+        size = -(-size // 2)
+    if size == 1 and (needed := _temporary_bytes(*key, 1)) > max_memory:
+        raise ValueError(
+            f"`max_memory`={max_memory:,} bytes is less than the clipped gradient of one example needs: {needed:,}"
+        )
+    return size
+
+
+class _Shape(tuple[Any, Any]):
+    """An array's shape and dtype, hashable."""
+
+    @classmethod
+    def of(cls, x: Any) -> "_Shape":
+        return cls((jax.numpy.shape(x), jax.numpy.result_type(x) if not hasattr(x, "dtype") else x.dtype))
+
+    def struct(self, size: int | None = None) -> jax.ShapeDtypeStruct:
+        """As JAX has it; with another leading axis where told so."""
+        shape, dtype = self
+        return jax.ShapeDtypeStruct(shape if size is None else (size, *shape[1:]), dtype)
+
+
+@functools.lru_cache(maxsize=256)
+def _temporary_bytes(
+    program: Program, strategy: Strategy, params: Any, constants: Any, batch: Any, size: int
+) -> int:
+    def clipped(params: list[Any], constants: list[Any], batch: list[Any]) -> list[jax.Array]:
+        form = gradients_of(program, strategy, params, constants, batch)[2]
+        return clipped_sum(form, 1.0, None)
+
+    examples = [x.struct(size) for x in batch]
+    lowered = jax.jit(clipped).lower([x.struct() for x in params], [x.struct() for x in constants], examples)
+    memory = lowered.compile().memory_analysis()
+    return int(getattr(memory, "temp_size_in_bytes", 0))

@@ -1,0 +1,112 @@
+"""Gradients that are made a microbatch at a time, and again for each question: the memory of one microbatch.
+
+The loop and its accumulators are `optax.microbatching`'s. A last microbatch that is not full is filled with absent
+examples, copies of the last one.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import optax.microbatching as micro
+from jax.sharding import PartitionSpec
+
+from jgd._engine.examples import Model
+from jgd._engine.program import Program
+from jgd._mesh import Placement, spec_of
+from jgd._whole import Strategy, gradients_of, values_of
+
+_SUM, _CONCAT = micro.AccumulationType.SUM, micro.AccumulationType.CONCAT
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class Microbatched:
+    """B gradients, as what makes them."""
+
+    model: Model
+    batch: list[jax.Array]
+    program: Program = field(metadata={"static": True})
+    strategy: Strategy = field(metadata={"static": True})
+    microbatch_size: int = field(metadata={"static": True})
+
+    @property
+    def size(self) -> int:
+        """The number of examples, B."""
+        return self.batch[0].shape[0]
+
+    @property
+    def like(self) -> list[jax.ShapeDtypeStruct]:
+        """Shape and dtype of one gradient's leaves."""
+        return list(self.program.param_avals)
+
+    @property
+    def placement(self) -> Placement:
+        """Over which axes of a mesh the gradients lie, where that is part of their type."""
+        leaves: list[PartitionSpec] = [spec_of(p) for p in self.model.params]
+        return Placement(spec_of(self.batch[0])[0], leaves)
+
+    def values(self) -> tuple[jax.Array, list[jax.Array]]:
+        """The losses and the auxiliary leaves, by a forward pass alone."""
+        return self._walk(lambda batch, _: ((), values_of(self.program, self.model, batch)), None)[1]
+
+    def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> tuple[Any, Any]:
+        """`fun` of every microbatch's gradients and weights: of its pair, the first added up, the second joined."""
+
+        def of_batch(batch: list[jax.Array], weights: jax.Array | None) -> Any:
+            form = gradients_of(self.program, self.strategy, self.model.params, self.model.constants, batch)[
+                2
+            ]
+            return fun(form, weights)
+
+        return self._walk(of_batch, weights)
+
+    def _walk(self, fun: Callable[..., Any], weights: jax.Array | None) -> tuple[Any, Any]:
+        size = self.microbatch_size
+        padding = -self.size % size
+        batch = self.batch
+        if padding:
+            order = jnp.minimum(jnp.arange(self.size + padding), self.size - 1)
+            batch = [x[order] for x in batch]
+            weights = jnp.pad(jnp.ones(self.size) if weights is None else weights, (0, padding))
+        if weights is None:
+            walk = micro.microbatch(lambda batch: fun(batch, None), 0, size, (_SUM, _CONCAT))
+            return walk(batch)
+        walk = micro.microbatch(fun, (0, 1), size, (_SUM, _CONCAT))
+        sums, each = walk(batch, weights)
+        return sums, jax.tree.map(lambda x: x[: self.size], each)
+
+    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
+        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
+        both = lambda form, weights: (form.weighted_sum(weights, keep_wide=True), form.squared_norms())
+        sums, squares = self.walk(both, None)
+        return squares, jnp.sum(jnp.stack([jnp.sum(jnp.square(x)) for x in sums]))
+
+    def spreads(self, weights: jax.Array) -> list[jax.Array]:
+        """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean; the mean first, by a walk of its own."""
+        total = jnp.sum(weights)
+        sums, _ = self.walk(lambda form, w: (form.weighted_sum(w, keep_wide=True), ()), weights)
+
+        def around_the_mean(form: Any, w: Any) -> Any:
+            own = jnp.sum(w)
+            share = jnp.where(own == 0, 0, 1 / jnp.where(own == 0, 1, own))
+            means = [x * share for x in form.weighted_sum(w, keep_wide=True)]
+            parts = zip(form.spreads(w), means, sums, strict=True)
+            return [square + own * jnp.square(mean - x / total) for square, mean, x in parts], ()
+
+        return self.walk(around_the_mean, weights)[0]
+
+    def gram(self, other: Any) -> jax.Array:
+        """⟨g_i, g'_j⟩; the other batch's microbatches are made again for each of these."""
+        columns = lambda form: other.walk(lambda theirs, _: ((), theirs.gram(form)), None)[1]
+        return self.walk(lambda form, _: ((), columns(form).T), None)[1]
+
+    def self_gram(self) -> jax.Array:
+        """⟨g_i, g_j⟩."""
+        return self.gram(self)
+
+    def materialize(self) -> list[jax.Array]:
+        """g_i, every leaf with a leading axis B."""
+        return self.walk(lambda form, _: ((), form.materialize()), None)[1]

@@ -1,0 +1,65 @@
+"""The gradients of a whole batch at once: traced, planned, and held in the form that costs least."""
+
+from dataclasses import replace
+from typing import Any, Literal
+
+import jax
+import jax.numpy as jnp
+from jax.sharding import PartitionSpec
+
+from jgd._engine.examples import Model, axes_of, pass_over
+from jgd._engine.factored import Factored
+from jgd._engine.plan import MATERIALIZED_BELOW, plan_of
+from jgd._engine.program import Program
+from jgd._engine.tiles import pieces_of
+from jgd._materialized import Materialized
+from jgd._mesh import placed_by, spec_of, with_examples
+
+Strategy = Literal["auto", "factored", "materialized"]
+
+
+def _specs_of_pass(out: Any, program: Any, strategy: Any, params: Any, constants: Any, batch: Any) -> Any:
+    """Over which explicit axes of a mesh everything lies that the pass returns."""
+    del program, strategy
+    examples = spec_of(batch[0])[0]
+    along = lambda axis: PartitionSpec(*(None,) * axis, examples)
+    leaves, form = [spec_of(p) for p in params], out[2]
+    if isinstance(form, Materialized):
+        blocks: list[Any] = [with_examples(examples, leaf) for leaf in leaves]
+        return along(0), along(0), Materialized(blocks)
+    model = Model(leaves, [spec_of(x) for x in constants])
+    return along(0), along(0), replace(form, model=model, examples=jax.tree.map(along, axes_of(form.plan)))
+
+
+@placed_by(_specs_of_pass)
+def gradients_of(
+    program: Program, strategy: Strategy, params: list[Any], constants: list[Any], batch: list[Any]
+) -> tuple[jax.Array, list[Any], Any]:
+    """The losses, the auxiliary leaves and the gradients of a batch, by one pass."""
+    if batch[0].shape[0] == 0:
+        return _no_examples(program, params, constants, batch)
+    total = batch[0].shape[0] * sum(p.size for p in program.param_avals)
+    pieces = pieces_of(batch, batch[0].shape[0])
+    if strategy == "factored" or (strategy == "auto" and (total > MATERIALIZED_BELOW or pieces > 1)):
+        plan = plan_of(program)
+        model = Model(params, constants)
+        values, aux, examples = pass_over(plan, model, batch)
+        return values, aux, Factored(model, examples, plan, pieces)
+
+    def value_and_grad(example: list[Any]) -> Any:
+        return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)
+
+    (values, aux), blocks = jax.vmap(value_and_grad)(batch)
+    return values, aux, Materialized(blocks)
+
+
+def values_of(program: Program, model: Model, batch: list[Any]) -> tuple[jax.Array, list[Any]]:
+    """The losses and the auxiliary leaves of a batch, by a forward pass alone."""
+    return jax.vmap(lambda example: program.run(model.params, model.constants, example))(batch)
+
+
+def _no_examples(program: Program, params: list[Any], constants: list[Any], batch: list[Any]) -> Any:
+    example = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in batch]
+    value, aux = jax.eval_shape(program.run, params, constants, example)
+    empty = lambda x: jnp.zeros((0, *x.shape), x.dtype)
+    return empty(value), [empty(x) for x in aux], Materialized([empty(jnp.asarray(p)) for p in params])

@@ -1,0 +1,159 @@
+"""Microbatches: the answers of the whole batch, to rounding, at the memory of a few examples."""
+
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from cases import B, problem
+
+import jgd
+
+CASES = ("mlp_classifier", "tied_embedding_and_head", "auxiliary_output")
+WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
+
+
+def ask(grads, other, direction):
+    scale = jgd.noise_scale(grads)
+    return {
+        "values": grads.values,
+        "aux": grads.aux,
+        "materialize": jgd.materialize(grads),
+        "sum": jgd.sum(grads),
+        "weighted_sum": jgd.sum(grads, WEIGHTS),
+        "mean": jgd.mean(grads),
+        "norms": jgd.norms(grads),
+        "leaf_norms": jgd.norms(grads, per_leaf=True),
+        "dot": jgd.dot(grads, direction),
+        "gram": jgd.gram(grads),
+        "cross_gram": jgd.gram(grads, other),
+        "cross_gram_turned": jgd.gram(other, grads),
+        "clipped_sum": jgd.clipped_sum(grads, 0.5, weights=WEIGHTS),
+        "second_moment": jgd.second_moment(grads),
+        "variance": jgd.variance(grads),
+        "weighted_variance": jgd.variance(grads, WEIGHTS),
+        "noise_scale": (scale.trace_covariance, scale.squared_norm),
+        "project": jgd.project(grads, jax.random.key(0), 3),
+    }
+
+
+def _each_case_and_size():
+    for name in CASES:
+        for size in (1, 2, 3, B):
+            slow = (name, size) not in (("mlp_classifier", 2), ("auxiliary_output", 3))
+            yield pytest.param(name, size, marks=pytest.mark.slow if slow else ())
+
+
+@pytest.mark.parametrize(("name", "size"), list(_each_case_and_size()))
+def test_microbatches_answer_as_the_whole_batch_does(name, size, x64):
+    case = problem(name, jnp.float64)
+    whole = jgd.per_example_grad(case.loss, **case.options)
+    some = jgd.per_example_grad(case.loss, **case.options, strategy="factored", microbatch_size=size)
+    direction = jax.tree.map(jnp.cos, case.params)
+    want = whole(case.params, *case.batch)
+    got = jax.jit(lambda p, batch, other: ask(some(p, *batch), other, direction))(
+        case.params, case.batch, want
+    )
+    oracle.assert_close(got, ask(want, want, direction), 1e-11)
+
+
+def test_a_microbatch_is_no_multiple_and_no_example_is_lost_or_counted_twice():
+    loss = lambda w, x: w * x
+    grads = jgd.per_example_grad(loss, microbatch_size=4)(jnp.array(1.0), jnp.arange(1.0, 11.0))
+    assert jgd.sum(grads) == 55 and jgd.second_moment(grads) == 38.5
+    np.testing.assert_allclose(jgd.variance(grads), np.var(np.arange(1, 11), ddof=1), rtol=1e-6)
+    np.testing.assert_array_equal(jgd.norms(grads), np.arange(1, 11))
+    assert len(grads) == 10
+
+
+def test_an_absent_example_that_is_not_finite_stays_absent():
+    x = jnp.array([1.0, jnp.nan, 3.0])
+    grads = jgd.per_example_grad(lambda w, x: w * x, microbatch_size=2)(jnp.array(1.0), x)
+    assert jgd.sum(grads, jnp.array([1.0, 0.0, 1.0])) == 4
+    assert jgd.clipped_sum(grads, 2.0) == 3
+
+
+def mlp(width, size):
+    keys = jax.random.split(jax.random.key(0), 4)
+    params = [jax.random.normal(k, (width, width)) / width**0.5 for k in keys[:2]]
+    loss = lambda params, x: jnp.sum(jnp.square(functools.reduce(lambda h, w: jnp.tanh(h @ w), params, x)))
+    return loss, params, jax.random.normal(keys[2], (size, 8, width))
+
+
+def temporary(fun, *args):
+    return jax.jit(fun).lower(*args).compile().memory_analysis().temp_size_in_bytes
+
+
+def clipped(loss, **options):
+    grads = jgd.per_example_grad(loss, **options)
+    return lambda params, x: jgd.clipped_sum(grads(params, x), 1.0)
+
+
+def test_max_memory_chooses_a_microbatch_that_stays_within():
+    loss, params, x = mlp(64, 64)
+    whole = temporary(clipped(loss), params, x)
+    limit = whole // 3
+    within = clipped(loss, max_memory=limit)
+    # Beside the microbatch there is the sum that grows: the parameters' size.
+    assert temporary(within, params, x) <= limit + 3 * sum(p.nbytes for p in params)
+    want = clipped(loss)(params, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), within(params, x), want)
+
+
+def test_max_memory_that_is_too_little_or_plenty():
+    loss, params, x = mlp(16, 8)
+    with pytest.raises(ValueError, match=r"`max_memory`=10 bytes is less than .* one example needs: [0-9,]+"):
+        jgd.per_example_grad(loss, max_memory=10)(params, x)
+    plenty = jgd.per_example_grad(loss, max_memory=1 << 30)(params, x)
+    assert "microbatched" not in repr(plenty)
+
+
+def test_a_method_walks_the_same_path_in_microbatches():
+    loss, params, x = mlp(16, 10)
+    reduce = functools.partial(jgd.clipped_sum, max_norm=0.5)
+    whole = jgd.descent(loss, optax.sgd(0.1), reduce=reduce)
+    some = jgd.descent(loss, optax.sgd(0.1), reduce=reduce, microbatch_size=4)
+    states = [method.init(params) for method in (whole, some)]
+    for _ in range(3):
+        steps = [method.step(state, x) for method, state in zip((whole, some), states, strict=True)]
+        states = [state for state, _ in steps]
+        np.testing.assert_allclose(steps[0][1].value, steps[1][1].value, rtol=1e-5)
+    jax.tree.map(
+        functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-6), *(s.params for s in states)
+    )
+
+
+def test_reductions_of_microbatches_are_differentiable():
+    loss, params, x = mlp(8, 5)
+    penalty = lambda params, **options: jnp.sum(jgd.norms(jgd.per_example_grad(loss, **options)(params, x)))
+    want, got = jax.grad(penalty)(params), jax.grad(functools.partial(penalty, microbatch_size=2))(params)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-3, atol=1e-4), got, want)
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"microbatch_size": 0}, ValueError, "`microbatch_size` must be at least 1, got 0"),
+        (
+            {"microbatch_size": 2.0},
+            TypeError,
+            "`microbatch_size` must be an int, a number of examples, got float 2.0",
+        ),
+        ({"max_memory": -1}, ValueError, "`max_memory` must be at least 1, got -1"),
+        ({"max_memory": "1GB"}, TypeError, "`max_memory` must be an int, a number of bytes, got str '1GB'"),
+        ({"microbatch_size": 2, "max_memory": 9}, ValueError, "give at most one of"),
+    ],
+)
+def test_limits_that_make_no_sense(options, error, message):
+    with pytest.raises(error, match=message):
+        jgd.per_example_grad(lambda w, x: w * x, **options)
+    with pytest.raises(error, match=message):
+        jgd.descent(lambda w, x: w * x, optax.sgd(0.1), **options)
+
+
+def test_limits_belong_to_reverse_mode():
+    with pytest.raises(ValueError, match="belong to derivative='reverse'"):
+        jgd.descent(lambda w, x: w * x, optax.sgd(0.1), derivative="forward", microbatch_size=2)
