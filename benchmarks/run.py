@@ -26,23 +26,51 @@ from jgd._bench.models import MODELS
 from jgd._bench.quantities import METHODS, QUANTITIES
 
 HERE = Path(__file__).parent
+TOO_LONG = "its process took too long"
 
 
 def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model's record, by `jgd bench` in a process of its own; where that dies, all of it is missing."""
+    slow = [method for method in args.methods if method != "jgd" and is_too_slow(model, method, args)]
+    why = f"a process that runs it twice took more than {args.patience:g} s"
+    missing = [
+        {"model": model, "quantity": q, "method": m, "why": why} for q in args.quantities for m in slow
+    ]
+    methods = [method for method in args.methods if method not in slow]
+    programs = 1 + len(args.quantities) * len(methods)
+    record = bench(model, args.quantities, methods, args, limit=programs * args.patience)
+    if isinstance(record, str):
+        names = [(q, m) for q in args.quantities for m in methods]
+        missing += [{"model": model, "quantity": q, "method": m, "why": record} for q, m in names]
+        record = {"environment": {}, "settings": {}, "measurements": [], "missing": []}
+    record["missing"] = missing + record["missing"]
+    return record
+
+
+def is_too_slow(model: str, method: str, args: argparse.Namespace) -> bool:
+    """Whether a method is to be given up. It is tried apart: a program that runs cannot be stopped from inside."""
+    quantity = "clipped_sum" if "clipped_sum" in args.quantities else args.quantities[0]
+    once = argparse.Namespace(repeats=1, seconds=0, small=args.small)
+    return bench(model, [quantity], [method], once, limit=args.patience) == TOO_LONG
+
+
+def bench(
+    model: str, quantities: list[str], methods: list[str], args: argparse.Namespace, *, limit: float
+) -> dict[str, Any] | str:
+    """What `jgd bench` writes in a process of its own; a reason where it writes nothing."""
     with tempfile.TemporaryDirectory() as folder:
         file = Path(folder) / "record.json"
         command = [sys.executable, "-m", "jgd", "bench", "--models", model, "--json", file]
-        command += ["--quantities", *args.quantities, "--methods", *args.methods]
+        command += ["--quantities", *quantities, "--methods", *methods]
         command += ["--repeats", args.repeats, "--seconds", args.seconds, *["--small"] * args.small]
-        done = subprocess.run(list(map(str, command)), capture_output=True, text=True)
+        try:
+            done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=limit)
+        except subprocess.TimeoutExpired:
+            return TOO_LONG
         if done.returncode == 0:
             return json.loads(file.read_text())
     said = (done.stderr.strip().splitlines() or ["nothing"])[-1][:200]
-    why = f"its process ended with status {done.returncode}: {said}"
-    names = [(q, m) for q in args.quantities for m in args.methods]
-    missing = [{"model": model, "quantity": q, "method": m, "why": why} for q, m in names]
-    return {"environment": {}, "settings": {}, "measurements": [], "missing": missing}
+    return f"its process ended with status {done.returncode}: {said}"
 
 
 def measure_all(args: argparse.Namespace) -> dict[str, Any]:
@@ -105,6 +133,9 @@ def main() -> int:
     names("--methods", METHODS)
     parser.add_argument("--repeats", type=int, default=20, help="runs of each program, at most (default: 20)")
     parser.add_argument("--seconds", type=float, default=5.0, help="a program rests after these (default: 5)")
+    parser.add_argument(
+        "--patience", type=float, default=90.0, help="seconds after which a method is given up (default: 90)"
+    )
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it works")
     parser.add_argument("--no-peers", action="store_true", help="without PyTorch")
     parser.add_argument("--json", type=Path, metavar="FILE", help="the stored figures (default: cpu.json)")

@@ -120,24 +120,47 @@ def test_models_not_measured_again_are_kept_only_where_they_can_be_compared(scri
     assert run.merged(stored, elsewhere) is elsewhere
 
 
-def test_a_model_whose_process_dies_is_missing_with_the_reason(script, monkeypatch):
+@pytest.fixture
+def asked(script):
+    """What the command line would ask `run.py` for."""
+    return script("run").argparse.Namespace(
+        quantities=["norms", "gram"], methods=["jgd", "jax_privacy"], models=["mlp"],
+        repeats=1, seconds=1.0, small=True, no_peers=True, patience=7,
+    )  # fmt: skip
+
+
+def test_a_model_whose_process_dies_is_missing_with_the_reason(script, asked, monkeypatch):
     run = script("run")
     died = subprocess.CompletedProcess([], -9, "", "something\nKilled")
     monkeypatch.setattr(run.subprocess, "run", lambda *args, **options: died)
-    args = run.argparse.Namespace(
-        quantities=["norms", "gram"],
-        methods=["jgd"],
-        repeats=1,
-        seconds=1.0,
-        small=True,
-        models=["mlp"],
-        no_peers=True,
-    )
-    record = run.measure_all(args)
-    assert [(m["model"], m["quantity"], m["method"]) for m in record["missing"]] == [
-        ("mlp", "norms", "jgd"), ("mlp", "gram", "jgd"),
-    ]  # fmt: skip
+    record = run.measure_all(asked)
+    names = [(m["model"], m["quantity"], m["method"]) for m in record["missing"]]
+    assert names == [("mlp", q, m) for q in asked.quantities for m in asked.methods]
     assert {m["why"] for m in record["missing"]} == {"its process ended with status -9: Killed"}
+
+
+def test_a_method_without_end_is_given_up_and_the_others_are_measured(script, asked, monkeypatch):
+    run, limits = script("run"), []
+
+    def start(command, **options):
+        limits.append(options["timeout"])
+        if "jax_privacy" in command:
+            raise subprocess.TimeoutExpired(command, options["timeout"])
+        found = record_of(*(measured("mlp", q, "jgd", 1) for q in ("norms", "gram")))
+        Path(command[command.index("--json") + 1]).write_text(json.dumps(found))
+        return subprocess.CompletedProcess(command, 0, "", "")
+
+    monkeypatch.setattr(run.subprocess, "run", start)
+    record = run.measure_all(asked)
+    assert [(m["quantity"], m["method"]) for m in record["measurements"]] == [
+        ("norms", "jgd"),
+        ("gram", "jgd"),
+    ]
+    assert [(m["quantity"], m["method"]) for m in record["missing"]] == [
+        ("norms", "jax_privacy"), ("gram", "jax_privacy"),
+    ]  # fmt: skip
+    assert {m["why"] for m in record["missing"]} == {"a process that runs it twice took more than 7 s"}
+    assert limits == [7, 3 * 7]  # the trial of the other method, then three programs
 
 
 def test_peers_that_cannot_be_installed_are_all_missing_with_the_reason(script, monkeypatch, tmp_path):
