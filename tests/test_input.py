@@ -39,7 +39,7 @@ def loader():
 
 
 def forever():
-    return iter(dataset().repeat().to_iter_dataset())
+    return iter(dataset().repeat().to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)))
 
 
 class OneWay:
@@ -56,7 +56,12 @@ def fit(data, **options):
     return jgd.fit(METHOD, PARAMS, data, batch_size=None, key=jax.random.key(0), **options)
 
 
-SOURCES = {"map": dataset, "iter": lambda: dataset().to_iter_dataset(), "loader": loader, "one way": OneWay}
+SOURCES = {
+    "map": dataset,
+    "iter": lambda: dataset().to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),
+    "loader": loader,
+    "one way": OneWay,
+}
 
 
 class Died(Exception):
