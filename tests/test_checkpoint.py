@@ -419,13 +419,13 @@ def run(devices, epochs, checkpoint=None):
     assert len(fit.state.opt_state[0].mu["w"].sharding.device_set) == devices
     return jax.device_get(fit)
 
-whole = run(1, 6)
-for epochs, devices in enumerate((8, 4, 1, 2, 8), 2):
+whole = run(1, 5)
+for epochs, devices in enumerate((8, 4, 1, 8), 2):
     kept = run(devices, epochs, sys.argv[1])
     assert kept.history.value.shape == (3 * epochs,)
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), kept, whole)
-same = run(8, 6, sys.argv[2])
-jax.tree.map(np.testing.assert_array_equal, run(8, 6), same)
+same = run(8, 2, sys.argv[2])
+jax.tree.map(np.testing.assert_array_equal, run(8, 2), same)
 """
 
 
