@@ -155,6 +155,8 @@ def main() -> int:
         store(found, args)
         print(report(found))
         return 0
+    if not args.one and (args.page or not args.small):
+        page.split(args.page or page.PAGE, "gpt2")  # a page that cannot be written should fail now
     measure = functools.partial(measure_apart, runs=args.runs, small=args.small)
     if args.one:
         print(json.dumps(measure_here(args.one, runs=args.runs, small=args.small)))

@@ -59,6 +59,7 @@ def main() -> int:
     parser.add_argument("--page", type=Path, default=page.PAGE, metavar="FILE", help="whose table is written")
     parser.add_argument("--render", action="store_true", help="from the stored figures, without measuring")
     args = parser.parse_args()
+    page.split(args.page, "growth")  # a page that cannot be written should fail now
     if args.render:
         found = [Line(**line) for line in json.loads(args.json.read_text())["lines"]]
     else:

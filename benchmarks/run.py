@@ -154,6 +154,8 @@ def main() -> int:
         parser.error(f"`--json` {file}: no figures are stored there")
     if args.check and stored["settings"].get("small", False) != args.small:
         parser.error(f"`--check`: the figures in {file} are of another size of models; see `--small`")
+    if not args.check and (args.page or not args.small):
+        page.split(text, "run")  # a page that cannot be written should fail now
     record = stored if args.render else measure_all(args)
     if args.check:
         return compare(stored, record, tolerance=args.tolerance)
