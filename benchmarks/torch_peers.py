@@ -6,17 +6,21 @@ of the same model in PyTorch, measured beside them, as for JAX: the programs tak
 
 import argparse
 import json
-import random
+import runpy
 import statistics
 import sys
-import time
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 from torch_models import PROBLEMS, Problem
+
+# By its path: there is neither jgd nor JAX in this environment.
+CLOCK = Path(__file__).parents[1] / "src/jgd/_bench/clock.py"
+time_interleaved = runpy.run_path(str(CLOCK))["time_interleaved"]
 
 MAX_NORM = 1.0
 BASELINE = "plain gradient"
@@ -166,7 +170,7 @@ def measure(name: str, *, small: bool, repeats: int, seconds: float) -> tuple[li
             except Exception as error:  # whatever a peer has to say against a model is the finding
                 why = f"{type(error).__name__}: {error}".split("\n")[0][:200]
                 missing.append({"model": name, "quantity": quantity, "method": method, "why": why})
-    times = interleaved(programs, repeats, seconds)
+    times = time_interleaved(programs, repeats=repeats, seconds=seconds)
     base, size = times["sum", BASELINE], sum(p.numel() for p in reference.parameters())
     found = [
         {
@@ -185,22 +189,6 @@ def check(made: Any, expected: Any, quantity: str) -> None:
         for a, b in zip(ours, theirs, strict=True):
             if not torch.allclose(a, b, rtol=1e-3, atol=1e-4):
                 raise ArithmeticError(f"its {name} differ by {(a - b).abs().max():.2g}")
-
-
-def interleaved(programs: dict[Any, Any], repeats: int, seconds: float) -> dict[Any, list[float]]:
-    """As `jgd._bench.measure.time_interleaved`."""
-    times: dict[Any, list[float]] = {name: [] for name in programs}
-    order, shuffle = list(programs), random.Random(0).shuffle
-    for number in range(repeats + 1):
-        shuffle(order)
-        for name in order:
-            if sum(times[name]) > seconds:
-                continue
-            start = time.perf_counter()
-            programs[name]()
-            if number:  # the first round warms up
-                times[name].append(time.perf_counter() - start)
-    return times
 
 
 def main() -> None:

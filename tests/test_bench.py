@@ -3,6 +3,8 @@
 import dataclasses
 import importlib.util
 import json
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -11,8 +13,9 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jgd._bench import command
-from jgd._bench.measure import BASELINE, Measurement, compile_program, measure, time_interleaved
+from jgd._bench import clock, command
+from jgd._bench.clock import time_interleaved
+from jgd._bench.measure import BASELINE, Measurement, compile_program, measure
 from jgd._bench.models import MODELS, build
 from jgd._bench.quantities import METHODS, QUANTITIES, Absent, by_jgd, by_vmap, plain
 
@@ -161,6 +164,10 @@ def test_programs_take_turns_and_a_slow_one_rests():
     last_rounds = calls[-8:]
     assert all({*last_rounds[k : k + 2]} == {"quick", "other"} for k in range(0, 8, 2))
     assert len({tuple(last_rounds[k : k + 2]) for k in range(0, 8, 2)}) > 1  # the order changes
+
+
+def test_the_clock_runs_where_no_package_is_installed():
+    subprocess.run([sys.executable, "-I", "-S", clock.__file__], check=True)
 
 
 def test_no_repeats_is_an_error():

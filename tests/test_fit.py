@@ -390,7 +390,7 @@ BAD_INPUT = {
         ValueError,
         r"`data` holds no examples: `data\[0\]` has length 0",
     ),
-    "no data": (dict(data=()), ValueError, "`data` holds no examples: at least one argument"),
+    "no data": (dict(data=()), ValueError, "`data` holds no examples: at least one leaf"),
     "scalar": (
         dict(data=(X, 1.0)),
         ValueError,

@@ -322,7 +322,7 @@ def test_a_batch_over_two_axes_of_a_mesh():
         (np.ones((4, 2)), "date", ValueError, r"`axis` is 'date', but `mesh` has the axes 'data', 'model'"),
         ((np.ones(4), np.ones(5)), "data", ValueError, r"`batch\[0\]` holds 4 examples, `batch\[1\]` 5"),
         ({"x": np.ones((0, 3))}, "data", ValueError, r"`batch\['x'\]` has length 0"),
-        ((), "data", ValueError, "no leaves"),
+        ((), "data", ValueError, "`batch` holds no examples: at least one leaf"),
         ((np.ones(4), 3.0), "data", TypeError, r"`batch\[1\]` is float 3.0"),
         (np.array(["a"]), "data", TypeError, "not an array of numbers"),
     ],

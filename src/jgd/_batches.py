@@ -9,7 +9,7 @@ import numpy as np
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten_with_path
 
-from jgd._errors import describe, leaf_name
+from jgd._errors import common_length, describe, leaf_name
 
 
 def shard_batch(batch: Any, mesh: Mesh, axis: str | tuple[str, ...]) -> tuple[Any, jax.Array]:
@@ -47,7 +47,8 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str | tuple[str, ...]) -> tuple[An
                 f"`axis` is {name!r}, but `mesh` has the axes {', '.join(map(repr, mesh.axis_names))}"
             )
     paths, treedef = tree_flatten_with_path(batch)
-    size = _common_length([(leaf_name("batch", path), leaf) for path, leaf in paths])
+    lengths = {leaf_name("batch", path): _length(leaf, leaf_name("batch", path)) for path, leaf in paths}
+    size = common_length(lengths, "`batch`")
     devices = math.prod(mesh.shape[name] for name in names)
     padded = -(-size // devices) * devices
     spread = NamedSharding(mesh, PartitionSpec(axis))
@@ -56,28 +57,17 @@ def shard_batch(batch: Any, mesh: Mesh, axis: str | tuple[str, ...]) -> tuple[An
     return jax.tree.unflatten(treedef, leaves), jax.device_put(weights.astype(np.float32), spread)
 
 
+def _length(leaf: Any, name: str) -> int:
+    if not isinstance(leaf, jax.Array | np.ndarray) or leaf.ndim == 0 or leaf.dtype.kind in "OSU":
+        raise TypeError(
+            f"{name} is {describe(leaf)}, not an array of numbers with a leading axis of examples"
+        )
+    return leaf.shape[0]
+
+
 def _padded(leaf: Any, missing: int) -> Any:
     """The leaf with its last example repeated: an example at which the loss is as good as anywhere."""
     if not missing:
         return leaf
     module = jnp if isinstance(leaf, jax.Array) else np
     return module.concatenate([leaf, module.repeat(leaf[-1:], missing, axis=0)])
-
-
-def _common_length(leaves: list[tuple[str, Any]]) -> int:
-    if not leaves:
-        raise ValueError("`batch` has no leaves: it holds no examples")
-    first, size = leaves[0][0], None
-    for name, leaf in leaves:
-        if not isinstance(leaf, jax.Array | np.ndarray) or leaf.ndim == 0 or leaf.dtype.kind in "OSU":
-            raise TypeError(
-                f"{name} is {describe(leaf)}, not an array of numbers with a leading axis of examples"
-            )
-        size = leaf.shape[0] if size is None else size
-        if leaf.shape[0] != size:
-            raise ValueError(
-                f"the leaves of `batch` disagree in length: {first} holds {size} examples, {name} {leaf.shape[0]}"
-            )
-    if not size:
-        raise ValueError(f"`batch` holds no examples: {first} has length 0")
-    return size

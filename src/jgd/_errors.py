@@ -1,6 +1,7 @@
 """What every module needs to say no: names of leaves, and the error for a missing extra."""
 
 import importlib
+from collections.abc import Mapping
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,33 @@ def describe(leaf: Any) -> str:
     if hasattr(leaf, "shape") and hasattr(leaf, "dtype"):
         return f"{leaf.dtype}[{','.join(map(str, leaf.shape))}]"
     return f"{type(leaf).__name__} {leaf!r}"
+
+
+def common_length(
+    lengths: Mapping[str, int], argument: str, *, hint: str = "", may_be_empty: bool = False
+) -> int:
+    """The number of examples that all leaves of an argument hold.
+
+    Args:
+        lengths: how many each leaf holds, by the name that `leaf_name` gives it.
+        argument: what the leaves make up, as an error is to call it.
+        hint: what to do where they disagree, behind a semicolon.
+        may_be_empty: whether it may be 0.
+
+    Raises:
+        ValueError: they disagree, none has an axis of examples, or there are no examples.
+    """
+    if not lengths:
+        raise ValueError(f"{argument} holds no examples: at least one leaf must have an axis of them")
+    (first, size), *others = lengths.items()
+    for name, length in others:
+        if length != size:
+            raise ValueError(
+                f"the leaves of {argument} disagree in length: {first} holds {size} examples, {name} {length}{hint}"
+            )
+    if size == 0 and not may_be_empty:
+        raise ValueError(f"{argument} holds no examples: {first} has length 0")
+    return size
 
 
 def is_concrete(x: Any) -> bool:

@@ -9,7 +9,7 @@ import jax.numpy as jnp
 
 from jgd._engine.examples import Model
 from jgd._engine.program import trace
-from jgd._errors import describe, leaf_name
+from jgd._errors import common_length, describe, leaf_name
 from jgd._loss import Loss, bind
 from jgd._materialized import Materialized
 from jgd._memory import checked_sizes, microbatch_within
@@ -132,7 +132,7 @@ def held_form(grads: Any) -> tuple[Any, Any]:
     paths, treedef = jax.tree_util.tree_flatten_with_path(grads)
     if not paths:
         raise ValueError("`grads` is a pytree without leaves: it holds no gradients")
-    first = None
+    lengths = {}
     for path, leaf in paths:
         name = leaf_name("grads", path)
         if not hasattr(leaf, "dtype") or not jnp.issubdtype(leaf.dtype, jnp.floating) or leaf.ndim == 0:
@@ -140,10 +140,6 @@ def held_form(grads: Any) -> tuple[Any, Any]:
                 f"{name} is {describe(leaf)}, but gradients are floating-point arrays with a leading axis of examples, "
                 "as `jax.vmap(jax.grad(loss))` or `jgd.per_example_grad(loss)` give them"
             )
-        first = first or (name, leaf.shape[0])
-        if leaf.shape[0] != first[1]:
-            raise ValueError(
-                f"the leaves of `grads` disagree in length: {first[0]} holds {first[1]} examples, "
-                f"{name} {leaf.shape[0]}"
-            )
+        lengths[name] = leaf.shape[0]
+    common_length(lengths, "`grads`", may_be_empty=True)
     return Materialized([jnp.asarray(leaf) for _, leaf in paths]), treedef

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
-from jgd._errors import describe, leaf_name
+from jgd._errors import common_length, describe, leaf_name
 from jgd._mesh import check_one_place, shape_like, varying
 
 Loss = Callable[..., Any]
@@ -79,7 +79,7 @@ def bind(
     params = args[chosen[0]] if isinstance(argnums, int) else tuple(args[i] for i in chosen)
     by_role: dict[str, list[Any]] = {"params": [], "shared": [], "batch": []}
     roles: list[list[tuple[str, int]]] = [[] for _ in args]
-    lengths: list[tuple[str, int]] = []
+    lengths: dict[str, int] = {}
     placed: list[tuple[str, Any, Any]] = []
     # The parameters' leaves in the order of `argnums`, which is that of the gradients.
     for number in (*chosen, *(i for i in range(len(args)) if i not in chosen)):
@@ -93,7 +93,7 @@ def bind(
             else:
                 role, name = "batch", leaf_name(argument, path)
                 leaf = _batch_first(leaf, axis, name)
-                lengths.append((name, leaf.shape[0]))
+                lengths[name] = leaf.shape[0]
             placed.append((argument, path, leaf))
             roles[number].append((role, len(by_role[role])))
             by_role[role].append(leaf)
@@ -102,11 +102,15 @@ def bind(
                           jax.tree.structure(tuple(args)), tuple(itertools.chain(*roles)))  # fmt: skip
     if not by_role["params"]:
         raise ValueError("`params` has no leaves: there is nothing to differentiate with respect to")
+    if not lengths:
+        raise ValueError(
+            "the loss got no batch: at least one argument beside the parameters must hold examples"
+        )
     check_one_place(placed)
     by_role = varying(by_role, by_role)
-    return Call(
-        signature, params, by_role["params"], by_role["shared"], by_role["batch"], _common_length(lengths)
-    )
+    hint = "; a leaf that every example shares gets None in `in_axes`"
+    size = common_length(lengths, "the batch", hint=hint, may_be_empty=True)
+    return Call(signature, params, by_role["params"], by_role["shared"], by_role["batch"], size)
 
 
 def example_of(batch_leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
@@ -185,18 +189,3 @@ def on_device(leaf: Any) -> Any:
     """A NumPy array as JAX takes it, 64 bits only where JAX is told to; anything else as it is."""
     numeric = isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc"
     return jnp.asarray(leaf) if numeric else leaf
-
-
-def _common_length(lengths: list[tuple[str, int]]) -> int:
-    if not lengths:
-        raise ValueError(
-            "the loss got no batch: at least one argument beside the parameters must hold examples"
-        )
-    first_name, size = lengths[0]
-    for name, length in lengths[1:]:
-        if length != size:
-            raise ValueError(
-                f"the leaves of the batch disagree in length: {first_name} holds {size} examples, {name} {length}; "
-                "a leaf that every example shares gets None in `in_axes`"
-            )
-    return size

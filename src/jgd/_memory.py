@@ -4,12 +4,15 @@ import functools
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from jgd._clipping import clipped_sum
 from jgd._engine.examples import Model
 from jgd._engine.program import Program
 from jgd._errors import describe
 from jgd._whole import Strategy, gradients_of
+
+Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
 
 def checked_sizes(microbatch_size: Any, max_memory: Any) -> None:
@@ -36,7 +39,7 @@ def microbatch_within(
     Raises:
         ValueError: one example alone needs more.
     """
-    shapes = lambda tree: tuple(_Shape.of(x) for x in tree)
+    shapes = lambda leaves: tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
     size = batch[0].shape[0]
     key = program, strategy, shapes(model.params), shapes(model.constants), shapes(batch)
     while size > 1 and _temporary_bytes(*key, size) > max_memory:
@@ -48,28 +51,14 @@ def microbatch_within(
     return size
 
 
-class _Shape(tuple[Any, Any]):
-    """An array's shape and dtype, hashable."""
-
-    @classmethod
-    def of(cls, x: Any) -> "_Shape":
-        return cls((jax.numpy.shape(x), jax.numpy.result_type(x) if not hasattr(x, "dtype") else x.dtype))
-
-    def struct(self, size: int | None = None) -> jax.ShapeDtypeStruct:
-        """As JAX has it; with another leading axis where told so."""
-        shape, dtype = self
-        return jax.ShapeDtypeStruct(shape if size is None else (size, *shape[1:]), dtype)
-
-
 @functools.lru_cache(maxsize=256)
 def _temporary_bytes(
-    program: Program, strategy: Strategy, params: Any, constants: Any, batch: Any, size: int
+    program: Program, strategy: Strategy, params: Shapes, constants: Shapes, batch: Shapes, size: int
 ) -> int:
     def clipped(params: list[Any], constants: list[Any], batch: list[Any]) -> list[jax.Array]:
-        form = gradients_of(program, strategy, params, constants, batch)[2]
+        *_, form = gradients_of(program, strategy, params, constants, batch)
         return clipped_sum(form, 1.0, None)
 
-    examples = [x.struct(size) for x in batch]
-    lowered = jax.jit(clipped).lower([x.struct() for x in params], [x.struct() for x in constants], examples)
-    memory = lowered.compile().memory_analysis()
+    some = [x.update(shape=(size, *x.shape[1:])) for x in batch]
+    memory = jax.jit(clipped).lower(list(params), list(constants), some).compile().memory_analysis()
     return int(getattr(memory, "temp_size_in_bytes", 0))

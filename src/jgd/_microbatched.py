@@ -14,6 +14,8 @@ import optax.microbatching as micro
 from jax.sharding import PartitionSpec
 
 from jgd._engine.examples import Model
+from jgd._engine.factors import sum_squares
+from jgd._engine.moments import inverse
 from jgd._engine.program import Program
 from jgd._mesh import Placement, spec_of
 from jgd._whole import Strategy, gradients_of, values_of
@@ -56,9 +58,8 @@ class Microbatched:
         """`fun` of every microbatch's gradients and weights: of its pair, the first added up, the second joined."""
 
         def of_batch(batch: list[jax.Array], weights: jax.Array | None) -> Any:
-            form = gradients_of(self.program, self.strategy, self.model.params, self.model.constants, batch)[
-                2
-            ]
+            params, constants = self.model.params, self.model.constants
+            *_, form = gradients_of(self.program, self.strategy, params, constants, batch)
             return fun(form, weights)
 
         return self._walk(of_batch, weights)
@@ -82,7 +83,7 @@ class Microbatched:
         """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
         both = lambda form, weights: (form.weighted_sum(weights, keep_wide=True), form.squared_norms())
         sums, squares = self.walk(both, None)
-        return squares, jnp.sum(jnp.stack([jnp.sum(jnp.square(x)) for x in sums]))
+        return squares, jnp.sum(jnp.stack([sum_squares(x) for x in sums]))
 
     def spreads(self, weights: jax.Array) -> list[jax.Array]:
         """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean; the mean first, by a walk of its own."""
@@ -91,8 +92,7 @@ class Microbatched:
 
         def around_the_mean(form: Any, w: Any) -> Any:
             own = jnp.sum(w)
-            share = jnp.where(own == 0, 0, 1 / jnp.where(own == 0, 1, own))
-            means = [x * share for x in form.weighted_sum(w, keep_wide=True)]
+            means = [x * inverse(own) for x in form.weighted_sum(w, keep_wide=True)]
             parts = zip(form.spreads(w), means, sums, strict=True)
             return [square + own * jnp.square(mean - x / total) for square, mean, x in parts], ()
 

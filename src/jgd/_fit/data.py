@@ -10,7 +10,7 @@ import numpy as np
 from jax.sharding import NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten_with_path
 
-from jgd._errors import describe, leaf_name
+from jgd._errors import common_length, describe, leaf_name
 
 
 @jax.tree_util.register_dataclass
@@ -77,7 +77,8 @@ def examples_of(data: Any, in_axes: Any) -> Examples:
             )
         lengths[name] = array.shape[axis]
     args = jax.tree.unflatten(jax.tree.structure(args), leaves)
-    return Examples(args, tuple(axes), _common_length(lengths))
+    hint = "; an argument that every example shares gets None in the method's `in_axes`"
+    return Examples(args, tuple(axes), common_length(lengths, "`data`", hint=hint))
 
 
 def leaf_axes(args: tuple[Any, ...], in_axes: Any) -> list[int | None]:
@@ -111,18 +112,3 @@ def _as_array(leaf: Any, name: str) -> jax.Array:
         return jnp.asarray(leaf)
     except (TypeError, ValueError) as error:
         raise TypeError(f"{name} is {describe(leaf)}, not an array of numbers") from error
-
-
-def _common_length(lengths: dict[str, int]) -> int:
-    if not lengths:
-        raise ValueError("`data` holds no examples: at least one argument must have an axis of them")
-    (first, size), *others = lengths.items()
-    for name, length in others:
-        if length != size:
-            raise ValueError(
-                f"the leaves of `data` disagree in length: {first} holds {size} examples, {name} {length}; "
-                "an argument that every example shares gets None in the method's `in_axes`"
-            )
-    if size == 0:
-        raise ValueError(f"`data` holds no examples: {first} has length 0")
-    return size

@@ -1,30 +1,29 @@
 """`fit`: a method, parameters and data in; trained parameters and the history out."""
 
 import os
-from collections.abc import Callable, Iterable
+from collections.abc import Callable
 from contextlib import ExitStack
-from dataclasses import replace
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh, NamedSharding, PartitionSpec
+from jax.sharding import Mesh
 
-from jgd._errors import describe, is_concrete
+from jgd._errors import is_concrete
 from jgd._fit.checkpoint import Checkpoint, checkpoint_of
 from jgd._fit.chunks import Chunks
-from jgd._fit.data import Examples, examples_of, is_batches
+from jgd._fit.data import is_batches
 from jgd._fit.epochs import run_epochs
-from jgd._fit.feed import batches_of_iterable
 from jgd._fit.history import History, no_history
 from jgd._fit.keeper import Keeper
-from jgd._fit.placement import batch_axes, mesh_of, on_mesh
+from jgd._fit.placement import mesh_of, on_mesh
 from jgd._fit.processes import lost_processes_named
 from jgd._fit.progress import bar
-from jgd._fit.schedule import Length, Schedule, length_of, schedule_of
+from jgd._fit.schedule import Length, length_of
+from jgd._fit.source import Arrays, Source, source_of
 from jgd._fit.standing import Standing
-from jgd._fit.stepwise import batches_of_examples, run_steps
+from jgd._fit.stepwise import run_steps
 from jgd._methods.method import Method, MethodState, StepInfo
 
 
@@ -114,79 +113,41 @@ def fit(
     length = length_of(epochs, steps, inner_steps)
     mesh = mesh_of(params, () if is_batches(data) else data)
     state = _own(method, params, mesh)
-    if is_batches(data):
-        _check_batches(data, batch_size, length)
-        examples, schedule, updates = None, None, _updates_of_iterable(data, length)
-    else:
-        examples = examples_of(data, method.in_axes)
-        if mesh is not None and (axes := batch_axes(mesh, params, data)):
-            examples = replace(examples, sharding=_batch_sharding(mesh, axes))
-        schedule = schedule_of(length, examples.size, batch_size)
-        updates = schedule.updates
+    source = source_of(data, params, method.in_axes, batch_size=batch_size, length=length, key=key, mesh=mesh)
     watches = {
         "callback": callback is not None,
         "progress": progress,
         "check_finite": check_finite,
         "checkpoint": checkpoint is not None,
     }
-    _check_watchable((state, examples, key), watches)
+    _check_watchable((state, source.examples if isinstance(source, Arrays) else (), key), watches)
 
     with lost_processes_named(), ExitStack() as stack:
         keeper, start = None, Standing(state, no_history)
         if checkpoint is not None:
-            identity = _identity(key, examples, schedule, length)
+            identity = _identity(key, source, length)
             keeper = stack.enter_context(Keeper(checkpoint_of(checkpoint), identity, length.inner_steps))
             start = keeper.restore(state) or start
-            _check_not_past(start, schedule, length)
-        report = stack.enter_context(bar(updates)) if progress else None
-        if examples is not None and schedule is not None and callback is None:
+            _check_not_past(start, source, length)
+        report = stack.enter_context(bar(source.updates)) if progress else None
+        if isinstance(source, Arrays) and callback is None:
             chunks = Chunks(keeper, report, length.inner_steps) if keeper or report else None
             trained, history = run_epochs(
-                method, start, examples, key, schedule, check_finite=check_finite, chunks=chunks
+                method, start, source.examples, key, source.schedule, check_finite=check_finite, chunks=chunks
             )
         else:
-            if examples is not None and schedule is not None:
-                batches = batches_of_examples(examples, key, schedule, start.batches)
-            else:
-                sharding = mesh and _batch_sharding(mesh, batch_axes(mesh, params) or mesh.axis_names)
-                batches = batches_of_iterable(
-                    data, length, start.position, in_axes=method.in_axes, keep_position=keeper is not None,
-                    sharding=sharding,
-                )  # fmt: skip
             trained, history = run_steps(
-                method, start, batches, inner_steps=length.inner_steps, check_finite=check_finite,
-                callback=callback, report=report, keeper=keeper,
+                method, start, source.batches(start, keep_position=keeper is not None),
+                inner_steps=length.inner_steps, check_finite=check_finite, callback=callback, report=report,
+                keeper=keeper,
             )  # fmt: skip
     return FitResult(trained.params, trained, history)
-
-
-def _batch_sharding(mesh: Mesh, axes: tuple[str, ...]) -> NamedSharding:
-    return NamedSharding(mesh, PartitionSpec(axes))
 
 
 def _own(method: Method, params: Any, mesh: Mesh | None) -> MethodState:
     """A state that nobody else holds and whose leaves are all apart, so that it can be updated in place."""
     state = on_mesh(params if isinstance(params, MethodState) else method.init(params), mesh)
     return jax.tree.map(lambda x: jnp.array(x, copy=True), state)
-
-
-def _check_batches(data: Iterable[Any], batch_size: Any, length: Length) -> None:
-    if batch_size is not None:
-        raise ValueError(
-            f"`batch_size`={batch_size!r} was given, but `data` is an iterable ({type(data).__name__}) whose "
-            "batches are made: give None; or give the examples as arrays, several arguments as a tuple"
-        )
-    if iter(data) is data and length.epochs is not None and length.epochs > 1:
-        raise ValueError(
-            f"`data` is an iterator, which can be walked only once, but `epochs` is {length.epochs}: give "
-            "what starts anew each time, such as a list or a data loader, or say `steps`"
-        )
-
-
-def _updates_of_iterable(data: Any, length: Length) -> int | None:
-    if length.epochs is None:
-        return length.steps
-    return len(data) * length.epochs * length.inner_steps if hasattr(data, "__len__") else None
 
 
 def _check_watchable(arrays: Any, watches: dict[str, bool]) -> None:
@@ -199,32 +160,17 @@ def _check_watchable(arrays: Any, watches: dict[str, bool]) -> None:
         )
 
 
-def _identity(
-    key: jax.Array, examples: Examples | None, schedule: Schedule | None, length: Length
-) -> dict[str, Any]:
+def _identity(key: jax.Array, source: Source, length: Length) -> dict[str, Any]:
     """What makes a run the run that it is, in JSON; the state's leaves are compared apart from it."""
     if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
         key = jax.random.key_data(key)
-    return {
-        "key": np.asarray(key).tolist(),
-        "data": [describe(x) for x in jax.tree.leaves(examples.args)] if examples else "batches",
-        "batch_size": schedule.epoch.batch_size if schedule else None,
-        "inner_steps": length.inner_steps,
-    }
+    return {"key": np.asarray(key).tolist(), **source.identity, "inner_steps": length.inner_steps}
 
 
-def _check_not_past(start: Standing, schedule: Schedule | None, length: Length) -> None:
-    made = start.batches * length.inner_steps
-    if schedule is not None:
-        past = start.batches > schedule.batches
-    elif length.steps is not None:
-        past = made > length.steps
-    else:
-        epoch, place = start.position[:2] if start.position else (0, 0)
-        past = epoch + (place > 0) > (length.epochs or 0)
-    if past:
+def _check_not_past(start: Standing, source: Source, length: Length) -> None:
+    if source.is_past(start):
         asked = f"`epochs`={length.epochs}" if length.steps is None else f"`steps`={length.steps}"
         raise ValueError(
-            f"`checkpoint`: the run has made {made} updates already, more than {asked} asks for; ask for as "
-            "many or more, or give another folder"
+            f"`checkpoint`: the run has made {start.batches * length.inner_steps} updates already, more than {asked} "
+            "asks for; ask for as many or more, or give another folder"
         )

@@ -5,7 +5,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from jgd._fit.stored import names_of
+from jgd._fit.leaves import names_of
 from jgd._methods.method import MethodState
 
 FORMAT = 1  # of what is said in JSON beside the arrays
