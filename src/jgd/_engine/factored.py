@@ -97,7 +97,7 @@ class Factored:
         if apart:
             sums.update(zip(apart, self._apart_sum(apart, weights), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]
-        if weights is not None:
+        if weights is not None or self.pieces > 1:
             unruled = self._unruled_kernels()
             guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
             for some in ([k for k in guarded if k in unruled], [k for k in guarded if k not in unruled]):
@@ -169,20 +169,24 @@ class Factored:
         params = [self.model.params[leaf].astype(w) for leaf, w in zip(leaves, wide, strict=True)]
         return jax.vjp(outputs, params)[1](deltas)[0]
 
-    def _guarded_sum(self, leaves: Sequence[int], weights: jax.Array) -> list[jax.Array]:
+    def _guarded_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i of leaves whose sites may have no derivative at 0."""
         if not leaves:
             return []
 
-        def of_present(batch: tuple[Example, jax.Array]) -> list[jax.Array]:
+        def of_present(batch: Any) -> list[jax.Array]:
+            if weights is None:
+                return replace(self, examples=batch, pieces=1)._pull_sum(leaves, batch)
             part = replace(self, examples=batch[0], pieces=1)
             sums = part._pull_sum(leaves, part._weighted(batch[1], stand_in=True))
             return [jnp.where(jnp.any(batch[1] != 0), x, 0) for x in sums]
 
+        batch = self._batch(weights)
         if self.pieces == 1 or self._unruled_kernels().intersection(leaves):
-            return of_present((self.examples, weights))
-        # A stand-in comes from the device's own examples.
-        return [jnp.sum(x, axis=0) for x in self._batch(weights).by_piece(of_present)]
+            return of_present(batch.arrays)
+        # A stand-in comes from the device's own examples. And what a parameter was broadcast along, as a bias along
+        # positions, is summed before the devices add up, which else send a number for each position.
+        return [jnp.sum(x, axis=0) for x in batch.by_piece(of_present)]
 
     def _weighted(self, weights: jax.Array, *, stand_in: bool = False) -> Example:
         """The examples with each δ times its weight, and nothing of those of weight 0.
