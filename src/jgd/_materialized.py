@@ -30,9 +30,24 @@ def scale_rows(weights: jax.Array, x: jax.Array) -> jax.Array:
     return weights.astype(wide).reshape(weights.shape + (1,) * (x.ndim - 1)) * masked
 
 
+class AllAtOnce:
+    """A form that holds all its gradients at the same time."""
+
+    squared_norms: Callable[[], list[jax.Array]]
+    squared_sum: Callable[[], jax.Array]
+
+    def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> Any:
+        """`fun` of the gradients and weights: of what they make, what adds up over examples and what each has."""
+        return fun(self, weights)
+
+    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
+        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
+        return self.squared_norms(), self.squared_sum()
+
+
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Materialized:
+class Materialized(AllAtOnce):
     """B gradients as one `(B, *leaf.shape)` block for each leaf."""
 
     blocks: list[jax.Array]
@@ -52,14 +67,6 @@ class Materialized:
         """Over which axes of a mesh the gradients lie, where that is part of their type."""
         specs = [spec_of(b) for b in self.blocks]
         return Placement(specs[0][0], [PartitionSpec(*spec[1:]) for spec in specs])
-
-    def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> Any:
-        """`fun` of the gradients and weights: of what they make, what adds up over examples and what each has."""
-        return fun(self, weights)
-
-    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
-        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
-        return self.squared_norms(), self.squared_sum()
 
     def materialize(self) -> list[jax.Array]:
         """The blocks themselves."""

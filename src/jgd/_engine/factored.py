@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors, grams, lookups, moments
+from jgd._engine import factors, grams, lookups, moments, partitioned
 from jgd._engine.examples import (
     Example,
     Leaves,
@@ -26,17 +26,16 @@ from jgd._engine.examples import (
     site_outputs,
 )  # fmt: skip
 from jgd._engine.factors import Factor
-from jgd._engine.jaxprs import prim
-from jgd._engine.plan import Part, Plan, sites_of
+from jgd._engine.plan import Part, Plan
 from jgd._engine.tiles import Batch
-from jgd._materialized import Materialized, accumulator
+from jgd._materialized import AllAtOnce, Materialized, accumulator
 from jgd._mesh import Placement, spec_of, varying
 from jgd._random import directions
 
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Factored:
+class Factored(AllAtOnce):
     """B gradients, as what each example left at each site."""
 
     model: Model
@@ -63,14 +62,6 @@ class Factored:
     def _all(self) -> range:
         return range(len(self.like))
 
-    def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> Any:
-        """`fun` of the gradients and weights: of what they make, what adds up over examples and what each has."""
-        return fun(self, weights)
-
-    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
-        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
-        return self.squared_norms(), self.squared_sum()
-
     # Linear questions
 
     def materialize(self) -> list[jax.Array]:
@@ -84,21 +75,21 @@ class Factored:
 
         `after_norms`: the norms were asked for in the same program, so what they built can be used again.
         """
-        self._refuse(self._unruled_kernels(batch_groups=2))  # XLA aborts on their sum
+        self._refuse(self._unruled(batch_groups=2))  # XLA aborts on their sum
         examples = self.examples if weights is None else self._weighted(weights)
         sums: dict[int, jax.Array] = {}
         if after_norms:
-            sums = {leaf: self._kept_sum(leaf, weights) for leaf in self.plan.kept}
+            sums = {leaf: self._assembled(leaf, self._kept_sum, weights) for leaf in self.plan.kept}
         for leaf in self.plan.direct:
             if leaf not in sums:
-                sums[leaf] = self._direct_sum(leaf, examples)
+                sums[leaf] = self._assembled(leaf, self._direct_sum, examples)
         # A custom derivative need not be linear in what it is given: it gets each example's own.
-        apart = sorted(self.plan.backward_only | (self._convolved(groups=2) - sums.keys()))
+        apart = sorted(self.plan.backward_only | (self._grouped(groups=2) - sums.keys()))
         if apart:
             sums.update(zip(apart, self._apart_sum(apart, weights), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]
         if weights is not None or self.pieces > 1:
-            unruled = self._unruled_kernels()
+            unruled = self._unruled()
             guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
             for some in ([k for k in guarded if k in unruled], [k for k in guarded if k not in unruled]):
                 sums.update(zip(some, self._guarded_sum(some, weights), strict=True))
@@ -106,19 +97,13 @@ class Factored:
         sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
 
-    def _kept_sum(self, leaf: int, weights: jax.Array | None) -> jax.Array:
-        """Σ w_i g_i of one leaf, from the blocks that its norms were taken of."""
-        total = None
-        for part in self.plan.parts:
-            if part.leaf == leaf:
-                blocks = self._blocks(part)
-                if self.pieces == 1:
-                    made = moments.of_blocks(blocks, weights)
-                else:  # one sum over the devices, not one before the numbers are looked at and one after
-                    made = Materialized([blocks]).weighted_sum(weights, keep_wide=True)[0]
-                total = factors.place(part.in_memory(made), part.offset, part.axes, self.like[leaf], total)
-        assert total is not None
-        return total
+    def _kept_sum(self, part: Part, weights: jax.Array | None) -> jax.Array:
+        """Σ w_i g_i in one part, flat, from the blocks that its norms were taken of."""
+        blocks = self._blocks(part)
+        if self.pieces == 1:
+            return part.in_memory(moments.of_blocks(blocks, weights))
+        # One sum over the devices, not one before the numbers are looked at and one after.
+        return part.in_memory(Materialized([blocks]).weighted_sum(weights, keep_wide=True)[0])
 
     def _apart_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i of some leaves, from the examples' gradients, a tile at a time."""
@@ -134,18 +119,9 @@ class Factored:
         """The examples' gradients in one part, each in the order in which it comes."""
         return self._each(lambda one: self._unordered(one, part))
 
-    def _direct_sum(self, leaf: int, examples: Example) -> jax.Array:
-        """Σ g_i of one leaf, by one product for each use, the examples among its positions."""
-        like = self.like[leaf]
-        total = None
-        for part in self.plan.parts:
-            if part.leaf == leaf:
-                flat = self._part_sum(part, examples)
-                total = factors.place(flat, part.offset, part.axes, like, total)
-        assert total is not None
-        return total
+    def _direct_sum(self, part: Part, examples: Example) -> jax.Array:
+        """Σ g_i in one part, flat, by one product for each use, the examples among its positions."""
 
-    def _part_sum(self, part: Part, examples: Example) -> jax.Array:
         def summed(examples: Example) -> jax.Array:
             data = batch_data(self.plan, self.model, examples, part)
             return factors.add([use.batch_gradient(data[id(use.site)]) for use in part.uses])
@@ -182,7 +158,7 @@ class Factored:
             return [jnp.where(jnp.any(batch[1] != 0), x, 0) for x in sums]
 
         batch = self._batch(weights)
-        if self.pieces == 1 or self._unruled_kernels().intersection(leaves):
+        if self.pieces == 1 or self._unruled().intersection(leaves):
             return of_present(batch.arrays)
         # A stand-in comes from the device's own examples. And what a parameter was broadcast along, as a bias along
         # positions, is summed before the devices add up, which else send a number for each position.
@@ -239,7 +215,7 @@ class Factored:
 
     def squared_norms(self) -> list[jax.Array]:
         """‖g_i‖² of each leaf."""
-        self._refuse(self._unruled_kernels())
+        self._refuse(self._unruled())
         totals = [jnp.zeros(self.size, jnp.float32) for _ in self.like]
         for part in self.plan.parts:
             if part.leaf in self.plan.kept:
@@ -309,17 +285,15 @@ class Factored:
         return self._moments(weights, centred=True)
 
     def _moments(self, weights: jax.Array, *, centred: bool) -> list[jax.Array]:
-        self._refuse(self._unruled_kernels())
-        totals: list[jax.Array | None] = [None] * len(self.like)
-        for part in self.plan.parts:
-            flat, like = self._part_moment(part, weights, centred=centred), self.like[part.leaf]
-            totals[part.leaf] = factors.place(flat, part.offset, part.axes, like, totals[part.leaf])
+        self._refuse(self._unruled())
+        of_part = functools.partial(self._part_moment, weights=weights, centred=centred)
+        totals = {leaf: self._assembled(leaf, of_part) for leaf in {part.leaf for part in self.plan.parts}}
         for leaf in self.plan.whole_leaves:
             block = lambda one, leaf=leaf: self._gradient(one, [leaf])[0].reshape(-1)
             flat = self._folded_moment(block, self.like[leaf].size, weights, centred=centred)
             totals[leaf] = flat.reshape(self.like[leaf].shape)
         unmet = lambda x: jnp.zeros(x.shape, accumulator(x.dtype))
-        return [unmet(x) if total is None else total for total, x in zip(totals, self.like, strict=True)]
+        return [totals[leaf] if leaf in totals else unmet(x) for leaf, x in enumerate(self.like)]
 
     def _part_moment(self, part: Part, weights: jax.Array, *, centred: bool) -> jax.Array:
         """One part's moment, flat: from its factors where they give it, else from the gradients, a tile at a time."""
@@ -375,59 +349,38 @@ class Factored:
     # One example, all examples, or a tile of them
 
     def _gradient(self, example: Example, leaves: Leaves) -> list[jax.Array]:
-        pulled = [leaf for leaf in leaves if leaf not in self._convolved(groups=1)]
-        self._refuse(self._unruled_kernels().intersection(pulled))
+        pulled = [leaf for leaf in leaves if leaf not in self._grouped(groups=1)]
+        self._refuse(self._unruled().intersection(pulled))
         made = dict(zip(pulled, gradient(self.plan, self.model, example, pulled), strict=True))
         return [made[leaf] if leaf in made else self._leaf_gradient(example, leaf) for leaf in leaves]
 
-    def _convolved(self, *, groups: int) -> frozenset[int]:
-        """The kernels, of at least so many groups, whose gradient only the rule gives.
+    def _grouped(self, *, groups: int) -> frozenset[int]:
+        return partitioned.grouped_kernels(self.plan, groups=groups) if self.pieces > 1 else frozenset()
 
-        XLA's partitioner gets the derivative of a convolution in groups wrong, and `vmap` makes it one (docs/mesh.md).
-        """
-        uses = [use for part in self.plan.parts for use in part.uses if use.rule == "convolution"]
-        counts = ((use.leaf, use.site.eqn.params["feature_group_count"]) for use in uses)
-        return frozenset(leaf for leaf, count in counts if self.pieces > 1 and count >= groups)
-
-    def _unruled_kernels(self, *, batch_groups: int = 1) -> frozenset[int]:
-        """The leaves that make a kernel whose gradient no rule gives, where the examples' axis may be cut.
-
-        Of those, the kernels of convolutions with at least so many `batch_groups`.
-        """
+    def _unruled(self, *, batch_groups: int = 1) -> frozenset[int]:
         if self.pieces == 1:
             return frozenset()
-        uses = (use for part in self.plan.parts for use in part.uses if use.rule != "opaque")
-        ruled = {(id(use.site), use.position) for use in uses}
-        convolutions = [
-            site
-            for site in sites_of(self.plan.region)
-            if site.eqn is not None
-            and site.eqn.primitive is prim.conv_general_dilated_p
-            and site.eqn.params["batch_group_count"] >= batch_groups
-        ]
-        return frozenset().union(*(s.inputs[1].leaves for s in convolutions if (id(s), 1) not in ruled))
+        return partitioned.unruled_kernels(self.plan, batch_groups=batch_groups)
 
     def _refuse(self, leaves: frozenset[int]) -> None:
-        """Raises NotImplementedError where a gradient would be a convolution's that XLA partitions wrongly."""
-        for leaf in sorted(leaves):
-            raise NotImplementedError(
-                f"the parameter {self.plan.program.param_paths[leaf]} makes a kernel that no rule knows, and over a "
-                "sharded batch XLA computes the examples' gradients of that wrongly, with or without jgd: ask inside "
-                "of `jax.shard_map`, see docs/mesh.md"
-            )
+        partitioned.refuse(self.plan, leaves)
 
     def _leaf_gradient(self, example: Example, leaf: int) -> jax.Array:
         """The gradient with respect to one leaf, by the rules of its parts."""
+        flat = lambda part: part.in_memory(self._unordered(example, part))
+        return self._assembled(leaf, flat).astype(self.like[leaf].dtype)
+
+    def _assembled(self, leaf: int, flat: Callable[..., jax.Array], *args: Any) -> jax.Array:
+        """One leaf, from what `flat` says of each of its parts."""
         total = None
         for part in self.plan.parts:
             if part.leaf == leaf:
-                flat = part.in_memory(self._unordered(example, part))
-                total = factors.place(flat, part.offset, part.axes, self.like[leaf], total)
+                total = factors.place(flat(part, *args), part.offset, part.axes, self.like[leaf], total)
         assert total is not None
-        return total.astype(self.like[leaf].dtype)
+        return total
 
     def _unordered(self, example: Example, part: Part) -> jax.Array:
-        self._refuse(self._unruled_kernels().intersection([part.leaf]))
+        self._refuse(self._unruled().intersection([part.leaf]))
         return part.unordered(part_data(self.plan, self.model, example, part))
 
     def _factors(self, example: Example, part: Part) -> list[Factor]:
