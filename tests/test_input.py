@@ -208,6 +208,18 @@ on_mesh = jgd.fit(scaled, jax.device_put(jnp.zeros(6), whole), shared, batch_siz
 alone = jgd.fit(scaled, jnp.zeros(6), shared, batch_size=None, epochs=2, key=key)
 jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), on_mesh, alone)
 
+# Batches that lie on the mesh stay there: nothing comes back to the host.
+spread = NamedSharding(mesh, P("batch"))
+batches = [(jax.device_put(x[i : i + 8], spread), jax.device_put(y[i : i + 8], spread)) for i in range(0, 24, 8)]
+unplaced = [(x[i : i + 8], y[i : i + 8]) for i in range(0, 24, 8)]
+alone = jgd.fit(method, jnp.zeros(6), unplaced, batch_size=None, epochs=2, key=key)
+with pytest.MonkeyPatch.context() as patch:
+    patch.delattr("jax.make_array_from_process_local_data")
+    fit = jgd.fit(method, jax.device_put(jnp.zeros(6), whole), batches, batch_size=None, epochs=2, key=key)
+    with pytest.raises(AttributeError):
+        jgd.fit(method, jax.device_put(jnp.zeros(6), whole), unplaced, batch_size=None, epochs=2, key=key)
+jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-4, atol=1e-5), fit, alone)
+
 other = NamedSharding(Mesh(devices[:2], ("batch",)), P("batch"))
 with pytest.raises(ValueError, match=r"`params` lies on the mesh {'batch': 4} .*, but `data\\[0\\]` on {'batch': 2}"):
     jgd.fit(method, jax.device_put(jnp.zeros(6), whole), (jax.device_put(x, other), y), batch_size=4, epochs=1, key=key)
