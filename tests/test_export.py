@@ -1,6 +1,7 @@
 """Every case and method lowers for the machines that the tests do not have, and nothing calls back to the host."""
 
 import functools
+import itertools
 import re
 
 import jax
@@ -17,21 +18,35 @@ from meshes import mesh_of, placed, widened
 import jgd
 
 PLATFORMS = ("cuda", "tpu")
+DTYPES = ("float32", "bfloat16")
+PLACES = ("alone", "sharded")
 FEW = {
     ("mlp_classifier", "float32", "alone"),
     ("tied_embedding_and_head", "bfloat16", "sharded"),
     ("conv2d_all_options", "bfloat16", "alone"),
     ("recurrence", "float32", "sharded"),
 }
+# Kernels whose examples' gradients XLA's partitioner gets wrong: `jgd` refuses them, sums apart.
+NO_EXAMPLES_SHARDED = ("generated_kernel", "standardised_kernel")
+NOTHING_SHARDED = ("batch_groups",)
 
 
-def ask(grads, weights, key):
-    """Every reduction."""
+def ask_norms(grads, weights, key):
     return [
         jgd.norms(grads), jgd.clipped_sum(grads, 0.5, weights=weights), jgd.mean(grads), jgd.variance(grads),
-        jgd.second_moment(grads, weights), jgd.gram(grads), jgd.noise_scale(grads), jgd.project(grads, key, 3),
-        jgd.dot(grads, jax.tree.map(jnp.ones_like, jgd.sum(grads))), jgd.materialize(grads),
+        jgd.project(grads, key, 3),
     ]  # fmt: skip
+
+
+def ask_pairs(grads, weights, key):
+    return [
+        jgd.second_moment(grads, weights), jgd.gram(grads), jgd.noise_scale(grads), jgd.materialize(grads),
+        jgd.dot(grads, jax.tree.map(jnp.ones_like, jgd.sum(grads))),
+    ]  # fmt: skip
+
+
+def ask_sums(grads, weights, key):
+    return [jgd.sum(grads), jgd.mean(grads, weights)]
 
 
 def shapes(tree):
@@ -54,16 +69,24 @@ def lowers(fun, *args, devices=1):
     assert host_calls(exported.mlir_module()) == []
 
 
-@pytest.mark.parametrize(
-    ("name", "dtype", "where"),
-    [
-        pytest.param(name, dtype, where, marks=() if (name, dtype, where) in FEW else pytest.mark.slow)
-        for name in CASES
-        for dtype in ("float32", "bfloat16")
-        for where in ("alone", "sharded")
-    ],
-)
-def test_every_case_lowers(name, dtype, where, key):
+def cells():
+    """Each case in both dtypes, alone and sharded; in each, half of the reductions.
+
+    Which half alternates along both, so that alone and sharded every reduction of every case is lowered.
+    """
+    for name, (k, dtype), (j, where) in itertools.product(CASES, enumerate(DTYPES), enumerate(PLACES)):
+        ask = (ask_norms, ask_pairs)[(k + j) % 2]
+        if where == "sharded" and name in NO_EXAMPLES_SHARDED:
+            ask = ask_sums
+        if where == "alone" or name not in NOTHING_SHARDED:
+            yield pytest.param(
+                name, dtype, where, ask, marks=() if (name, dtype, where) in FEW else pytest.mark.slow,
+                id=f"{name}-{dtype}-{where}",
+            )  # fmt: skip
+
+
+@pytest.mark.parametrize(("name", "dtype", "where", "ask"), list(cells()))
+def test_every_case_lowers(name, dtype, where, ask, key):
     case, axes = widened(name, jnp.dtype(dtype))
     params, batch = (case.params, case.batch) if where == "alone" else placed(case, axes, "sharded")
     gradients = jgd.per_example_grad(case.loss, strategy="factored", **case.options)

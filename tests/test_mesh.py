@@ -271,10 +271,24 @@ def test_devices_send_what_the_plain_gradient_makes_them_send(name, small_tiles)
         assert largest_array(hlo) < examples * largest_leaf, quantity
 
 
-def test_a_gram_by_tiles_holds_nobody_elses_gradients(small_tiles):
-    model = build("mlp", small=True)
-    hlo = compiled_on_mesh(model, by_jgd(model, "gram", strategy="factored"))
-    assert largest_array(hlo) < 64 * max(x.size for x in jax.tree.leaves(model.params))
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=() if name == "mlp" else pytest.mark.slow) for name in MODELS]
+)
+def test_a_gram_sends_at_most_the_others_gradients_and_holds_tiles_of_them(name, small_tiles):
+    examples, model = 64, build(name, small=True)
+    hlo = compiled_on_mesh(model, by_jgd(model, "gram", strategy="factored"), examples)
+    leaves = [x.size for x in jax.tree.leaves(model.params)]
+    assert traffic(collectives(hlo))[1] <= 4 * examples * (sum(leaves) + examples / 8)
+    assert name != "mlp" or largest_array(hlo) < examples * max(leaves)
+
+
+def test_a_bias_is_summed_along_positions_before_it_is_sent():
+    mesh, size = mesh_of(8), 3
+    p = jax.device_put(jnp.ones(size), NamedSharding(mesh, P()))
+    x = jax.device_put(jnp.ones((8, 50, size)), NamedSharding(mesh, P("data")))
+    grads = jgd.per_example_grad(lambda p, x: jnp.sum(jnp.tanh(x + p)), strategy="factored")
+    hlo = jax.jit(lambda p, x: jgd.sum(grads(p, x))).lower(p, x).compile().as_text()
+    assert traffic(collectives(hlo)) == (1, 4 * size)
 
 
 def test_collectives_in_loops_are_counted_once_a_step():

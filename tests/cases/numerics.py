@@ -45,6 +45,7 @@ def fourier_filter(draw):
     """Complex numbers between real parameters and a real loss."""
 
     def loss(p, x):
+        x = x.astype(jnp.promote_types(x.dtype, jnp.float32))  # there is no transform of bfloat16
         spectrum = jnp.fft.rfft(x) * (p["real"] + 1j * p["imaginary"])
         return squared(jnp.tanh(jnp.fft.irfft(spectrum, 6)))
 

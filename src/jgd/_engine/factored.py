@@ -13,7 +13,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors, grams, lookups, moments, partitioned
+from jgd._engine import factors, grams, lookups, moments, partitioned, tiles
 from jgd._engine.examples import (
     Example,
     Leaves,
@@ -92,7 +92,7 @@ class Factored(AllAtOnce):
         if apart:
             sums.update(zip(apart, self._apart_sum(apart, weights), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]
-        if weights is not None and not one_device:
+        if not one_device:
             guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
             sums.update(zip(guarded, self._guarded_sum(guarded, weights), strict=True))
             rest = [leaf for leaf in rest if leaf not in sums]
@@ -131,10 +131,7 @@ class Factored(AllAtOnce):
         if self.pieces == 1 or not any(use.site.loops for use in part.uses):
             return summed(examples, weights)
         # Behind the steps of a loop the batch axis cannot be cut once both are folded into the positions.
-        batch, of_piece = replace(self, examples=examples)._batch(weights), summed
-        if weights is not None:
-            of_piece = lambda both: summed(*both)
-        return jnp.sum(batch.by_piece(of_piece), axis=0)
+        return self._sum_by_piece(summed, examples, weights)
 
     def _pull_sum(
         self, leaves: Sequence[int], examples: Example, weights: jax.Array | None
@@ -162,22 +159,34 @@ class Factored(AllAtOnce):
         silent = lambda leaf, x: jnp.where(anyone, x, 0) if leaf in self.plan.guarded else x
         return list(map(silent, leaves, sums))
 
-    def _guarded_sum(self, leaves: Sequence[int], weights: jax.Array) -> list[jax.Array]:
+    def _guarded_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i of leaves whose sites may have no derivative at 0, over several devices.
 
-        A stand-in comes from the device's own examples.
+        A stand-in comes from the device's own examples. And what a parameter was broadcast along, as a bias along
+        positions, is summed before the devices add up, which else send a number for each position.
         """
         unruled = [leaf for leaf in leaves if leaf in self._unruled()]
         ruled = [leaf for leaf in leaves if leaf not in unruled]
 
-        def of_present(leaves: Sequence[int], batch: tuple[Example, jax.Array]) -> list[jax.Array]:
-            part = replace(self, examples=batch[0], pieces=1)
-            return part._pull_sum(leaves, part._silenced(batch[1], stand_in=True, in_place=False), batch[1])
+        def of_present(
+            leaves: Sequence[int], examples: Example, weights: jax.Array | None = None
+        ) -> list[jax.Array]:
+            part = replace(self, examples=examples, pieces=1)
+            if weights is not None:
+                examples = part._silenced(weights, stand_in=True, in_place=False)
+            return part._pull_sum(leaves, examples, weights)
 
-        sums = dict(zip(unruled, of_present(unruled, (self.examples, weights)), strict=True))
-        by_piece = self._batch(weights).by_piece(functools.partial(of_present, ruled)) if ruled else []
-        sums.update((leaf, jnp.sum(x, axis=0)) for leaf, x in zip(ruled, by_piece, strict=True))
+        sums = dict(zip(unruled, of_present(unruled, self.examples, weights), strict=True))
+        if ruled:
+            of_ruled = functools.partial(of_present, ruled)
+            sums.update(zip(ruled, self._sum_by_piece(of_ruled, self.examples, weights), strict=True))
         return [sums[leaf] for leaf in leaves]
+
+    def _sum_by_piece(self, fun: Callable[..., Any], examples: Example, weights: jax.Array | None) -> Any:
+        """`fun` of each device's examples, and of their weights where there are any, added up."""
+        batch = replace(self, examples=examples)._batch(weights)
+        of_piece = fun if weights is None else (lambda both: fun(*both))
+        return tiles.total(batch.by_piece(of_piece))
 
     def _silenced(self, weights: jax.Array, *, stand_in: bool, in_place: bool) -> Example:
         return silenced(self.examples, axes_of(self.plan), weights, stand_in=stand_in, in_place=in_place)

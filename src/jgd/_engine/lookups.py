@@ -12,7 +12,7 @@ import jax.numpy as jnp
 from jgd._engine.factors import Rows, contract, wide
 from jgd._engine.moments import inverse
 from jgd._materialized import mask_rows
-from jgd._mesh import varying
+from jgd._mesh import everywhere, varying
 
 _DISTANCES = 16  # of partners in the sorted lookups that are looked at before asking whether any are left
 
@@ -62,8 +62,9 @@ def gram(ours: Rows, theirs: Rows | None, rows: int) -> jax.Array:
     indices, rights = [], []
     for made in [ours] if theirs is None else [ours, theirs]:
         first, total = _by_row(made.index, made.right, rows)
-        indices.append(jnp.where(first, made.index, rows))
-        rights.append(total)
+        # Grouped by row they mix examples of all devices, so each device gets them all, once.
+        indices.append(everywhere(jnp.where(first, made.index, rows), 0))
+        rights.append(everywhere(total, 0))
     lengths = [index.shape for index in indices]
     owners = [
         jnp.repeat(jnp.arange(size) + before, length)

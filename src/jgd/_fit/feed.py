@@ -12,7 +12,7 @@ from jax.sharding import NamedSharding, PartitionSpec
 
 from jgd._errors import describe
 from jgd._fit.data import leaf_axes, splat
-from jgd._fit.placement import axes_of
+from jgd._fit.placement import axes_of, lies_on
 from jgd._fit.processes import gathered, several
 from jgd._fit.schedule import Length
 from jgd._fit.stepwise import Batch
@@ -75,8 +75,15 @@ class _Local(NamedTuple):
 def _together(batches: Iterator[Batch], in_axes: Any, sharding: NamedSharding) -> Iterator[Batch]:
     """Batches of all processes, as long as any has one: all make as many steps.
 
-    What a process or a device lacks is absent: examples that were there are repeated, with weight 0.
+    What a process or a device lacks is absent: examples that were there are repeated, with weight 0. Batches that
+    lie on the mesh already stay as they are.
     """
+    first = next(batches, None)
+    if first is not None:
+        batches = itertools.chain([first], batches)
+        if any(lies_on(leaf) == sharding.mesh for leaf in jax.tree.leaves(first.args)):
+            yield from batches
+            return
     shards = (
         math.prod(sharding.mesh.shape[axis] for axis in axes_of(sharding.spec[0])) // jax.process_count() or 1
     )

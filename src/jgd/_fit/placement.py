@@ -20,7 +20,7 @@ def mesh_of(params: Any, data: Any) -> Mesh | None:
     found: tuple[str, Mesh] | None = None
     for argument, tree in (("params", params), ("data", data)):
         for path, leaf in tree_flatten_with_path(tree)[0]:
-            mesh = _mesh(leaf)
+            mesh = lies_on(leaf)
             if mesh is None:
                 continue
             name = leaf_name(argument, path)
@@ -39,7 +39,7 @@ def on_mesh(tree: Any, mesh: Mesh | None) -> Any:
     """The arrays on the mesh: those that lie there as they are, the others whole on every device."""
 
     def place(leaf: jax.Array) -> jax.Array:
-        if mesh is None or not is_concrete(leaf) or _mesh(leaf) is not None:
+        if mesh is None or not is_concrete(leaf) or lies_on(leaf) is not None:
             return leaf
         whole = NamedSharding(mesh, PartitionSpec())
         if _is_key(leaf):
@@ -53,12 +53,12 @@ def on_mesh(tree: Any, mesh: Mesh | None) -> Any:
 def batch_axes(mesh: Mesh, params: Any, data: Any = None) -> tuple[str, ...]:
     """The axes of the mesh that share out the examples: those of the data, else those that no parameter is on."""
     for leaf in jax.tree.leaves(data):
-        if _mesh(leaf) is not None and leaf.sharding.spec and leaf.sharding.spec[0] is not None:
+        if lies_on(leaf) is not None and leaf.sharding.spec and leaf.sharding.spec[0] is not None:
             return axes_of(leaf.sharding.spec[0])
     taken = {
         axis
         for leaf in jax.tree.leaves(params)
-        if _mesh(leaf) is not None
+        if lies_on(leaf) is not None
         for axes in leaf.sharding.spec
         for axis in axes_of(axes)
     }
@@ -70,7 +70,8 @@ def axes_of(entry: Any) -> tuple[str, ...]:
     return () if entry is None else entry if isinstance(entry, tuple) else (entry,)
 
 
-def _mesh(leaf: Any) -> Mesh | None:
+def lies_on(leaf: Any) -> Mesh | None:
+    """The mesh that an array was put on; None for one that lies nowhere in particular."""
     if (
         not isinstance(leaf, jax.Array)
         or not is_concrete(leaf)
