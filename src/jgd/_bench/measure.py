@@ -1,13 +1,12 @@
-"""The clock: programs measured side by side in one process, and what XLA says of their memory."""
+"""Programs measured side by side in one process: their time, and what XLA says of their memory."""
 
 import json
 import math
 import os
 import platform
-import random
 import statistics
 import time
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -17,6 +16,7 @@ import jax
 import jgd
 from jgd._bench.models import Model
 from jgd._bench.quantities import METHODS, Absent, plain
+from jgd._clock import time_interleaved
 
 BASELINE = "plain gradient"
 
@@ -94,39 +94,6 @@ def compile_program(function: Callable[..., Any], *args: Any) -> Program:
         trace_seconds=traced - start,
         compile_seconds=done - traced,
     )
-
-
-def time_interleaved(
-    programs: Mapping[Any, Callable[[], Any]], *, repeats: int = 20, seconds: float = 5.0
-) -> dict[Any, list[float]]:
-    """The seconds of each run of each program, after one that warms up.
-
-    The programs take turns, in an order that changes from round to round, so that what else the machine does
-    falls on all of them alike.
-
-    Args:
-        programs: what to run; a program returns when its result is there.
-        repeats: runs of each, at most.
-        seconds: a program that has taken this long in all runs no more; each runs once at least.
-
-    Raises:
-        ValueError: `repeats` is below 1.
-    """
-    if repeats < 1:
-        raise ValueError(f"`repeats` must be at least 1, got {repeats}")
-    times: dict[Any, list[float]] = {name: [] for name in programs}
-    for run in programs.values():
-        run()
-    order, shuffle = list(programs), random.Random(0).shuffle
-    for _ in range(repeats):
-        shuffle(order)
-        for name in order:
-            if sum(times[name]) > seconds:
-                continue
-            start = time.perf_counter()
-            programs[name]()
-            times[name].append(time.perf_counter() - start)
-    return times
 
 
 def measure(
