@@ -19,7 +19,7 @@ from torch import nn
 from torch_models import PROBLEMS, Problem
 
 # By its path: there is neither jgd nor JAX in this environment.
-CLOCK = Path(__file__).parents[1] / "src/jgd/_bench/clock.py"
+CLOCK = Path(__file__).parents[1] / "src/jgd/_clock.py"
 time_interleaved = runpy.run_path(str(CLOCK))["time_interleaved"]
 
 MAX_NORM = 1.0

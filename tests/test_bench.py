@@ -13,11 +13,12 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from jgd._bench import clock, command
-from jgd._bench.clock import time_interleaved
+from jgd import _clock as clock
+from jgd._bench import command
 from jgd._bench.measure import BASELINE, Measurement, compile_program, measure
 from jgd._bench.models import MODELS, build
 from jgd._bench.quantities import METHODS, QUANTITIES, Absent, by_jgd, by_vmap, plain
+from jgd._clock import time_interleaved
 
 ROOT = Path(__file__).parent.parent
 

@@ -1,9 +1,9 @@
 """Per-example gradients for JAX: everything you may ask of them, at about the price of their sum."""
 
 from jgd._batches import shard_batch as shard_batch
-from jgd._engine.explain import ExplainRow as ExplainRow
-from jgd._engine.explain import Explanation as Explanation
-from jgd._engine.explain import explain as explain
+from jgd._explain import ExplainRow as ExplainRow
+from jgd._explain import Explanation as Explanation
+from jgd._explain import explain as explain
 from jgd._fit.checkpoint import Checkpoint as Checkpoint
 from jgd._fit.fit import FitResult as FitResult
 from jgd._fit.fit import fit as fit

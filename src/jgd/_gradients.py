@@ -14,7 +14,8 @@ from jgd._loss import Loss, bind
 from jgd._materialized import Materialized
 from jgd._memory import checked_sizes, microbatch_within
 from jgd._microbatched import Microbatched
-from jgd._whole import Strategy, gradients_of
+from jgd._timed import quickest
+from jgd._whole import Named, gradients_of
 
 
 @jax.tree_util.register_dataclass
@@ -49,9 +50,10 @@ def per_example_grad(
     argnums: int | Sequence[int] = 0,
     in_axes: Any = None,
     has_aux: bool = False,
-    strategy: Strategy = "auto",
+    strategy: Named = "auto",
     microbatch_size: int | None = None,
     max_memory: int | None = None,
+    autotune: bool = False,
 ) -> Callable[..., PerExampleGrads]:
     """The gradients of a loss at each example of a batch: g_i = ∇ loss(params, example_i).
 
@@ -68,6 +70,11 @@ def per_example_grad(
             microbatch. The examples need not divide by it. None makes all at once.
         max_memory: choose the largest microbatch, by halves of B, whose clipped sum needs no more than so many
             bytes beside arguments and results, as the compiler counts them; that takes a few compilations.
+        autotune: let the clock decide instead of the predictions: the first call with a loss and shapes times the
+            few best plans on this device (norms with clipped sum, some compilations and runs of each), under `jit`
+            while tracing, and the quickest is remembered as long as the loss is. The answers are the same to
+            rounding, but which plan makes them may differ between processes. Over several devices nothing is
+            timed, and the predictions decide.
 
     Returns:
         A function of `(params, *batch)` to `PerExampleGrads`. Called outside of `jit` it compiles itself, once
@@ -76,7 +83,8 @@ def per_example_grad(
     Raises:
         TypeError: a parameter is not floating-point, or the loss of one example is not a floating-point scalar.
         ValueError: the batch's leaves disagree in length, or `strategy`, `in_axes` or `argnums` do not fit;
-            `microbatch_size` or `max_memory` is below 1, both are given, or one example alone needs more memory.
+            `microbatch_size` or `max_memory` is below 1, both are given, or one example alone needs more memory;
+            `autotune` comes with a `strategy` that leaves no choice.
 
     Example:
         >>> import jax.numpy as jnp, jgd
@@ -91,11 +99,15 @@ def per_example_grad(
     makes its own pass, the losses' values take a forward pass more where they are used, and a Gram one of both for
     each pair of microbatches.
     """
-    if strategy not in get_args(Strategy):
+    if strategy not in get_args(Named):
         raise ValueError(
-            f"`strategy` must be one of {', '.join(map(repr, get_args(Strategy)))}, got {strategy!r}"
+            f"`strategy` must be one of {', '.join(map(repr, get_args(Named)))}, got {strategy!r}"
         )
 
+    if autotune and strategy != "auto":
+        raise ValueError(
+            f"`autotune` chooses the plan, so `strategy` must be 'auto' beside it, got {strategy!r}"
+        )
     checked_sizes(microbatch_size, max_memory)
 
     def gradients(*args: Any) -> PerExampleGrads:
@@ -105,10 +117,12 @@ def per_example_grad(
         size = microbatch_size
         if max_memory is not None:
             size = microbatch_within(max_memory, program, strategy, model, call.batch_leaves)
-        if size is None or size >= call.size:
-            values, aux, form = _compiled(program, strategy, *model, call.batch_leaves)
+        at_once = call.size if size is None else min(size, call.size)
+        plan = quickest(program, model, call.batch_leaves, at_once, max_memory) if autotune else strategy
+        if at_once == call.size:
+            values, aux, form = _compiled(program, plan, *model, call.batch_leaves)
         else:
-            form = Microbatched(model, call.batch_leaves, program, strategy, size)
+            form = Microbatched(model, call.batch_leaves, program, plan, at_once)
             values, aux = _compiled_values(form)
         aux = jax.tree.unflatten(program.aux_treedef, aux)
         return PerExampleGrads(values, aux, form, jax.tree.structure(call.params))

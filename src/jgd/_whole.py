@@ -9,13 +9,14 @@ from jax.sharding import PartitionSpec
 
 from jgd._engine.examples import Model, axes_of, pass_over
 from jgd._engine.factored import Factored
-from jgd._engine.plan import MATERIALIZED_BELOW, plan_of
+from jgd._engine.plan import MATERIALIZED_BELOW, PLANNED, Variant, plan_of
 from jgd._engine.program import Program
 from jgd._engine.tiles import pieces_of
 from jgd._materialized import Materialized
 from jgd._mesh import placed_by, spec_of, with_examples
 
-Strategy = Literal["auto", "factored", "materialized"]
+Named = Literal["auto", "factored", "materialized"]
+Strategy = Named | Variant  # a variant is the factored plan that the clock chose
 
 
 def _specs_of_pass(out: Any, program: Any, strategy: Any, params: Any, constants: Any, batch: Any) -> Any:
@@ -40,8 +41,10 @@ def gradients_of(
         return _no_examples(program, params, constants, batch)
     total = batch[0].shape[0] * sum(p.size for p in program.param_avals)
     pieces = pieces_of(batch, batch[0].shape[0])
-    if strategy == "factored" or (strategy == "auto" and (total > MATERIALIZED_BELOW or pieces > 1)):
-        plan = plan_of(program)
+    variant = strategy if isinstance(strategy, Variant) else None
+    large = strategy == "auto" and (total > MATERIALIZED_BELOW or pieces > 1)
+    if variant or strategy == "factored" or large:
+        plan = plan_of(program, variant or PLANNED)
         model = Model(params, constants)
         values, aux, examples = pass_over(plan, model, batch)
         return values, aux, Factored(model, examples, plan, pieces)

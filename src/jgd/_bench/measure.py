@@ -14,9 +14,9 @@ from typing import Any
 import jax
 
 import jgd
-from jgd._bench.clock import time_interleaved
 from jgd._bench.models import Model
 from jgd._bench.quantities import METHODS, Absent, plain
+from jgd._clock import time_interleaved
 
 BASELINE = "plain gradient"
 

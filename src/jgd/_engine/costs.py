@@ -1,17 +1,30 @@
-"""What a part's squared norm costs for one example, by either method: the planner's only source of figures."""
+"""What a part costs for one example, by either method: the planner's only source of figures."""
 
 from typing import NamedTuple
 
-# An operation of a block's one large product takes this share of the time of one of the pairs' many small ones.
-# Measured on a CPU, by the transformer of the suite.
-BLOCK_SPEED = 0.75
+from jgd._engine.devices import Device
 
 
 class Cost(NamedTuple):
-    """Floating-point operations, and the numbers held while they are done."""
+    """What a computation takes.
+
+    Attributes:
+        flops: floating-point operations.
+        numbers: the numbers held while they are done.
+        moved: the numbers read and written, beside the factors that every method reads. What small products make
+            is counted among their operations.
+        small: whether the operations are those of many small products.
+    """
 
     flops: int
     numbers: int
+    moved: int
+    small: bool = False
+
+    def seconds(self, device: Device) -> float:
+        """The time predicted."""
+        kind = {"small": self.flops} if self.small else {"large": self.flops}
+        return device.seconds(**kind, moved=self.moved)
 
 
 class Sizes(NamedTuple):
@@ -23,25 +36,30 @@ class Sizes(NamedTuple):
     q: int
 
 
-def pairs(sizes: Sizes, *, lookup: bool) -> Cost:
+def pairs(sizes: Sizes, *, lookups: int) -> Cost:
     """Inner products of all pairs of positions on both sides; two squared norms where there is one position.
 
-    Rows that were looked up need no products on the side of the rows' numbers.
+    Those positions that are `lookups` of rows need no products on the side of the rows' numbers.
     """
     n, t, p, q = sizes
-    sides = q if lookup else p + q
+    others = t - lookups
     if t == 1:
-        return Cost(2 * n * sides, 0)
-    return Cost(2 * n * t * t * (sides + 1), n * t * (t if lookup else 2 * t + sides))
+        sides = n * (q + others * p)
+        return Cost(2 * sides, 0, sides)
+    held = n * t * (2 * t + p + q if others else t)
+    return Cost(2 * n * (t * t * (q + 1) + others * others * p), held, 0, small=True)
 
 
 def block(sizes: Sizes) -> Cost:
     """The gradient itself, then its square."""
     n, t, p, q = sizes
-    return Cost(2 * n * p * q * (t + 1), n * p * q)
+    return Cost(2 * n * p * q * (t + 1), n * p * q, 2 * n * p * q)
 
 
-def weight_gradient(sizes: Sizes) -> int:
-    """The operations of the product that makes the gradient: a third of what a layer costs, forward and backward."""
+def weight_gradient(sizes: Sizes, *, lookup: bool = False) -> Cost:
+    """The product that makes the gradient of a batch: a third of what a layer costs, forward and backward.
+
+    Looking up rows is no product: they are read and written.
+    """
     n, t, p, q = sizes
-    return 2 * n * t * p * q
+    return Cost(0, 0, 2 * n * t * q) if lookup else Cost(2 * n * t * p * q, 0, 0)

@@ -237,7 +237,7 @@ class Factored(AllAtOnce):
             - self.plan.whole_leaves
             - self.plan.backward_only
         )
-        short -= {part.leaf for part in self.plan.parts if not part.short_sum(self.size)}
+        short -= {part.leaf for part in self.plan.parts if not part.short_sum(self.size, self.plan.device)}
         total = jnp.zeros((), jnp.float32)
         for part in self.plan.parts:
             if part.leaf in short and part.shape is not None and part.looks_up:

@@ -4,13 +4,14 @@ import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jgd._engine import costs, factors
 from jgd._engine.costs import Cost, Sizes
+from jgd._engine.devices import Device, device_of
 from jgd._engine.factors import Factor, Full, Outer, Rows, Shape
 from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.program import Program
@@ -26,6 +27,27 @@ MATERIALIZED_BELOW = 1 << 13
 
 # How many times larger than its factors a block may be and still be kept for the clipped sum.
 _KEPT = 2
+
+# A block that is kept wins where pairs are not quicker by this factor: it also saves the sum's product.
+_TIE = 0.95
+
+# How many times longer than the best method one may be predicted to take, and still be worth a trial.
+_NEAR = 3
+
+
+class Variant(NamedTuple):
+    """What a plan is asked to do otherwise than by prediction, so that the clock can decide.
+
+    Attributes:
+        switched: whether the parts of which both methods are predicted to take about as long take the other one.
+        keeps: whether blocks may stay until the clipped sum.
+    """
+
+    switched: bool = False
+    keeps: bool = True
+
+
+PLANNED = Variant()
 
 
 @dataclass(frozen=True, eq=False)
@@ -68,18 +90,24 @@ class Part:
         return [factors.concatenate(same) for same in kinds.values()]
 
     @property
+    def lookups(self) -> int:
+        """How many of the positions are lookups of rows."""
+        return sum(use.positions for use in self.uses if use.rule == "lookup")
+
+    @property
     def looks_up(self) -> bool:
         """Whether all uses are lookups of rows."""
         return all(use.rule == "lookup" for use in self.uses)
 
-    def short_sum(self, size: int) -> bool:
+    def short_sum(self, size: int, device: Device) -> bool:
         """Whether the sum over `size` examples has its norm by a shorter way than by itself: from rows or pairs."""
         if self.shape is not None and self.looks_up:
             return True
         if self.shape is None or any(use.batch_factor is None for use in self.uses):
             return False
         sizes = _sizes(self.shape, self.positions * size)
-        return costs.pairs(sizes, lookup=False).flops < costs.block(sizes).flops
+        pairs = costs.pairs(sizes, lookups=self.lookups * size)
+        return pairs.seconds(device) < costs.block(sizes).seconds(device)
 
     def square(self, data: dict[int, SiteData]) -> jax.Array:
         """The squared norm of one example's gradient in this part, by the part's method."""
@@ -93,13 +121,11 @@ class Part:
     @property
     def costs(self) -> dict[str, Cost]:
         """What `square` would cost for one example by each method that is open to it."""
-        total = Cost(2 * self.size, self.size)
-        for use in self.uses:
-            if use.shape is not None:
-                total = Cost(total.flops + costs.weight_gradient(use.sizes), total.numbers)
-        open_to = {"block": total}
+        made = [costs.weight_gradient(use.sizes) for use in self.uses if use.shape is not None]
+        flops, moved = sum(cost.flops for cost in made), sum(cost.moved for cost in made)
+        open_to = {"block": Cost(2 * self.size + flops, self.size, 2 * self.size + moved)}
         if self.shape is not None:
-            open_to["pairs"] = costs.pairs(_sizes(self.shape, self.positions), lookup=self.looks_up)
+            open_to["pairs"] = costs.pairs(_sizes(self.shape, self.positions), lookups=self.lookups)
         return open_to
 
     @property
@@ -135,12 +161,16 @@ class Part:
             )
         return total
 
-    @property
-    def kept(self) -> bool:
-        """Whether the block is so little larger than the factors that it may stay until the norms are known."""
+    def keeps(self, device: Device) -> bool:
+        """Whether the block may stay until the norms are known, and make the clipped sum.
+
+        It must be little larger than the factors, and quicker to read again than to make again.
+        """
         products = {use.rule for use in self.uses} <= {"dot_general", "convolution"}
         sides = sum(use.sizes.n * use.sizes.t * (use.sizes.p + use.sizes.q) for use in self.uses)
-        return products and self.method == "block" and self.size <= _KEPT * sides
+        again = sum(costs.weight_gradient(use.sizes).seconds(device) for use in self.uses)
+        quicker = device.seconds(moved=self.size) < again
+        return products and self.method == "block" and self.size <= _KEPT * sides and quicker
 
     def unordered(self, data: dict[int, SiteData]) -> jax.Array:
         """One example's gradient in this part, in the order in which it comes: to change it would take a copy."""
@@ -172,10 +202,15 @@ class Plan:
     kept: frozenset[int]  # leaves whose blocks, built for the norms, also make the clipped sum
     guarded: frozenset[int]  # leaves with a site that may have no derivative where its data is 0
 
+    @property
+    def device(self) -> Device:
+        """The constants that the plan was made by."""
+        return device_of(self.program.platform)
+
 
 @functools.lru_cache(maxsize=256)
-def plan_of(program: Program) -> Plan:
-    """Reads a program's sites and sorts their uses of each leaf into parts."""
+def plan_of(program: Program, variant: Variant) -> Plan:
+    """Reads a program's sites and sorts their uses of each leaf into parts, for the program's platform."""
     jaxpr, n = program.jaxpr, len(program.param_avals)
     constants = [Value(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype), Side.CONST) for v in jaxpr.constvars]
     inputs = []
@@ -191,6 +226,7 @@ def plan_of(program: Program) -> Plan:
     lost = frozenset(
         leaf for site, i in operands if site.inputs[i].view is None for leaf in site.inputs[i].leaves
     )
+    device = device_of(program.platform)
     by_leaf: dict[int, list[Use]] = {}
     for site, i in operands:
         view = site.inputs[i].view
@@ -199,7 +235,7 @@ def plan_of(program: Program) -> Plan:
     parts: list[Part] = []
     whole_leaves = set(lost)
     for leaf, uses in by_leaf.items():
-        found = _parts(leaf, uses)
+        found = _parts(leaf, uses, device, variant)
         if found is None:
             whole_leaves.add(leaf)
         else:
@@ -208,7 +244,7 @@ def plan_of(program: Program) -> Plan:
     indirect = {part.leaf for part in parts for use in part.uses if use.batch_factor is None}
     guarded = whole_leaves | {part.leaf for part in parts for use in part.uses if use.rule == "opaque"}
     backward_only = _backward_only(region) | (guarded & _branched(region))
-    kept = frozenset(met - backward_only - {part.leaf for part in parts if not part.kept})
+    kept = met - backward_only - {part.leaf for part in parts if not part.keeps(device)}
     direct = tuple(sorted(met - indirect - backward_only))
     return Plan(
         program,
@@ -217,7 +253,7 @@ def plan_of(program: Program) -> Plan:
         frozenset(whole_leaves),
         backward_only,
         direct,
-        kept,
+        frozenset(kept if variant.keeps else ()),
         frozenset(guarded),
     )
 
@@ -251,7 +287,7 @@ def _branched(region: Region) -> frozenset[int]:
     return leaves
 
 
-def _parts(leaf: int, uses: Sequence[Use]) -> list[Part] | None:
+def _parts(leaf: int, uses: Sequence[Use], device: Device, variant: Variant) -> list[Part] | None:
     """The parts of one leaf; None where its uses overlap without being the same."""
     places: dict[tuple[int, tuple[Axis, ...]], list[Use]] = {}
     for use in uses:
@@ -259,7 +295,8 @@ def _parts(leaf: int, uses: Sequence[Use]) -> list[Part] | None:
     keys = list(places)
     if len(keys) > _MANY or any(overlap(a, b) for i, a in enumerate(keys) for b in keys[:i]):
         return None
-    return [_part(leaf, *key, tuple(same)) for key, same in places.items()]
+    parts = [Part(leaf, *key, tuple(same), *_common_shape(same), "block") for key, same in places.items()]
+    return [replace(part, method=_method(part, device, variant)) for part in parts]
 
 
 _MANY = (
@@ -267,12 +304,15 @@ _MANY = (
 )
 
 
-def _part(leaf: int, offset: int, axes: tuple[Axis, ...], uses: tuple[Use, ...]) -> Part:
-    part = Part(leaf, offset, axes, uses, *_common_shape(uses), "block")
-    open_to = part.costs
-    if "pairs" in open_to and open_to["pairs"].flops < costs.BLOCK_SPEED * open_to["block"].flops:
-        return replace(part, method="pairs")
-    return part
+def _method(part: Part, device: Device, variant: Variant) -> Method:
+    """The method by which a part's norm is predicted to be there sooner, or the other one, where it is to be tried."""
+    seconds = {method: cost.seconds(device) for method, cost in part.costs.items()}
+    if "pairs" not in seconds:
+        return "block"
+    margin = _TIE if variant.keeps and part.keeps(device) else 1
+    pairs = seconds["pairs"] < margin * seconds["block"]
+    near = max(seconds.values()) <= _NEAR * min(seconds.values())
+    return "pairs" if pairs != (variant.switched and near) else "block"
 
 
 def _common_shape(uses: Sequence[Use]) -> tuple[Shape | None, tuple[bool, ...]]:

@@ -10,6 +10,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import jaxprs
+from jgd._engine.devices import platform_of
 from jgd._errors import describe, is_concrete
 from jgd._loss import Call, example_of
 from jgd._mesh import compiler_places, manual_type, unplaced
@@ -29,6 +30,7 @@ class Program:
     captured: tuple[Any, ...] = field(repr=False)  # what the loss closes over: the last of the constants
     aux_treedef: Any
     param_paths: tuple[str, ...]
+    platform: str  # that the arguments lie on, for which plans are made
 
     def constants(self, shared: Sequence[Any]) -> list[Any]:
         """The values that no example changes: shared arguments, then what the loss closes over."""
@@ -56,8 +58,10 @@ def trace(call: Call) -> Program:
     Raises:
         TypeError: the loss of one example is not a floating-point scalar.
     """
+    platform = platform_of((*call.param_leaves, *call.batch_leaves))
     key = (
-        call.signature.argnums, call.signature.has_aux, call.signature.treedef, call.signature.roles,
+        platform, call.signature.argnums, call.signature.has_aux, call.signature.treedef,
+        call.signature.roles,
         tuple(_aval_key(x) for x in (*call.param_leaves, *call.shared_leaves)),
         tuple((x.shape[1:], x.dtype) for x in call.batch_leaves),
         *(getattr(jax.config, name) for name in _CONFIG),
@@ -67,7 +71,7 @@ def trace(call: Call) -> Program:
     if key in programs:
         return programs[key]
     with compiler_places((call.param_leaves, call.batch_leaves)):
-        program = _trace(call)
+        program = _trace(call, platform)
     if all(is_concrete(x) for x in program.captured):
         programs[key] = program
         if len(programs) > _SHAPES_KEPT:
@@ -108,7 +112,7 @@ def _programs_of(loss: Callable[..., Any]) -> OrderedDict[Any, Program]:
     return programs
 
 
-def _trace(call: Call) -> Program:
+def _trace(call: Call, platform: str) -> Program:
     signature = call.signature
 
     def example_loss(params: Any, shared: Any, example: Any) -> tuple[Any, Any]:
@@ -130,6 +134,7 @@ def _trace(call: Call) -> Program:
         captured=tuple(captured),
         aux_treedef=jax.tree.structure(aux),
         param_paths=tuple(jax.tree_util.keystr(path) or "params" for path, _ in paths),
+        platform=platform,
     )
 
 

@@ -51,10 +51,16 @@ def share_of(plan: Plan, size: int, params: Sequence[Any], batch: Sequence[Any])
     held = sum(math.prod(shape) * x.dtype.itemsize for x, shape in zip(params, parts, strict=True))
     split = any(shape != x.shape for x, shape in zip(params, parts, strict=True))
     wide = sum(math.prod(shape) * max(4, x.dtype.itemsize) for x, shape in zip(params, parts, strict=True))
-    one = jax.eval_shape(lambda: [zeros(plan.region, of) for of in (records_of, taps_of)])
-    factors = sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
     examples = size // pieces
-    return DeviceShare(pieces, examples, held, factors * examples, wide, 4 * examples if split else 0)
+    return DeviceShare(
+        pieces, examples, held, factor_bytes(plan) * examples, wide, 4 * examples if split else 0
+    )
+
+
+def factor_bytes(plan: Plan) -> int:
+    """What one example leaves at the sites."""
+    one = jax.eval_shape(lambda: [zeros(plan.region, of) for of in (records_of, taps_of)])
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
 
 
 def _sharding(x: Any) -> NamedSharding | None:

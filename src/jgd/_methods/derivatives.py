@@ -48,12 +48,13 @@ def evaluation_by(
     has_aux: bool,
     microbatch_size: int | None = None,
     max_memory: int | None = None,
+    autotune: bool = False,
 ) -> Evaluate:
     """The function that evaluates a batch by the derivative chosen.
 
     Raises:
-        ValueError: the derivative is unknown, or knows only the batch's gradient and was given a `reduce` or a
-            limit of memory; a limit is out of range, or two are given.
+        ValueError: the derivative is unknown, or knows only the batch's gradient and was given a `reduce`,
+            `autotune` or a limit of memory; a limit is out of range, or two are given.
         TypeError: `loss` or `reduce` is not callable.
     """
     if not callable(loss):
@@ -73,17 +74,19 @@ def evaluation_by(
             "batch's; leave `reduce` out, or use derivative='reverse'"
         )
     checked_sizes(microbatch_size, max_memory)
-    if derivative != "reverse" and (microbatch_size or max_memory):
+    if derivative != "reverse" and (microbatch_size or max_memory or autotune):
         raise ValueError(
-            f"`microbatch_size` and `max_memory` belong to derivative='reverse', got derivative={derivative!r}"
+            "`microbatch_size`, `max_memory` and `autotune` belong to derivative='reverse', got "
+            f"derivative={derivative!r}"
         )
     if callable(derivative):
         return _by_callable(derivative, has_aux)
     objective = _objective(loss, in_axes, has_aux, _sum if reduce is sum_ else _mean)
     if derivative == "reverse":
         per_example = per_example_grad(
-            loss, in_axes=in_axes, has_aux=has_aux, microbatch_size=microbatch_size, max_memory=max_memory
-        )
+            loss, in_axes=in_axes, has_aux=has_aux,
+            microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune,
+        )  # fmt: skip
         return _by_reverse(per_example, objective, reduce)
     return _by_coordinates(objective, _forward if derivative == "forward" else _central_difference)
 

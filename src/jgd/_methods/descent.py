@@ -22,6 +22,7 @@ def descent(
     has_aux: bool = False,
     microbatch_size: int | None = None,
     max_memory: int | None = None,
+    autotune: bool = False,
 ) -> Method:
     """A method that minimises the mean of `loss` over the examples.
 
@@ -43,6 +44,7 @@ def descent(
         microbatch_size: as in `jgd.per_example_grad`: so many examples at a time, for the memory of as many. The
             value of the objective then takes one more forward pass.
         max_memory: as in `jgd.per_example_grad`: the largest microbatch that stays within so many bytes.
+        autotune: as in `jgd.per_example_grad`: the quickest of the few best plans, by the clock.
 
     Returns:
         A method: `method.init(params)` gives a state, `method.step(state, *batch)` the next one.
@@ -61,7 +63,7 @@ def descent(
     """
     evaluate = evaluation_by(
         derivative, loss, reduce=reduce, in_axes=in_axes, has_aux=has_aux,
-        microbatch_size=microbatch_size, max_memory=max_memory,
+        microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune,
     )  # fmt: skip
     return Method(evaluate, checked(optimizer, "optimizer"), in_axes)
 
@@ -76,6 +78,7 @@ def ascent(
     has_aux: bool = False,
     microbatch_size: int | None = None,
     max_memory: int | None = None,
+    autotune: bool = False,
 ) -> Method:
     """A method that maximises the mean of `objective` over the examples.
 
@@ -91,6 +94,7 @@ def ascent(
         has_aux: as in `jgd.descent`.
         microbatch_size: as in `jgd.descent`, and so is `max_memory`.
         max_memory: a number of bytes.
+        autotune: as in `jgd.descent`.
 
     Returns:
         A method, as `jgd.descent` does.
@@ -101,7 +105,7 @@ def ascent(
     """
     evaluate = evaluation_by(
         derivative, objective, reduce=reduce, in_axes=in_axes, has_aux=has_aux,
-        microbatch_size=microbatch_size, max_memory=max_memory,
+        microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune,
     )  # fmt: skip
     return Method(evaluate, ascending(checked(optimizer, "optimizer")), in_axes)
 
@@ -117,6 +121,7 @@ def descent_ascent(
     has_aux: bool = False,
     microbatch_size: int | None = None,
     max_memory: int | None = None,
+    autotune: bool = False,
 ) -> Method:
     """A method for min over x, max over y of the mean of `objective((x, y), *example)`.
 
@@ -133,6 +138,7 @@ def descent_ascent(
         has_aux: as in `jgd.descent`.
         microbatch_size: as in `jgd.descent`, and so is `max_memory`.
         max_memory: a number of bytes.
+        autotune: as in `jgd.descent`.
 
     Returns:
         A method whose parameters are the pair `(x, y)`.
@@ -146,7 +152,7 @@ def descent_ascent(
     """
     evaluate = evaluation_by(
         derivative, objective, reduce=reduce, in_axes=in_axes, has_aux=has_aux,
-        microbatch_size=microbatch_size, max_memory=max_memory,
+        microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune,
     )  # fmt: skip
     minimiser, maximiser = checked(min_optimizer, "min_optimizer"), checked(max_optimizer, "max_optimizer")
     return Method(evaluate, simultaneous(minimiser, ascending(maximiser)), in_axes)

@@ -4,13 +4,19 @@ from collections.abc import Sequence
 from dataclasses import dataclass, fields
 from typing import Any
 
-from jgd._engine.costs import weight_gradient
-from jgd._engine.plan import MATERIALIZED_BELOW, Part, Plan, plan_of, sites_of
-from jgd._engine.program import trace
+import jax
+
+from jgd._clock import time_interleaved
+from jgd._engine.costs import Cost, weight_gradient
+from jgd._engine.examples import Model
+from jgd._engine.plan import MATERIALIZED_BELOW, PLANNED, Part, Plan, plan_of, sites_of
+from jgd._engine.program import Program, trace
 from jgd._engine.regions import Site
 from jgd._engine.shares import DeviceShare, share_of
 from jgd._engine.uses import Use
-from jgd._loss import Loss, bind
+from jgd._errors import describe, is_concrete
+from jgd._loss import Call, Loss, bind
+from jgd._timed import norms_alone, norms_and_clipped_sum, plain_gradient, ready
 
 
 @dataclass(frozen=True)
@@ -51,9 +57,11 @@ class Explanation:
         examples: B.
         parameters: P.
         strategy: what `strategy="auto"` does with this loss and batch: "factored" or "materialized".
-        norms: the predicted operations of `jgd.norms`, in units of the plain gradient's.
-        clipped_sum: the same of `jgd.clipped_sum`.
+        norms: the predicted time of `jgd.norms`, in units of the plain gradient's.
+        clipped_sum: the same of `jgd.clipped_sum` and the norms in one program.
         share: what one device holds and sends, where the batch given lies over several; else None.
+        measured_norms: the time of `jgd.norms` as measured here, in the same unit; None where nothing was measured.
+        measured_clipped_sum: the same of `jgd.clipped_sum` and the norms.
     """
 
     rows: tuple[ExplainRow, ...]
@@ -63,6 +71,8 @@ class Explanation:
     norms: float
     clipped_sum: float
     share: DeviceShare | None = None
+    measured_norms: float | None = None
+    measured_clipped_sum: float | None = None
 
     def __str__(self) -> str:
         names = [f.name for f in fields(ExplainRow)]
@@ -72,9 +82,11 @@ class Explanation:
         lines.insert(1, "─" * max(map(len, lines)))
         total = (
             f'{self.examples} examples, {self.parameters:,} parameters; "auto" is {self.strategy!r}. Predicted from '
-            f"the products alone, against the plain gradient's operations: norms {self.norms:.2f}×, clipped sum "
-            f"{self.clipped_sum:.2f}×."
+            f"the products and the numbers moved, against the plain gradient's time: norms {self.norms:.2f}×, clipped "
+            f"sum {self.clipped_sum:.2f}×."
         )
+        if self.measured_norms is not None:
+            total += f" Measured: {self.measured_norms:.2f}×, {self.measured_clipped_sum:.2f}×."
         return "\n".join([*lines, "", total, *([] if self.share is None else [str(self.share)])])
 
 
@@ -85,19 +97,25 @@ def explain(
     argnums: int | Sequence[int] = 0,
     in_axes: Any = None,
     has_aux: bool = False,
+    measure: bool = False,
 ) -> Explanation:
     """Says where each parameter meets data, how its per-example gradients are held there, what that costs, and why.
 
-    Nothing of the loss is run: it is traced on shapes.
+    Nothing of the loss is run unless told to `measure`: it is traced on shapes.
 
     Args:
         loss: as for `jgd.per_example_grad`, and so are `argnums`, `in_axes` and `has_aux`.
         params: the loss's first argument; arrays, or their shapes by `jax.eval_shape`. Where they and the batch lie
             over the devices of a mesh, so is said what each device holds and sends.
         *batch: its other arguments, with a leading axis of examples.
+        measure: whether to time the plain gradient, the norms and the clipped sum as well, beside the predictions;
+            that takes three compilations and some seconds.
 
     Returns:
         An `Explanation`: a table by `str()`, data by `.rows`. Costs are of one example's squared norm.
+
+    Raises:
+        ValueError: told to `measure`, it was given shapes, or was called under `jit`.
 
     Example:
         >>> import jax.numpy as jnp, jgd
@@ -106,23 +124,55 @@ def explain(
         ['norms']
     """
     call = bind(loss, (params, *batch), argnums=argnums, in_axes=in_axes, has_aux=has_aux)
-    plan = plan_of(trace(call))
-    rows = [*_rows(plan), *_unmet(plan)]
+    plan = plan_of(trace(call), PLANNED)
+    predicted = _predicted(plan, call.size)
+    measured = _measured(plan.program, call) if measure else (None, None)
     total = sum(x.size for x in plan.program.param_avals)
-    weights = sum(weight_gradient(use.sizes) for part in plan.parts for use in part.uses)
-    weights += sum(2 * plan.program.param_avals[leaf].size for leaf in plan.whole_leaves)
-    squares = sum(part.cost.flops for part in plan.parts)
-    squares += sum(4 * plan.program.param_avals[leaf].size for leaf in plan.whole_leaves)
-    plain = max(3 * weights, 1)
     return Explanation(
-        tuple(rows),
+        (*_rows(plan), *_unmet(plan)),
         examples=call.size,
         parameters=total,
         strategy="materialized" if call.size * total <= MATERIALIZED_BELOW else "factored",
-        norms=(2 * weights + squares) / plain,
-        clipped_sum=(3 * weights + squares) / plain,
+        norms=predicted[0],
+        clipped_sum=predicted[1],
         share=share_of(plan, call.size, call.param_leaves, call.batch_leaves),
+        measured_norms=measured[0],
+        measured_clipped_sum=measured[1],
     )
+
+
+def _predicted(plan: Plan, size: int) -> tuple[float, float]:
+    """The times of norms and of the clipped sum, in units of the plain gradient's, for one of `size` examples."""
+    avals, device = plan.program.param_avals, plan.device
+    product = again = 0.0
+    for part in plan.parts:
+        made = [weight_gradient(use.sizes, lookup=use.rule == "lookup").seconds(device) for use in part.uses]
+        product += sum(made)
+        again += device.seconds(moved=part.size) if part.leaf in plan.kept else sum(made)
+    blocks = [
+        Cost(2 * avals[leaf].size, 0, 2 * avals[leaf].size).seconds(device) for leaf in plan.whole_leaves
+    ]
+    product, again = product + sum(blocks), again + sum(blocks)
+    squares = sum(part.cost.seconds(device) for part in plan.parts) + sum(blocks)
+    # A layer is three such products: forward, backward to its input, and that of the gradient, which is written.
+    written = device.seconds(moved=sum(x.size for x in avals)) / max(size, 1)
+    plain = max(3 * product + written, 1e-30)
+    return (2 * product + squares) / plain, (2 * product + squares + again + written) / plain
+
+
+def _measured(program: Program, call: Call) -> tuple[float, float]:
+    """The times of norms and of the clipped sum by "auto", in units of the plain gradient's."""
+    model = Model(call.param_leaves, program.constants(call.shared_leaves))
+    for x in (*model.params, *model.constants, *call.batch_leaves):
+        if isinstance(x, jax.ShapeDtypeStruct) or not is_concrete(x):
+            raise ValueError(
+                f"`measure=True` runs the loss, but `params` or the batch hold {describe(x)} without numbers: give "
+                "concrete arrays, outside of `jit`"
+            )
+    asked = (plain_gradient, norms_alone, norms_and_clipped_sum)
+    runs = {fun: ready(fun, program, "auto", model, call.batch_leaves).run for fun in asked}
+    plain, norms, clipped = (min(times) for times in time_interleaved(runs).values())
+    return norms / plain, clipped / plain
 
 
 def _cell(value: Any) -> str:
@@ -153,11 +203,11 @@ def _part_row(plan: Plan, part: Part, use: Use) -> ExplainRow:
     n, t, p, q = sizes if use.shape is not None else (0, 0, 0, 0)
     return ExplainRow(
         plan.program.param_paths[part.leaf], _primitive(use.site), n, t, p, q, len(part.uses), rule,
-        cost.flops, 4 * cost.numbers, _why(part, use),
+        cost.flops, 4 * cost.numbers, _why(plan, part, use),
     )  # fmt: skip
 
 
-def _why(part: Part, use: Use) -> str:
+def _why(plan: Plan, part: Part, use: Use) -> str:
     shared = f"; {len(part.uses)} uses add up before the square" if len(part.uses) > 1 else ""
     if use.shape is None:
         return f"no product over positions: the gradient at the operand is the size of the operand{shared}"
@@ -170,15 +220,12 @@ def _why(part: Part, use: Use) -> str:
     verb = "take" if part.method == "pairs" else "would take"
     kept = (
         "; the blocks stay, being little larger than the factors, and make the clipped sum"
-        if part.kept
+        if part.leaf in plan.kept
         else ""
     )
-    return f"pairs of positions {verb} {_ratio(part)} the operations of the block{shared}{kept}"
-
-
-def _ratio(part: Part) -> str:
-    costs = part.costs
-    return f"{costs['pairs'].flops / max(costs['block'].flops, 1):.2g}×"
+    seconds = {method: cost.seconds(plan.device) for method, cost in part.costs.items()}
+    ratio = seconds["pairs"] / seconds["block"]
+    return f"pairs of positions {verb} {ratio:.2g}× the predicted time of the block{shared}{kept}"
 
 
 def _whole_row(plan: Plan, site: Site, position: int, leaf: int) -> ExplainRow:

@@ -1,0 +1,86 @@
+"""Measures this machine's row of the table of devices, by which plans are chosen (src/jgd/_engine/devices.py).
+
+`python benchmarks/calibrate.py` prints the row to paste, and how the one that is stored differs. The programs take
+turns, and each counts by its median run: the fastest of many small products is one that happened to spread over all
+cores, which they seldom do inside of a larger program. What plans move is blocks of gradients, so the bandwidth is
+that of blocks: the time of gradients of few positions and of their squares, less that of the operations.
+"""
+
+import argparse
+import statistics
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jgd._clock import time_interleaved
+from jgd._engine import costs
+from jgd._engine.costs import Sizes
+from jgd._engine.devices import DEVICES, Device
+
+SIDE = 1024  # of the large product
+PAIRS = Sizes(64, 64, 64, 64)  # n is the number of the examples
+BLOCKS = Sizes(256, 8, 128, 128)  # so few positions that the blocks take longer to move than to make
+
+
+def pairs(left: jax.Array, right: jax.Array) -> jax.Array:
+    """The squared norms of the gradients Σₜ left[n, t] ⊗ right[n, t], from pairs of positions."""
+    return jnp.einsum(
+        "nts,nts->n", jnp.einsum("ntp,nsp->nts", left, left), jnp.einsum("ntq,nsq->nts", right, right)
+    )
+
+
+def blocks(left: jax.Array, right: jax.Array) -> jax.Array:
+    """The same from the gradients themselves."""
+    return jnp.sum(jnp.square(jnp.einsum("ntp,ntq->npq", left, right)), axis=(1, 2))
+
+
+def _program(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[[], Any]:
+    keys = jax.random.split(jax.random.key(0), len(shapes))
+    args = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    compiled = jax.jit(function).lower(*args).compile()
+    return lambda: jax.block_until_ready(compiled(*args))
+
+
+def measure(repeats: int, seconds: float) -> Device:
+    """The row of the default device."""
+    factors = lambda sizes: ((sizes.n, sizes.t, sizes.p), (sizes.n, sizes.t, sizes.q))
+    programs = {
+        "large": _program(jnp.matmul, (SIDE, SIDE), (SIDE, SIDE)),
+        "small": _program(pairs, *factors(PAIRS)),
+        "moved": _program(blocks, *factors(BLOCKS)),
+    }
+    times = time_interleaved(programs, repeats=repeats, seconds=seconds)
+    usual = {name: statistics.median(each) for name, each in times.items()}
+    large = 2 * SIDE**3 / usual["large"]
+    one = lambda sizes: sizes._replace(n=1)
+    block = costs.block(one(BLOCKS))
+    bandwidth = 4 * BLOCKS.n * block.moved / (usual["moved"] - BLOCKS.n * block.flops / large)
+    small = PAIRS.n * costs.pairs(one(PAIRS), lookups=0).flops / usual["small"]
+    return Device(large, small, bandwidth)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--repeats", type=int, default=200, help="runs of each program, at most (default: 200)"
+    )
+    parser.add_argument("--seconds", type=float, default=10.0, help="a program that took this long rests")
+    options = parser.parse_args()
+    device = jax.devices()[0]
+    row = measure(options.repeats, options.seconds)
+    numbers = ", ".join(f"{name}={value / 1e9:.3g}e9" for name, value in row._asdict().items())
+    print(f'    "{device.platform}": Device({numbers}),  # {device.device_kind}')
+    stored = DEVICES.get(device.platform)
+    if stored is None:
+        print(f"There is no row for {device.platform!r}.")
+        return
+    for name, value, other in zip(row._fields, row, stored, strict=True):
+        print(f"{name:9}  measured {value / 1e9:10.4g}e9  stored {other / 1e9:10.4g}e9  {value / other:.2f}×")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,238 @@
+"""Plans chosen by predicted time and by the clock: what decides, what is remembered, that the answers stay the same."""
+
+import functools
+import importlib
+import re
+from pathlib import Path
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+import oracle
+import pytest
+from cases import problem
+from jax.sharding import NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
+
+import jgd
+from jgd import _timed
+from jgd._engine import devices
+from jgd._engine.devices import DEVICES, Device
+from jgd._engine.plan import Variant
+
+# Both methods of one product are predicted to take about as long.
+POSITIONS, SIDE = 24, 64
+
+
+def loss(w, x):
+    return jnp.sum(jnp.tanh(x @ w))
+
+
+def arguments(size=8):
+    rng = np.random.default_rng(0)
+    return jnp.asarray(rng.normal(size=(SIDE, SIDE)) / 8, jnp.float32), jnp.asarray(
+        rng.normal(size=(size, POSITIONS, SIDE)), jnp.float32
+    )
+
+
+def renamed():
+    """The loss as a function that no cache has seen."""
+    return lambda *args: loss(*args)
+
+
+@pytest.fixture
+def clock(monkeypatch):
+    """A clock that makes one strategy the quickest, and counts how often it was asked."""
+    clock = type("Clock", (), {"best": "auto", "calls": [], "gain": 0.5})()
+
+    def time_interleaved(programs, **_):
+        clock.calls = [*clock.calls, list(programs)]
+        for run in programs.values():
+            run()
+        return {name: [clock.gain if name == clock.best else 1.0] for name in programs}
+
+    monkeypatch.setattr(_timed, "time_interleaved", time_interleaved)
+    return clock
+
+
+def method_of(grads):
+    return grads.form.plan.parts[0].method
+
+
+@pytest.mark.parametrize(
+    ("row", "rule"),
+    [
+        (Device(1e9, 1e9, 1e15), "pairs"),  # 2·T²·2·S operations against 2·T·S²: fewer
+        (Device(1e9, 1e8, 1e15), "block"),  # slow small products
+        (Device(1e12, 1e11, 1e9), "pairs"),  # slow memory: the block is written and read
+    ],
+)
+def test_the_device_decides(row, rule, monkeypatch):
+    monkeypatch.setitem(devices.DEVICES, jax.default_backend(), row)
+    (only,) = jgd.explain(renamed(), *arguments()).rows
+    assert only.rule == rule and "predicted time" in only.why
+
+
+def test_every_row_is_a_device():
+    assert DEVICES.keys() == {"cpu", "gpu", "tpu"}
+    assert all(row.large >= row.small > 0 and row.bandwidth > 0 for row in DEVICES.values())
+    assert devices.device_of("another") == DEVICES["gpu"]
+
+
+def test_the_arguments_say_the_platform_and_a_trace_the_default_one(monkeypatch):
+    w, x = arguments()
+    monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
+    plans = []
+    grads = jgd.per_example_grad(loss, strategy="factored")
+    plans.append(grads(w, x).form.plan)
+    jax.jit(lambda w, x: plans.append(grads(w, x).form.plan))(w, x)
+    assert [plan.program.platform for plan in plans] == ["cpu", "tpu"]
+    assert plans[0].device == DEVICES["cpu"] and plans[1].device == DEVICES["tpu"]
+
+
+@pytest.mark.parametrize("best", ["auto", Variant(switched=True), "materialized"])
+def test_the_quickest_is_taken_remembered_and_answers_the_same(best, clock):
+    clock.best = best
+    w, x = arguments()
+    own = renamed()
+    tuned, planned = (
+        jgd.per_example_grad(own, autotune=True),
+        jgd.per_example_grad(own, strategy="factored"),
+    )
+    grads, want = tuned(w, x), planned(w, x)
+    assert {"auto", Variant(switched=True), "materialized"} <= set(clock.calls[0])
+    if best == "materialized":
+        assert type(grads.form).__name__ == "Materialized"
+    else:
+        assert (method_of(grads) == method_of(want)) == (best == "auto")
+    for reduction in (jgd.norms, functools.partial(jgd.clipped_sum, max_norm=1.0), jgd.gram, jgd.variance):
+        oracle.assert_close(reduction(grads), reduction(want), 1e-5)
+    tuned(w, x)
+    assert len(clock.calls) == 1
+    tuned(w, x[:6])
+    assert len(clock.calls) == 2
+
+
+def test_a_gain_that_noise_could_make_changes_nothing(clock):
+    clock.best, clock.gain = Variant(switched=True), 0.98
+    own = renamed()
+    grads = jgd.per_example_grad(own, autotune=True)(*arguments())
+    assert method_of(grads) == method_of(jgd.per_example_grad(own, strategy="factored")(*arguments()))
+
+
+@pytest.mark.parametrize("wrap", ["jit", "vmap", "scan"])
+def test_it_times_while_tracing(wrap, clock):
+    clock.best = Variant(switched=True)
+    w, x = arguments(16)
+    grads = jgd.per_example_grad(renamed(), autotune=True)
+    ask = lambda x: jgd.norms(grads(w, x))
+    some = x.reshape(2, 8, *x.shape[1:])
+    asked = {
+        "jit": lambda: jax.jit(jax.vmap(ask))(some),
+        "vmap": lambda: jax.vmap(ask)(some),
+        "scan": lambda: jax.lax.scan(lambda c, x: (c, ask(x)), 0, some)[1],
+    }
+    want = jgd.norms(jgd.per_example_grad(loss, strategy="materialized")(w, x))
+    oracle.assert_close(asked[wrap]().reshape(-1), want, 1e-5)
+    assert len(clock.calls) == 1
+
+
+def test_by_the_real_clock_with_integers_keys_and_a_shared_argument():
+    def own(params, token, key, scale):
+        x = params["table"][token] + 0.01 * jax.random.normal(key, (POSITIONS, SIDE))
+        return scale * loss(params["w"], x)
+
+    w, _ = arguments()
+    params = {"w": w, "table": jnp.ones((50, SIDE)) * 0.1}
+    batch = jnp.arange(8 * POSITIONS).reshape(8, POSITIONS) % 50, jax.random.split(jax.random.key(0), 8), 2.0
+    axes = (None, 0, 0, None)
+    grads = jgd.per_example_grad(own, in_axes=axes, autotune=True)
+    want = jgd.per_example_grad(own, in_axes=axes, strategy="materialized")(params, *batch)
+    got = jax.jit(lambda params, *batch: jgd.clipped_sum(grads(params, *batch), 1.0))(params, *batch)
+    oracle.assert_close(got, jgd.clipped_sum(want, 1.0), 1e-5)
+
+
+def test_float64_answers_by_every_plan_agree_to_rounding(x64):
+    case = problem("tied_embedding_and_head", jnp.float64)
+    for strategy in (Variant(), Variant(switched=True), Variant(keeps=False), Variant(True, False)):
+        calls = functools.partial(jgd._gradients.per_example_grad, case.loss, **case.options)
+        want = calls(strategy="materialized")(case.params, *case.batch)
+        # The clock's choice reaches the pass as a strategy.
+        chosen = calls(strategy="factored")
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(jgd._gradients, "quickest", lambda *_, strategy=strategy: strategy)
+            chosen = calls(autotune=True)(case.params, *case.batch)
+        assert chosen.form.plan.program is not None
+        oracle.assert_close(jgd.norms(chosen), jgd.norms(want), 1e-11)
+        oracle.assert_close(jgd.clipped_sum(chosen, 0.5), jgd.clipped_sum(want, 0.5), 1e-11)
+
+
+def test_microbatches_and_memory_are_tuned_at_their_size(clock):
+    w, x = arguments(8)
+    grads = jgd.per_example_grad(renamed(), microbatch_size=3, autotune=True)(w, x)
+    assert grads.form.microbatch_size == 3 and len(clock.calls) == 1
+    clock.best = "materialized"
+    own = renamed()
+    most = 2 * 4 * SIDE * SIDE  # less than the blocks of the 8 examples
+    limited = jgd.per_example_grad(own, max_memory=most, autotune=True)(w, x)
+    assert limited.form.size == 8 and all("materialized" not in names for names in clock.calls[1:])
+    oracle.assert_close(jgd.norms(limited), jgd.norms(jgd.per_example_grad(loss)(w, x)), 1e-5)
+
+
+def test_over_several_devices_the_prediction_decides(clock):
+    w, x = arguments()
+    x = jax.device_put(x, NamedSharding(mesh_of(4, 1), P("data")))
+    w = jax.device_put(w, NamedSharding(mesh_of(4, 1), P()))
+    got = jgd.norms(jgd.per_example_grad(renamed(), autotune=True)(w, x))
+    assert not clock.calls
+    oracle.assert_close(got, jgd.norms(jgd.per_example_grad(loss)(*arguments())), 1e-5)
+
+
+def test_methods_take_it(clock):
+    own = renamed()
+    clock.best = Variant(switched=True)
+    reduce = functools.partial(jgd.clipped_sum, max_norm=1.0)
+    make = functools.partial(jgd.descent, own, optax.sgd(0.1), reduce=reduce)
+    w, x = arguments()
+    tuned, plain = make(autotune=True), make()
+    oracle.assert_close(tuned.step(tuned.init(w), x)[0].params, plain.step(plain.init(w), x)[0].params, 1e-6)
+    assert len(clock.calls) == 1
+    with pytest.raises(ValueError, match="`autotune` belong to derivative='reverse'"):
+        jgd.ascent(own, optax.sgd(0.1), derivative="forward", autotune=True)
+
+
+@pytest.mark.parametrize("strategy", ["factored", "materialized"])
+def test_a_strategy_beside_it_is_an_error(strategy):
+    with pytest.raises(ValueError, match=f"`strategy` must be 'auto' beside it, got '{strategy}'"):
+        jgd.per_example_grad(loss, strategy=strategy, autotune=True)
+
+
+def test_explain_measures_beside_what_it_predicts():
+    args = arguments()
+    silent, spoken = jgd.explain(loss, *args), jgd.explain(loss, *args, measure=True)
+    assert silent.measured_norms is None and "Measured" not in str(silent)
+    assert spoken.measured_norms > 0 and spoken.measured_clipped_sum > 0
+    assert (spoken.norms, spoken.rows) == (silent.norms, silent.rows)
+    assert f"Measured: {spoken.measured_norms:.2f}×, {spoken.measured_clipped_sum:.2f}×." in str(spoken)
+
+
+def test_explain_does_not_measure_shapes():
+    shapes = jax.eval_shape(arguments)
+    with pytest.raises(ValueError, match="`measure=True` runs the loss, but `params`"):
+        jgd.explain(loss, *shapes, measure=True)
+    with pytest.raises(ValueError, match=re.escape("float32[64,64] without numbers")):
+        jax.jit(lambda w, x: jgd.explain(loss, w, x, measure=True).norms)(*arguments())
+
+
+def test_the_calibration_prints_a_row(monkeypatch, capsys):
+    monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
+    calibrate = importlib.import_module("calibrate")
+    row = calibrate.measure(repeats=2, seconds=0.1)
+    assert all(0 < value < 1e16 for value in row)
+    monkeypatch.setattr(calibrate, "measure", lambda *_: Device(4e11, 2e11, 1e10))
+    monkeypatch.setattr("sys.argv", ["calibrate.py"])
+    calibrate.main()
+    out = capsys.readouterr().out
+    assert '"cpu": Device(large=400e9, small=200e9, bandwidth=10e9)' in out and "×" in out
