@@ -92,7 +92,7 @@ def test_the_arguments_say_the_platform_and_a_trace_the_default_one(monkeypatch)
     assert plans[0].device == DEVICES["cpu"] and plans[1].device == DEVICES["tpu"]
 
 
-@pytest.mark.parametrize("best", ["auto", Variant(switched=True), "materialized"])
+@pytest.mark.parametrize("best", ["auto", Variant(near="block"), "materialized"])
 def test_the_quickest_is_taken_remembered_and_answers_the_same(best, clock):
     clock.best = best
     w, x = arguments()
@@ -102,7 +102,7 @@ def test_the_quickest_is_taken_remembered_and_answers_the_same(best, clock):
         jgd.per_example_grad(own, strategy="factored"),
     )
     grads, want = tuned(w, x), planned(w, x)
-    assert {"auto", Variant(switched=True), "materialized"} <= set(clock.calls[0])
+    assert {"auto", Variant(near="block"), "materialized"} <= set(clock.calls[0])
     if best == "materialized":
         assert type(grads.form).__name__ == "Materialized"
     else:
@@ -116,7 +116,7 @@ def test_the_quickest_is_taken_remembered_and_answers_the_same(best, clock):
 
 
 def test_a_gain_that_noise_could_make_changes_nothing(clock):
-    clock.best, clock.gain = Variant(switched=True), 0.98
+    clock.best, clock.gain = Variant(near="block"), 0.98
     own = renamed()
     grads = jgd.per_example_grad(own, autotune=True)(*arguments())
     assert method_of(grads) == method_of(jgd.per_example_grad(own, strategy="factored")(*arguments()))
@@ -124,7 +124,7 @@ def test_a_gain_that_noise_could_make_changes_nothing(clock):
 
 @pytest.mark.parametrize("wrap", ["jit", "vmap", "scan"])
 def test_it_times_while_tracing(wrap, clock):
-    clock.best = Variant(switched=True)
+    clock.best = Variant(near="block")
     w, x = arguments(16)
     grads = jgd.per_example_grad(renamed(), autotune=True)
     ask = lambda x: jgd.norms(grads(w, x))
@@ -156,7 +156,7 @@ def test_by_the_real_clock_with_integers_keys_and_a_shared_argument():
 
 def test_float64_answers_by_every_plan_agree_to_rounding(x64):
     case = problem("tied_embedding_and_head", jnp.float64)
-    for strategy in (Variant(), Variant(switched=True), Variant(keeps=False), Variant(True, False)):
+    for strategy in (Variant(near="pairs"), Variant(near="block"), Variant("block", keeps=False)):
         calls = functools.partial(jgd._gradients.per_example_grad, case.loss, **case.options)
         want = calls(strategy="materialized")(case.params, *case.batch)
         # The clock's choice reaches the pass as a strategy.
@@ -192,7 +192,7 @@ def test_over_several_devices_the_prediction_decides(clock):
 
 def test_methods_take_it(clock):
     own = renamed()
-    clock.best = Variant(switched=True)
+    clock.best = Variant(near="block")
     reduce = functools.partial(jgd.clipped_sum, max_norm=1.0)
     make = functools.partial(jgd.descent, own, optax.sgd(0.1), reduce=reduce)
     w, x = arguments()

@@ -96,7 +96,7 @@ def _candidates(program: Program, size: int) -> list[Strategy]:
     if size * parameters <= MATERIALIZED_BELOW:
         return []
     different: dict[Any, Variant] = {}
-    for variant in (PLANNED, Variant(switched=True), Variant(keeps=False)):
+    for variant in (PLANNED, Variant(near="block"), Variant(near="pairs"), Variant(keeps=False)):
         plan = plan_of(program, variant)
         different.setdefault((tuple(part.method for part in plan.parts), plan.kept), variant)
     strategies: list[Strategy] = [variant for variant in different.values() if variant != PLANNED]

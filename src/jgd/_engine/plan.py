@@ -39,11 +39,11 @@ class Variant(NamedTuple):
     """What a plan is asked to do otherwise than by prediction, so that the clock can decide.
 
     Attributes:
-        switched: whether the parts of which both methods are predicted to take about as long take the other one.
+        near: the method of those parts of which both are predicted to take about as long.
         keeps: whether blocks may stay until the clipped sum.
     """
 
-    switched: bool = False
+    near: Method | None = None
     keeps: bool = True
 
 
@@ -305,14 +305,14 @@ _MANY = (
 
 
 def _method(part: Part, device: Device, variant: Variant) -> Method:
-    """The method by which a part's norm is predicted to be there sooner, or the other one, where it is to be tried."""
+    """The method by which a part's norm is predicted to be there sooner, or that which is to be tried in its place."""
     seconds = {method: cost.seconds(device) for method, cost in part.costs.items()}
     if "pairs" not in seconds:
         return "block"
+    if variant.near and max(seconds.values()) <= _NEAR * min(seconds.values()):
+        return variant.near
     margin = _TIE if variant.keeps and part.keeps(device) else 1
-    pairs = seconds["pairs"] < margin * seconds["block"]
-    near = max(seconds.values()) <= _NEAR * min(seconds.values())
-    return "pairs" if pairs != (variant.switched and near) else "block"
+    return "pairs" if seconds["pairs"] < margin * seconds["block"] else "block"
 
 
 def _common_shape(uses: Sequence[Use]) -> tuple[Shape | None, tuple[bool, ...]]:
