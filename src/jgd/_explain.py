@@ -1,7 +1,7 @@
 """`jgd.explain`: the plan as a table, one row for each place where a parameter meets data."""
 
 from collections.abc import Sequence
-from dataclasses import dataclass, fields
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
@@ -190,7 +190,7 @@ def _rows(plan: Plan) -> list[ExplainRow]:
                 rows += [_whole_row(plan, site, position, leaf) for leaf in leaves]
             else:
                 rows.append(_part_row(plan, *found))
-    return rows
+    return rows + [_beside_row(plan, part, use) for part in plan.beside for use in part.uses]
 
 
 def _primitive(site: Site) -> str:
@@ -205,6 +205,11 @@ def _part_row(plan: Plan, part: Part, use: Use) -> ExplainRow:
         plan.program.param_paths[part.leaf], _primitive(use.site), n, t, p, q, len(part.uses), rule,
         cost.flops, 4 * cost.numbers, _why(plan, part, use),
     )  # fmt: skip
+
+
+def _beside_row(plan: Plan, part: Part, use: Use) -> ExplainRow:
+    why = "spread over many positions: the backward pass makes the block, which is small, as it goes"
+    return replace(_part_row(plan, part, use), why=why)
 
 
 def _why(plan: Plan, part: Part, use: Use) -> str:
@@ -240,7 +245,7 @@ def _whole_row(plan: Plan, site: Site, position: int, leaf: int) -> ExplainRow:
 
 
 def _unmet(plan: Plan) -> list[ExplainRow]:
-    met = plan.region.leaves
+    met = plan.region.leaves | {part.leaf for part in plan.beside}
     missing = [path for leaf, path in enumerate(plan.program.param_paths) if leaf not in met]
     why = "it never meets data: its gradient is 0 at every example"
     return [ExplainRow(path, "—", 0, 0, 0, 0, 0, "none", 0, 0, why) for path in missing]

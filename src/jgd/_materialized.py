@@ -9,6 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jgd._engine.factors import sum_leading
 from jgd._mesh import Placement, spec_of
 from jgd._random import directions
 
@@ -78,9 +79,10 @@ class Materialized(AllAtOnce):
         """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'."""
         del after_norms  # the gradients are there either way
         if weights is None:
+            # Not as a product: where a block is one, of outer products, XLA makes the sum without it.
             sums = [jnp.sum(b, axis=0, dtype=accumulator(b.dtype)) for b in self.blocks]
         else:
-            sums = [jnp.sum(scale_rows(weights, b), axis=0) for b in self.blocks]
+            sums = [sum_leading(mask_rows(weights != 0, b), weights) for b in self.blocks]
         return sums if keep_wide else [s.astype(b.dtype) for s, b in zip(sums, self.blocks, strict=True)]
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:

@@ -1,6 +1,7 @@
 """What each example leaves behind, and one example's gradient from it.
 
-The pass over a batch leaves, for each example, the example itself, the records and the δ's of every site. All
+The pass over a batch leaves, for each example, the example itself, the records and the δ's of every site, and the
+gradients of those leaves that are so small that they are taken at once. All
 functions here but the pass see ONE example; `Factored` maps them over the batch.
 """
 
@@ -33,29 +34,44 @@ class Example(NamedTuple):
     inputs: list[Any]
     records: Any
     deltas: Any
+    blocks: dict[int, Any]  # the gradient of each leaf that is taken beside the sites
 
 
 def axes_of(plan: Plan) -> Example:
     """Where the batch axis lies in each array of a batch of examples: behind the steps of the scans around."""
     records, deltas = (batch_axes(plan.region, of) for of in (records_of, taps_of))
-    return Example(0, records, deltas)  # pyright: ignore[reportArgumentType]
+    return Example(0, records, deltas, 0)  # pyright: ignore[reportArgumentType]
 
 
 def pass_over(plan: Plan, model: Model, batch: list[Any]) -> tuple[jax.Array, list[Any], Example]:
     """One forward and one backward pass: values, auxiliary leaves, and what the examples leave."""
 
+    beside = sorted({part.leaf for part in plan.beside})
+
     def one(inputs: list[Any]) -> Any:
-        def forward(taps: Any) -> Any:
-            (value, *aux), records = run(plan.region, _inputs(plan, model, inputs), taps)
+        def forward(taps: Any, values: list[Any]) -> Any:
+            known = _inputs(plan, _with(model, beside, values), inputs)
+            (value, *aux), records = run(plan.region, known, taps)
             return value, (aux, records)
 
         taps = varying(zeros(plan.region, taps_of), inputs)
-        value, pull, (aux, records) = jax.vjp(forward, taps, has_aux=True)
-        return value, aux, records, pull(jnp.ones_like(value))[0]
+        values = varying([model.params[leaf] for leaf in beside], inputs)
+        value, pull, (aux, records) = jax.vjp(forward, taps, values, has_aux=True)
+        deltas, blocks = pull(jnp.ones_like(value))
+        return value, aux, records, deltas, dict(zip(beside, blocks, strict=True))
 
     axes = axes_of(plan)
-    values, aux, records, deltas = jax.vmap(one, out_axes=(0, 0, axes.records, axes.deltas))(batch)
-    return values, aux, Example(batch, records, deltas)
+    made = jax.vmap(one, out_axes=(0, 0, axes.records, axes.deltas, 0))(batch)
+    values, aux, records, deltas, blocks = made
+    return values, aux, Example(batch, records, deltas, blocks)
+
+
+def _with(model: Model, leaves: Leaves, values: Sequence[Any]) -> Model:
+    """The model with other values of some leaves."""
+    params = list(model.params)
+    for leaf, value in zip(leaves, values, strict=True):
+        params[leaf] = value
+    return model._replace(params=params)
 
 
 def _inputs(plan: Plan, model: Model, inputs: Sequence[Any]) -> list[Any]:
@@ -78,18 +94,17 @@ def site_outputs(
     plan: Plan, model: Model, example: Example, leaves: Leaves, values: Sequence[Any], bumps: Any = None
 ) -> list[Any]:
     """The outputs of the sites that the leaves have a part in, as a function of those leaves' `values`."""
-    params = list(model.params)
-    for leaf, value in zip(leaves, values, strict=True):
-        params[leaf] = value
-    known = _inputs(plan, model._replace(params=params), example.inputs)
+    known = _inputs(plan, _with(model, leaves, values), example.inputs)
     return replay(plan.region, known, example.records, wanted(leaves), bumps)
 
 
 def gradient(plan: Plan, model: Model, example: Example, leaves: Leaves) -> list[jax.Array]:
-    """The gradient with respect to some leaves, by the sites' own `vjp`."""
-    outputs = lambda values: site_outputs(plan, model, example, leaves, values)
-    _, pull = jax.vjp(outputs, [model.params[leaf] for leaf in leaves])
-    return pull(deltas_of(plan, example, leaves))[0]
+    """The gradient with respect to some leaves, by the sites' own `vjp` where the pass has not made it."""
+    pulled = [leaf for leaf in leaves if leaf not in example.blocks]
+    outputs = lambda values: site_outputs(plan, model, example, pulled, values)
+    _, pull = jax.vjp(outputs, [model.params[leaf] for leaf in pulled])
+    made = example.blocks | dict(zip(pulled, pull(deltas_of(plan, example, pulled))[0], strict=True))
+    return [made[leaf] for leaf in leaves]
 
 
 def batch_data(plan: Plan, model: Model, examples: Example, part: Part) -> dict[int, SiteData]:

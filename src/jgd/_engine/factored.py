@@ -87,8 +87,11 @@ class Factored(AllAtOnce):
         for leaf in self.plan.direct:
             if leaf not in sums:
                 sums[leaf] = self._assembled(leaf, self._direct_sum, examples, weights)
+        beside = list(self.examples.blocks)
+        blocks = Materialized([self.examples.blocks[leaf] for leaf in beside])
+        sums.update(zip(beside, blocks.weighted_sum(weights, keep_wide=True), strict=True))
         # A custom derivative need not be linear in what it is given: it gets each example's own.
-        apart = sorted(self.plan.backward_only | (self._grouped(groups=2) - sums.keys()))
+        apart = sorted((self.plan.backward_only | self._grouped(groups=2)) - sums.keys())
         if apart:
             sums.update(zip(apart, self._apart_sum(apart, weights), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]

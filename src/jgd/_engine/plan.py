@@ -1,5 +1,6 @@
 """Which uses make up which part of which leaf, and how each part's norms are best computed."""
 
+import collections
 import functools
 import math
 from collections.abc import Sequence
@@ -33,6 +34,11 @@ _TIE = 0.95
 
 # How many times longer than the best method one may be predicted to take, and still be worth a trial.
 _NEAR = 3
+
+# How many times larger than a leaf the arrays must be over which it is spread, for its blocks to be made at once.
+_SPREAD = 4
+
+_ELEMENTWISE = {prim.add_p, prim.sub_p, prim.mul_p, prim.div_p}
 
 
 class Variant(NamedTuple):
@@ -194,9 +200,10 @@ class Plan:
     program: Program
     region: Region
     parts: tuple[Part, ...]
-    whole_leaves: frozenset[int]  # leaves whose path cannot be followed: taken by `vjp`, one block each
-    # Leaves whose gradient is taken for each example apart: those that pass through a `custom_vjp`, which has no
-    # forward derivative, and those without rule in a `cond`, whose other branch may have no derivative.
+    beside: tuple[Part, ...]  # whose blocks the pass itself makes, beside what it leaves at the sites
+    whole_leaves: frozenset[int]  # leaves that are one block each: those beside, and those whose path is lost
+    # Leaves whose gradient is taken for each example apart: those beside, those that pass through a `custom_vjp`,
+    # which has no forward derivative, and those without rule in a `cond`, whose other branch may have no derivative.
     backward_only: frozenset[int]
     direct: tuple[int, ...]  # leaves all of whose uses can sum over a batch by themselves
     kept: frozenset[int]  # leaves whose blocks, built for the norms, also make the clipped sum
@@ -211,22 +218,53 @@ class Plan:
 @functools.lru_cache(maxsize=256)
 def plan_of(program: Program, variant: Variant) -> Plan:
     """Reads a program's sites and sorts their uses of each leaf into parts, for the program's platform."""
+    region, device = _read(program, frozenset()), device_of(program.platform)
+    parts, whole_leaves = _sorted_uses(region, device, variant)
+    beside = _beside(parts, _branched(region), program.param_avals)
+    if beside:
+        region = _read(program, frozenset(part.leaf for part in beside))
+        parts, whole_leaves = _sorted_uses(region, device, variant)
+    met = {part.leaf for part in parts}
+    indirect = {part.leaf for part in parts for use in part.uses if use.batch_factor is None}
+    spread = frozenset(part.leaf for part in beside)
+    guarded = whole_leaves | {part.leaf for part in parts for use in part.uses if use.rule == "opaque"}
+    backward_only = _backward_only(region) | (guarded & _branched(region))
+    kept = met - backward_only - {part.leaf for part in parts if not part.keeps(device)}
+    direct = tuple(sorted(met - indirect - backward_only))
+    return Plan(
+        program,
+        region,
+        tuple(parts),
+        beside,
+        whole_leaves | spread,
+        backward_only | spread,
+        direct,
+        frozenset(kept if variant.keeps else ()),
+        frozenset(guarded),
+    )
+
+
+def _read(program: Program, beside: frozenset[int]) -> Region:
+    """The program's region; leaves that are taken `beside` the sites are data in it."""
     jaxpr, n = program.jaxpr, len(program.param_avals)
     constants = [Value(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype), Side.CONST) for v in jaxpr.constvars]
     inputs = []
     for k, var in enumerate(jaxpr.invars):
         aval = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-        if k < n:
+        if k < n and k not in beside:
             inputs.append(Value(aval, Side.PARAM, frozenset([k]), whole(k, aval.shape)))
         else:
-            inputs.append(Value(aval, Side.CONST if k < n + program.num_shared else Side.DATA))
-    region = read_regions(jaxpr, constants, inputs)
+            shared = n <= k < n + program.num_shared
+            inputs.append(Value(aval, Side.CONST if shared else Side.DATA))
+    return read_regions(jaxpr, constants, inputs)
 
+
+def _sorted_uses(region: Region, device: Device, variant: Variant) -> tuple[list[Part], frozenset[int]]:
+    """The parts of all leaves that can be followed to their sites, and the leaves that cannot."""
     operands = [(site, i) for site in sites_of(region) for i in site.params]
     lost = frozenset(
         leaf for site, i in operands if site.inputs[i].view is None for leaf in site.inputs[i].leaves
     )
-    device = device_of(program.platform)
     by_leaf: dict[int, list[Use]] = {}
     for site, i in operands:
         view = site.inputs[i].view
@@ -240,22 +278,38 @@ def plan_of(program: Program, variant: Variant) -> Plan:
             whole_leaves.add(leaf)
         else:
             parts += found
-    met = {part.leaf for part in parts}
-    indirect = {part.leaf for part in parts for use in part.uses if use.batch_factor is None}
-    guarded = whole_leaves | {part.leaf for part in parts for use in part.uses if use.rule == "opaque"}
-    backward_only = _backward_only(region) | (guarded & _branched(region))
-    kept = met - backward_only - {part.leaf for part in parts if not part.keeps(device)}
-    direct = tuple(sorted(met - indirect - backward_only))
-    return Plan(
-        program,
-        region,
-        tuple(parts),
-        frozenset(whole_leaves),
-        backward_only,
-        direct,
-        frozenset(kept if variant.keeps else ()),
-        frozenset(guarded),
-    )
+    return parts, frozenset(whole_leaves)
+
+
+def _beside(
+    parts: Sequence[Part], branched: frozenset[int], avals: Sequence[jax.ShapeDtypeStruct]
+) -> tuple[Part, ...]:
+    """The parts of leaves that are spread over many positions, as scales and biases are.
+
+    Their blocks are much smaller than what their sites would leave, and the backward pass makes them as it goes.
+    """
+    used: collections.Counter[int] = collections.Counter()
+    for part in parts:
+        used[part.leaf] += part.size
+    others = branched | {part.leaf for part in parts if not all(map(_is_spread, part.uses))}
+    others |= {
+        leaf for leaf, size in used.items() if 2 * size < avals[leaf].size
+    }  # its block would be mostly 0
+    return tuple(part for part in parts if part.leaf not in others)
+
+
+def _is_spread(use: Use) -> bool:
+    site = use.site
+    if site.eqn is None or site.eqn.primitive not in _ELEMENTWISE or use.rule != "opaque":
+        return False
+    view = site.inputs[use.position].view
+    assert view is not None
+    steps, _ = factors.split_axes(view, site.loops)
+    if any(stride == 0 and length > 1 for length, stride in steps):
+        return False  # a loop would carry the block from step to step
+    operand, made = site.inputs[use.position].aval, site.outputs[0].aval
+    spread = math.prod(made.shape) * math.prod(length for _, length in site.loops)
+    return operand.dtype.itemsize >= 4 and spread >= _SPREAD * factors.product(use.axes)
 
 
 def sites_of(region: Region) -> list[Site]:

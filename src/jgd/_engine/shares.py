@@ -58,9 +58,10 @@ def share_of(plan: Plan, size: int, params: Sequence[Any], batch: Sequence[Any])
 
 
 def factor_bytes(plan: Plan) -> int:
-    """What one example leaves at the sites."""
+    """What one example leaves."""
     one = jax.eval_shape(lambda: [zeros(plan.region, of) for of in (records_of, taps_of)])
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(one))
+    blocks = [plan.program.param_avals[leaf] for leaf in {part.leaf for part in plan.beside}]
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one, blocks)))
 
 
 def _sharding(x: Any) -> NamedSharding | None:

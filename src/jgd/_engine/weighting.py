@@ -18,7 +18,7 @@ from jgd._mesh import varying
 def silenced(
     examples: Example, axes: Example, weights: jax.Array, *, stand_in: bool, in_place: bool
 ) -> Example:
-    """The examples with nothing of those of weight 0.
+    """What the examples left at the sites, with nothing of those of weight 0.
 
     Args:
         examples: a batch.
@@ -37,8 +37,8 @@ def silenced(
         row = jax.lax.dynamic_index_in_dim(x, first, axis)
         return jnp.where(present[first], row, jnp.zeros((), x.dtype))
 
-    leaves, treedef = jax.tree.flatten(examples)
-    lie = [0] * len(examples.inputs) + jax.tree.leaves(axes[1:])
+    leaves, treedef = jax.tree.flatten(examples._replace(blocks={}))
+    lie = [0] * len(examples.inputs) + jax.tree.leaves((axes.records, axes.deltas))
     first_record = len(examples.inputs)
     first_delta = first_record + len(jax.tree.leaves(axes.records))
     floats = [k for k, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
