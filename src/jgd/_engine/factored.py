@@ -28,6 +28,7 @@ from jgd._engine.examples import (
 from jgd._engine.factors import Factor
 from jgd._engine.plan import Part, Plan
 from jgd._engine.tiles import Batch
+from jgd._engine.weighting import silenced
 from jgd._materialized import AllAtOnce, Materialized, accumulator
 from jgd._mesh import Placement, spec_of, varying
 from jgd._random import directions
@@ -76,25 +77,26 @@ class Factored(AllAtOnce):
         `after_norms`: the norms were asked for in the same program, so what they built can be used again.
         """
         self._refuse(self._unruled(batch_groups=2))  # XLA aborts on their sum
-        examples = self.examples if weights is None else self._weighted(weights)
+        one_device = self.pieces == 1
+        examples = self.examples
+        if weights is not None:
+            examples = self._silenced(weights, stand_in=one_device, in_place=one_device)
         sums: dict[int, jax.Array] = {}
         if after_norms:
             sums = {leaf: self._assembled(leaf, self._kept_sum, weights) for leaf in self.plan.kept}
         for leaf in self.plan.direct:
             if leaf not in sums:
-                sums[leaf] = self._assembled(leaf, self._direct_sum, examples)
+                sums[leaf] = self._assembled(leaf, self._direct_sum, examples, weights)
         # A custom derivative need not be linear in what it is given: it gets each example's own.
         apart = sorted(self.plan.backward_only | (self._grouped(groups=2) - sums.keys()))
         if apart:
             sums.update(zip(apart, self._apart_sum(apart, weights), strict=True))
         rest = [leaf for leaf in self._all if leaf not in sums]
-        if weights is not None or self.pieces > 1:
-            unruled = self._unruled()
+        if not one_device:
             guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
-            for some in ([k for k in guarded if k in unruled], [k for k in guarded if k not in unruled]):
-                sums.update(zip(some, self._guarded_sum(some, weights), strict=True))
+            sums.update(zip(guarded, self._guarded_sum(guarded, weights), strict=True))
             rest = [leaf for leaf in rest if leaf not in sums]
-        sums.update(zip(rest, self._pull_sum(rest, examples), strict=True))
+        sums.update(zip(rest, self._pull_sum(rest, examples, weights), strict=True))
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
 
     def _kept_sum(self, part: Part, weights: jax.Array | None) -> jax.Array:
@@ -119,20 +121,25 @@ class Factored(AllAtOnce):
         """The examples' gradients in one part, each in the order in which it comes."""
         return self._each(lambda one: self._unordered(one, part))
 
-    def _direct_sum(self, part: Part, examples: Example) -> jax.Array:
-        """Σ g_i in one part, flat, by one product for each use, the examples among its positions."""
+    def _direct_sum(self, part: Part, examples: Example, weights: jax.Array | None) -> jax.Array:
+        """Σ w_i g_i in one part, flat, by one product for each use, the examples among its positions."""
 
-        def summed(examples: Example) -> jax.Array:
+        def summed(examples: Example, weights: jax.Array | None = None) -> jax.Array:
             data = batch_data(self.plan, self.model, examples, part)
-            return factors.add([use.batch_gradient(data[id(use.site)]) for use in part.uses])
+            return factors.add([use.batch_gradient(data[id(use.site)], weights) for use in part.uses])
 
         if self.pieces == 1 or not any(use.site.loops for use in part.uses):
-            return summed(examples)
+            return summed(examples, weights)
         # Behind the steps of a loop the batch axis cannot be cut once both are folded into the positions.
-        return jnp.sum(replace(self, examples=examples)._batch().by_piece(summed), axis=0)
+        batch, of_piece = replace(self, examples=examples)._batch(weights), summed
+        if weights is not None:
+            of_piece = lambda both: summed(*both)
+        return jnp.sum(batch.by_piece(of_piece), axis=0)
 
-    def _pull_sum(self, leaves: Sequence[int], examples: Example) -> list[jax.Array]:
-        """Σ g_i of some leaves, by one `vjp` with the examples inside."""
+    def _pull_sum(
+        self, leaves: Sequence[int], examples: Example, weights: jax.Array | None
+    ) -> list[jax.Array]:
+        """Σ w_i g_i of some leaves, by one `vjp` with the examples inside."""
         if not leaves:
             return []
         wide = [accumulator(self.like[leaf].dtype) for leaf in leaves]
@@ -141,55 +148,42 @@ class Factored(AllAtOnce):
             values = [x.astype(self.like[leaf].dtype) for leaf, x in zip(leaves, values, strict=True)]
             return self._each(lambda one: site_outputs(self.plan, self.model, one, leaves, values), examples)
 
-        deltas = self._each(lambda one: deltas_of(self.plan, one, leaves), examples)
         params = [self.model.params[leaf].astype(w) for leaf, w in zip(leaves, wide, strict=True)]
-        return jax.vjp(outputs, params)[1](deltas)[0]
+        pull = jax.vjp(outputs, params)[1]
+        if weights is None:
+            return pull(self._each(lambda one: deltas_of(self.plan, one, leaves), examples))[0]
+        of_weight = lambda x, axis: factors.scaled(x, axis, weights)
+        deltas = jax.tree.map(of_weight, examples.deltas, axes_of(self.plan).deltas)
+        sums = pull(
+            self._each(lambda one: deltas_of(self.plan, one, leaves), examples._replace(deltas=deltas))
+        )[0]
+        # Without any present example there was no stand-in, and a site may have no derivative at 0.
+        anyone = jnp.any(weights != 0)
+        silent = lambda leaf, x: jnp.where(anyone, x, 0) if leaf in self.plan.guarded else x
+        return list(map(silent, leaves, sums))
 
     def _guarded_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
-        """Σ w_i g_i of leaves whose sites may have no derivative at 0."""
-        if not leaves:
-            return []
+        """Σ w_i g_i of leaves whose sites may have no derivative at 0, over several devices.
 
-        def of_present(batch: Any) -> list[jax.Array]:
-            if weights is None:
-                return replace(self, examples=batch, pieces=1)._pull_sum(leaves, batch)
-            part = replace(self, examples=batch[0], pieces=1)
-            sums = part._pull_sum(leaves, part._weighted(batch[1], stand_in=True))
-            return [jnp.where(jnp.any(batch[1] != 0), x, 0) for x in sums]
-
-        batch = self._batch(weights)
-        if self.pieces == 1 or self._unruled().intersection(leaves):
-            return of_present(batch.arrays)
-        # A stand-in comes from the device's own examples. And what a parameter was broadcast along, as a bias along
-        # positions, is summed before the devices add up, which else send a number for each position.
-        return [jnp.sum(x, axis=0) for x in batch.by_piece(of_present)]
-
-    def _weighted(self, weights: jax.Array, *, stand_in: bool = False) -> Example:
-        """The examples with each δ times its weight, and nothing of those of weight 0.
-
-        A product with 0 would let a nan through, on either side: δ becomes 0, and so does what an absent example
-        left. There all but the guarded leaves' sites have a derivative; for those, told to put in a `stand_in`, it
-        becomes what a present example left, at which every site is known to have one.
+        A stand-in comes from the device's own examples. And what a parameter was broadcast along, as a bias along
+        positions, is summed before the devices add up, which else send a number for each position.
         """
-        present = weights != 0
-        first = jnp.argmax(present)
+        unruled = [leaf for leaf in leaves if leaf in self._unruled()]
+        ruled = [leaf for leaf in leaves if leaf not in unruled]
 
-        def keep(x: jax.Array, axis: int) -> jax.Array:
-            if not jnp.issubdtype(x.dtype, jnp.inexact):
-                return x
-            other = jnp.zeros((), x.dtype)
-            if stand_in:
-                other = jnp.where(present[first], jax.lax.dynamic_index_in_dim(x, first, axis), other)
-            return jnp.where(_along(present, axis, x.ndim), x, other)
+        def of_present(leaves: Sequence[int], batch: Any) -> list[jax.Array]:
+            if weights is None:
+                return replace(self, examples=batch, pieces=1)._pull_sum(leaves, batch, None)
+            part = replace(self, examples=batch[0], pieces=1)
+            return part._pull_sum(leaves, part._silenced(batch[1], stand_in=True, in_place=False), batch[1])
 
-        def scale(x: jax.Array, axis: int) -> jax.Array:
-            kept = jnp.where(_along(present, axis, x.ndim), x, jnp.zeros((), x.dtype))
-            return kept * _along(weights, axis, x.ndim).astype(x.dtype)
+        sums = dict(zip(unruled, of_present(unruled, self._batch(weights).arrays), strict=True))
+        by_piece = self._batch(weights).by_piece(functools.partial(of_present, ruled)) if ruled else []
+        sums.update((leaf, jnp.sum(x, axis=0)) for leaf, x in zip(ruled, by_piece, strict=True))
+        return [sums[leaf] for leaf in leaves]
 
-        axes = axes_of(self.plan)
-        inputs = [keep(x, 0) for x in self.examples.inputs]
-        records = jax.tree.map(keep, self.examples.records, axes.records)
-        return Example(inputs, records, jax.tree.map(scale, self.examples.deltas, axes.deltas))
+    def _silenced(self, weights: jax.Array, *, stand_in: bool, in_place: bool) -> Example:
+        return silenced(self.examples, axes_of(self.plan), weights, stand_in=stand_in, in_place=in_place)
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
         """⟨g_i, v⟩, by one `jvp` of the sites; by the gradient of those leaves that have no forward derivative."""
@@ -403,8 +397,3 @@ class Factored(AllAtOnce):
         if weights is None:
             return Batch(self.examples, axes, self.size, self.pieces)
         return Batch((self.examples, weights), (axes, 0), self.size, self.pieces)
-
-
-def _along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
-    """One number for each example, to be spread over an array whose batch axis is `axis`."""
-    return weights.reshape([-1 if i == axis else 1 for i in range(ndim)])

@@ -96,14 +96,12 @@ class Arrangement:
             wide = jnp.promote_types(array.dtype, jnp.float32)
             array = jnp.sum(array, axis=self.summed, dtype=wide, keepdims=True)
         order = [axis for group in self.groups for axis in group]
-        rest = [axis for axis in range(array.ndim) if axis not in order]
-        sizes = []
-        for group in self.groups:
-            size = 1
-            for axis in group:
-                size *= array.shape[axis]
-            sizes.append(size)
-        return array.transpose(*order, *rest).reshape(sizes)
+        sizes = [math.prod(array.shape[axis] for axis in group) for group in self.groups]
+        long = [axis for axis in order if array.shape[axis] != 1]
+        if long != sorted(long):  # where only axes of length 1 move, XLA would still copy for a transpose
+            rest = [axis for axis in range(array.ndim) if axis not in order]
+            array = array.transpose(*order, *rest)
+        return array.reshape(sizes)
 
 
 class Outer(NamedTuple):
@@ -140,6 +138,16 @@ def add(arrays: Sequence[jax.Array]) -> jax.Array:
     return functools.reduce(lambda total, x: total.astype(wide(total)) + x, arrays)
 
 
+def along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """One number for each example, to be spread over an array whose examples lie along `axis`."""
+    return weights.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def scaled(x: jax.Array, axis: int, weights: jax.Array) -> jax.Array:
+    """w_i x_i of examples along an axis, in the dtype of `x`."""
+    return x * along(weights, axis, x.ndim).astype(x.dtype)
+
+
 def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """Σ_i w_i x_i over the leading axis, in at least float32, as a product: a plain reduction
     would read across memory."""
@@ -153,8 +161,9 @@ def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
 
 
 def sum_squares(x: jax.Array) -> jax.Array:
-    """Σ x², in at least float32."""
-    return jnp.sum(jnp.square(x.astype(wide(x))))
+    """Σ x², in at least float32, along one axis: a sum over several would not take the squares in."""
+    flat = x.reshape(-1)
+    return jnp.sum(jnp.square(flat.astype(wide(x))))
 
 
 def concatenate(factors: Sequence[Any]) -> Factor:
@@ -205,7 +214,9 @@ def square(made: Sequence[Factor]) -> jax.Array:
     """‖Σ G‖² over factors of one shape."""
     only = made[0]
     if len(made) == 1 and isinstance(only, Outer) and only.left.shape[1] == 1:
-        left, right = (jnp.sum(jnp.square(x.astype(wide(x))), axis=(1, 2)) for x in only)
+        if only.left.shape[0] == 1:
+            return sum_squares(only.left) * sum_squares(only.right)
+        left, right = (jnp.sum(jnp.square(x[:, 0].astype(wide(x))), axis=1) for x in only)
         return jnp.sum(left * right)
     # Rounding can leave a sum of pairs a little below 0, where the gradient nearly vanishes.
     return jnp.maximum(inner_sum(made, made), 0)

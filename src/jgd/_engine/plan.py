@@ -60,7 +60,7 @@ class Part:
         for use, swap in zip(self.uses, self.swaps, strict=True):
             at = data[id(use.site)]
             assert use.batch_factor is not None or not batch
-            factor = use.batch_factor(at) if batch and use.batch_factor else use.factor(at)
+            factor = use.batch_factor(at, None) if batch and use.batch_factor else use.factor(at)
             if swap:
                 assert isinstance(factor, Outer)
                 factor = Outer(factor.right, factor.left)
@@ -88,8 +88,7 @@ class Part:
         use = self.uses[0]
         if len(self.uses) == 1 and use.square is not None:
             return use.square(data[id(use.site)])
-        gradient = self.gradient(data)
-        return jnp.sum(jnp.square(gradient.astype(factors.wide(gradient))))
+        return factors.sum_squares(self.gradient(data))
 
     @property
     def costs(self) -> dict[str, Cost]:

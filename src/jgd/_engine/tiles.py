@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jgd._mesh import pieces, varying
 
-TILE = 1 << 18  # elements that are built at once, where it may be done in pieces
+TILE = 1 << 20  # elements that are built at once, where it may be done in pieces
 
 Fun = Callable[[Any, int], Any]  # of some examples of a batch, and their number
 

@@ -27,8 +27,8 @@ class Use:
     `shape` says where n, p and q lie in the leaf; None where the gradient is not factored. `factor` makes the
     factors of one example; `block` its gradient in some order of its own, which `arrange` turns into `(N, P, Q)`, and
     `square` that gradient's squared norm, where there is a better way than the factors'.
-    `batch_factor` makes the factors of the examples' sum, from data with a batch axis behind the loops': folded
-    into the positions, it makes one large product of many.
+    `batch_factor` makes the factors of the examples' weighted sum, from data with a batch axis behind the loops':
+    folded into the positions, it makes one large product of many.
     """
 
     rule: str
@@ -43,7 +43,7 @@ class Use:
     block: Callable[[SiteData], jax.Array] | None = None
     arrange: Callable[[jax.Array], jax.Array] | None = None
     square: Callable[[SiteData], jax.Array] | None = None
-    batch_factor: Callable[[SiteData], Factor] | None = None
+    batch_factor: Callable[[SiteData, jax.Array | None], Factor] | None = None
 
     @property
     def needs_operand_grad(self) -> bool:
@@ -76,10 +76,10 @@ class Use:
             return gradient
         return self.shape.flatten(gradient if self.arrange is None else self.arrange(gradient))
 
-    def batch_gradient(self, data: SiteData) -> jax.Array:
-        """The gradients' sum over a batch in this part, flat, in the order of the leaf's memory."""
+    def batch_gradient(self, data: SiteData, weights: jax.Array | None) -> jax.Array:
+        """Σ w_i g_i of a batch in this part, flat, in the order of the leaf's memory."""
         assert self.batch_factor is not None and self.shape is not None
-        return self.shape.flatten(block(self.batch_factor(data), self.shape))
+        return self.shape.flatten(block(self.batch_factor(data, weights), self.shape))
 
 
 def opaque(site: Site, position: int, view: View) -> Use:

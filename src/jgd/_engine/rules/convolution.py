@@ -5,15 +5,15 @@ group q. `left` is the input's patches; the gradient itself needs none: for each
 product of the input, shifted to that place, with δ.
 """
 
-import functools
 import itertools
 import math
-from collections.abc import Iterator
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from jgd._engine.factors import Outer, Shape, contract, group, split_axes
@@ -79,10 +79,9 @@ class _Geometry:
 
     def factor(self, data: SiteData) -> Outer:
         """Patches and δ."""
-        slices = jnp.stack(
-            list(self._shifted(data.values[0])), axis=-1
-        )  # (steps.., groups, t, channels, window)
-        slices = slices.reshape(*slices.shape[:-1], *self.window)
+        padded = self._padded(data.values[0])
+        slices = jnp.stack([self._shifted(padded, place) for place in self._places()], axis=-1)
+        slices = slices.reshape(*slices.shape[:-1], *self.window)  # steps.., groups, t, channels, window..
         depth = len(self.stepping) + 1
         left = slices.transpose(*self.n_order, depth, *(depth + 1 + i for i in self.p_order))
         right = self._right(data.deltas[0])
@@ -92,7 +91,7 @@ class _Geometry:
 
     def block(self, data: SiteData) -> jax.Array:
         """The gradient, one product for each place in the window: (window, steps.., groups, channels, q)."""
-        return jnp.stack(list(self._products(data)))
+        return lax.map(self._product(data), jnp.asarray(self._places()))
 
     def arrange(self, block: jax.Array) -> jax.Array:
         """The gradient's block as `(N, P, Q)`."""
@@ -104,11 +103,23 @@ class _Geometry:
 
     def square(self, data: SiteData) -> jax.Array:
         """The gradient's squared norm, of which no more than one place in the window is ever built."""
-        return functools.reduce(jnp.add, (jnp.sum(jnp.square(product)) for product in self._products(data)))
+        product = self._product(data)
+        square = lambda place: jnp.sum(jnp.square(product(place)))
+        return jnp.sum(lax.map(square, jnp.asarray(self._places())))
 
-    def _products(self, data: SiteData) -> Iterator[jax.Array]:
+    def _product(self, data: SiteData) -> Callable[[jax.Array], jax.Array]:
+        """The gradient at one place in the window, as a function of the place."""
         right = self._right(data.deltas[0])
-        return (contract("...tc,...tq->...cq", left, right) for left in self._shifted(data.values[0]))
+        padded = self._padded(data.values[0])
+        return lambda place: contract("...tc,...tq->...cq", self._shifted(padded, place), right)
+
+    def _places(self) -> np.ndarray:
+        """Where the places in the window begin in the padded input."""
+        dilation = self.params["rhs_dilation"]
+        places = itertools.product(
+            *(range(0, size * d, d) for size, d in zip(self.window, dilation, strict=True))
+        )
+        return np.array(list(places), np.int32).reshape(-1, len(self.window))
 
     def _right(self, delta: jax.Array) -> jax.Array:
         """δ as (stepping loops.., groups, t, channels out of a group)."""
@@ -127,36 +138,27 @@ class _Geometry:
         axes = range(len(self.site.loops))
         return [i for i in axes if i in self.stepping], [i for i in axes if i not in self.stepping]
 
-    def _shifted(self, x: jax.Array) -> Iterator[jax.Array]:
-        """For each place in the window, the input that δ meets there: (stepping loops.., groups, t, channels)."""
+    def _padded(self, x: jax.Array) -> jax.Array:
+        """The input dilated and padded, as the convolution sees it: (loops.., batch, channels, space)."""
         steps, shared = self._outside()
         depth = len(steps) + len(shared)
-        numbers = self.params["dimension_numbers"]
-        x = self._padded(x.transpose(*steps, *shared, *(depth + d for d in numbers.lhs_spec)), depth)
-        out = [self.site.outputs[0].aval.shape[d] for d in numbers.out_spec[2:]]
-        stride, dilation = self.params["window_strides"], self.params["rhs_dilation"]
-        lead, first = depth + 2, len(steps)
-        for place in itertools.product(*(range(size) for size in self.window)):
-            starts = [k * d for k, d in zip(place, dilation, strict=True)]
-            limits = [s + (o - 1) * w + 1 for s, o, w in zip(starts, out, stride, strict=True)]
-            piece = lax.slice(
-                x, (0,) * lead + tuple(starts), x.shape[:lead] + tuple(limits), (1,) * lead + tuple(stride)
-            )
-            split = piece.reshape(*piece.shape[: depth + 1], self.groups, -1, *out)
-            axes = [
-                *range(first),
-                depth + 1,
-                *range(first, depth + 1),
-                *range(depth + 3, split.ndim),
-                depth + 2,
-            ]
-            piece = split.transpose(axes)
-            yield piece.reshape(*piece.shape[: first + 1], -1, piece.shape[-1])
-
-    def _padded(self, x: jax.Array, depth: int) -> jax.Array:
-        """The input dilated and padded, as the convolution sees it: (loops.., batch, channels, space)."""
+        x = x.transpose(*steps, *shared, *(depth + d for d in self.params["dimension_numbers"].lhs_spec))
         space = [
             (low, high, dilation - 1)
             for (low, high), dilation in zip(self.params["padding"], self.params["lhs_dilation"], strict=True)
         ]
         return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * (depth + 2) + space)
+
+    def _shifted(self, padded: jax.Array, place: jax.Array | np.ndarray) -> jax.Array:
+        """The input that δ meets at one place in the window: (stepping loops.., groups, t, channels)."""
+        first, depth = len(self.stepping), len(self.site.loops)
+        numbers, strides = self.params["dimension_numbers"], self.params["window_strides"]
+        out = [self.site.outputs[0].aval.shape[d] for d in numbers.out_spec[2:]]
+        sizes = [(o - 1) * stride + 1 for o, stride in zip(out, strides, strict=True)]
+        lead = padded.shape[: depth + 2]
+        piece = lax.dynamic_slice(padded, [*[0] * len(lead), *place], [*lead, *sizes])
+        piece = lax.slice(piece, [0] * piece.ndim, piece.shape, [*[1] * len(lead), *strides])
+        split = piece.reshape(*lead[: depth + 1], self.groups, -1, *out)
+        axes = [*range(first), depth + 1, *range(first, depth + 1), *range(depth + 3, split.ndim), depth + 2]
+        piece = split.transpose(axes)
+        return piece.reshape(*piece.shape[: first + 1], -1, piece.shape[-1])

@@ -6,7 +6,10 @@ positions t. The gradient is the product of the other operand and δ over t.
 
 from typing import Any
 
-from jgd._engine.factors import Arrangement, Outer, Shape, group, split_axes
+import jax
+import jax.numpy as jnp
+
+from jgd._engine.factors import Arrangement, Outer, Shape, group, scaled, split_axes
 from jgd._engine.regions import Side, Site
 from jgd._engine.uses import SiteData, Use
 from jgd._engine.views import Axis, View
@@ -91,8 +94,14 @@ class _Axes:
         # contracted axis as they lie in memory, and copies those that have several.
         many_left, many_right = left.with_batch(self.depth, 1), right.with_batch(self.depth, 1)
 
-        def batch_factor(data: SiteData) -> Outer:
-            return Outer(many_left(data.values[other]), many_right(data.deltas[0]))
+        def batch_factor(data: SiteData, weights: jax.Array | None) -> Outer:
+            a, delta = data.values[other], data.deltas[0]
+            if weights is not None:  # they scale the smaller side: it has to be copied
+                if a.size <= delta.size and jnp.issubdtype(a.dtype, jnp.inexact):
+                    a = scaled(a, self.depth, weights)
+                else:
+                    delta = scaled(delta, self.depth, weights)
+            return Outer(many_left(a), many_right(delta))
 
         shape = Shape(n, p, q)
         return Use(
