@@ -156,7 +156,7 @@ class _Geometry:
         out = [self.site.outputs[0].aval.shape[d] for d in numbers.out_spec[2:]]
         sizes = [(o - 1) * stride + 1 for o, stride in zip(out, strides, strict=True)]
         lead = padded.shape[: depth + 2]
-        piece = lax.dynamic_slice(padded, [*[0] * len(lead), *place], [*lead, *sizes])
+        piece = lax.dynamic_slice(padded, [*np.zeros(len(lead), place.dtype), *place], [*lead, *sizes])
         piece = lax.slice(piece, [0] * piece.ndim, piece.shape, [*[1] * len(lead), *strides])
         split = piece.reshape(*lead[: depth + 1], self.groups, -1, *out)
         axes = [*range(first), depth + 1, *range(first, depth + 1), *range(depth + 3, split.ndim), depth + 2]
