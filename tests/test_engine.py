@@ -260,6 +260,43 @@ def test_a_tile_fits_and_divides_where_a_divisor_is_near(size, elements, monkeyp
     assert size % tile == 0 or all(size % k for k in range(most // 2 + 1, most + 1))
 
 
+# Blocks that the pass makes
+
+
+def normalized(params, x):
+    """Norms with scale and bias in a scan over layers; a gain inside of a branch; a shift carried by every step."""
+
+    def layer(h, own):
+        h = jax.nn.standardize(h, axis=-1) * own["scale"] + own["bias"] + params["carried"]
+        return jnp.sin(h @ own["w"]), None
+
+    h, _ = lax.scan(layer, x / params["gain"], params["layers"])
+    h = lax.cond(x[0, 0] > 0, lambda h: h * params["branched"], lambda h: h, h)
+    return jnp.sum((h + params["each"]) ** 2)
+
+
+@pytest.mark.parametrize("broken", [False, True])
+def test_what_is_spread_over_positions_is_made_in_the_pass(broken, x64):
+    draw = Draw(3)
+    layers = {"scale": draw(2, 3), "bias": draw(2, 3), "w": draw(2, 3, 3)}
+    single = {name: 2 + draw(3) for name in ("gain", "branched", "carried")}
+    problem = made(normalized, {"layers": layers, "each": draw(6, 3)} | single, draw(B, 6, 3))
+    grads = gradients(problem)
+    plan = grads.form.plan
+    beside = {plan.program.param_paths[leaf] for leaf in grads.form.examples.blocks}
+    assert beside == {"['gain']", "['layers']['scale']", "['layers']['bias']"}
+    blocks = oracle.vmap_of_grad(problem)
+    direction = jax.tree.map(lambda x: Draw(1)(*x.shape), problem.params)
+    arguments = {"weights": WEIGHTS, "max_norm": 1.0, "direction": direction}
+    want = oracle.answers(blocks, blocks, **arguments)
+    if broken:  # the second example has weight 0
+        (x,) = problem.batch
+        grads = gradients(dataclasses.replace(problem, batch=(x.at[1].set(jnp.nan),)))
+    got = jax.jit(every_reduction)(grads, arguments)
+    for quantity in [name for name in got if name.startswith("weighted")] if broken else got:
+        oracle.assert_close(got[quantity], want[quantity], 1e-9, what=quantity)
+
+
 # Views
 
 
