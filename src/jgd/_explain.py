@@ -9,9 +9,10 @@ import jax
 from jgd._clock import time_interleaved
 from jgd._engine.costs import Cost, weight_gradient
 from jgd._engine.examples import Model
-from jgd._engine.plan import MATERIALIZED_BELOW, PLANNED, Part, Plan, plan_of, sites_of
+from jgd._engine.parts import Part
+from jgd._engine.plan import MATERIALIZED_BELOW, PLANNED, Plan, plan_of
 from jgd._engine.program import Program, trace
-from jgd._engine.regions import Site
+from jgd._engine.regions import Site, sites_of
 from jgd._engine.shares import DeviceShare, share_of
 from jgd._engine.uses import Use
 from jgd._errors import describe, is_concrete

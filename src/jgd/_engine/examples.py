@@ -12,7 +12,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.plan import Part, Plan
+from jgd._engine.parts import Part
+from jgd._engine.plan import Plan
 from jgd._engine.regions import Nested, Op, Region, Site, recorded
 from jgd._engine.tapped import batch_axes, bumps_of, picked, records_of, replay, run, taps_of, zeros
 from jgd._engine.uses import SiteData

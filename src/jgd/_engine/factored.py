@@ -26,7 +26,8 @@ from jgd._engine.examples import (
     site_outputs,
 )  # fmt: skip
 from jgd._engine.factors import Factor
-from jgd._engine.plan import Part, Plan
+from jgd._engine.parts import Part
+from jgd._engine.plan import Plan
 from jgd._engine.tiles import Batch
 from jgd._engine.weighting import silenced
 from jgd._materialized import AllAtOnce, Materialized, accumulator

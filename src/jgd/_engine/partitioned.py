@@ -6,7 +6,8 @@ It gets the derivative of a convolution in groups wrong, and `vmap` makes every 
 import functools
 
 from jgd._engine.jaxprs import prim
-from jgd._engine.plan import Plan, sites_of
+from jgd._engine.plan import Plan
+from jgd._engine.regions import sites_of
 
 
 @functools.lru_cache(maxsize=256)

@@ -305,5 +305,16 @@ def read_regions(jaxpr: Any, constants: Sequence[Value], inputs: Sequence[Value]
     return _region((*constants, *inputs), reader, [reader.as_data(value), *aux])
 
 
+def sites_of(region: Region) -> list[Site]:
+    """All sites of a region, and of the regions inside."""
+    sites: list[Site] = []
+    for op in region.ops:
+        if isinstance(op, Nested):
+            sites += [site for inner in op.regions for site in sites_of(inner)]
+        elif isinstance(op, Site):
+            sites.append(op)
+    return sites
+
+
 def _literals(jaxpr: Any, consts: Sequence[Any]) -> list[Value]:
     return [Value(aval_of(v), Side.CONST, literal=c) for v, c in zip(jaxpr.constvars, consts, strict=True)]
