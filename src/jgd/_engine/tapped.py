@@ -179,7 +179,8 @@ def replay(
             if wanted(op):
                 outputs += _replay_site(op, env, added)
         elif op.known:
-            env.set(op.outputs, bind(op.eqn, [env[x] for x in op.inputs]))
+            operands = [env[x] for x in op.inputs]
+            env.set(op.outputs, bind(op.eqn, varying(operands, operands)))
     return outputs
 
 
@@ -258,13 +259,15 @@ def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], want
 
 def _replay_cond(op: Nested, operands: list[Any], parts: tuple[Any, Any], wanted: Any) -> list[Any]:
     """The outputs of all branches: zeros for those that were not taken."""
+    known = [x for x in operands if x is not None]
     blank = [[jnp.zeros_like(x) for x in picked(r, zeros(r, taps_of), wanted)] for r in op.regions]
+    blank = varying(blank, known)  # out here: JAX does not differentiate the cast of a constant in a branch
 
     def branch(number: int, region: Region, records: Tree, bumps: Any) -> Callable[[], list[Any]]:
         def replay_branch() -> list[Any]:
             own = replay(region, operands[1:], records, wanted, bumps)
             made = [x for each in (*blank[:number], own, *blank[number + 1 :]) for x in each]
-            return varying(made, [x for x in operands if x is not None])
+            return varying(made, known)
 
         return replay_branch
 
