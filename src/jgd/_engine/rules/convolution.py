@@ -21,6 +21,8 @@ from jgd._engine.regions import Side, Site
 from jgd._engine.uses import SiteData, Use
 from jgd._engine.views import View
 
+_AT_ONCE = 3  # places in the window; it divides most windows
+
 
 def match(site: Site, position: int, view: View) -> Use | None:
     """The factors of a convolution's kernel."""
@@ -91,7 +93,7 @@ class _Geometry:
 
     def block(self, data: SiteData) -> jax.Array:
         """The gradient, one product for each place in the window: (window, steps.., groups, channels, q)."""
-        return lax.map(self._product(data), jnp.asarray(self._places()))
+        return self._of_places(self._product(data))
 
     def arrange(self, block: jax.Array) -> jax.Array:
         """The gradient's block as `(N, P, Q)`."""
@@ -105,13 +107,19 @@ class _Geometry:
         """The gradient's squared norm, of which no more than one place in the window is ever built."""
         product = self._product(data)
         square = lambda place: jnp.sum(jnp.square(product(place)))
-        return jnp.sum(lax.map(square, jnp.asarray(self._places())))
+        return jnp.sum(self._of_places(square))
 
     def _product(self, data: SiteData) -> Callable[[jax.Array], jax.Array]:
         """The gradient at one place in the window, as a function of the place."""
         right = self._right(data.deltas[0])
         padded = self._padded(data.values[0])
         return lambda place: contract("...tc,...tq->...cq", self._shifted(padded, place), right)
+
+    def _of_places(self, fun: Callable[[jax.Array], jax.Array]) -> jax.Array:
+        """`fun` of each place in the window, some at a time: all at once would take a copy of the input for each."""
+        places = jnp.asarray(self._places())
+        step = lambda _, place: (None, fun(place))
+        return lax.scan(step, None, places, unroll=min(_AT_ONCE, len(places)))[1]
 
     def _places(self) -> np.ndarray:
         """Where the places in the window begin in the padded input."""
