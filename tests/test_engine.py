@@ -275,6 +275,32 @@ def normalized(params, x):
     return jnp.sum((h + params["each"]) ** 2)
 
 
+def masked(params, x):
+    """The bias meets the matrix where no gradient flows: in a mask, in what is logged, in each step of a scan."""
+
+    def step(h, bias):
+        return jnp.tanh(h + bias) * jnp.sum(params["w"] @ bias > 0), None
+
+    h = jnp.tanh(x @ params["w"] + params["bias"]) * (params["w"] @ params["bias"] > 0)
+    h, _ = lax.scan(step, h, params["steps"])
+    return jnp.sum(h * x), params["w"] @ params["bias"]
+
+
+def test_what_is_made_in_the_pass_may_meet_a_matrix_without_a_gradient(x64):
+    draw = Draw(3)
+    params = {"w": jnp.asarray(draw(3, 3)), "bias": jnp.asarray(draw(3)), "steps": jnp.asarray(draw(2, 3))}
+    x = jnp.asarray(draw(B, 6, 3))
+    ours = jgd.per_example_grad(masked, has_aux=True, strategy="factored")(params, x)
+    assert len(ours.form.examples.blocks) == 2
+    _, aux = jax.vmap(masked, in_axes=(None, 0))(params, x)
+    oracle.assert_close(ours.aux, aux, 1e-9)
+    blocks = oracle.vmap_of_grad(made(lambda *args: masked(*args)[0], params, x))
+    arguments = {"weights": WEIGHTS, "max_norm": 1.0, "direction": jax.tree.map(np.ones_like, params)}
+    want = oracle.answers(blocks, blocks, **arguments)
+    for quantity, got in jax.jit(every_reduction)(ours, arguments).items():
+        oracle.assert_close(got, want[quantity], 1e-9, what=quantity)
+
+
 @pytest.mark.parametrize("broken", [False, True])
 def test_what_is_spread_over_positions_is_made_in_the_pass(broken, x64):
     draw = Draw(3)

@@ -130,6 +130,10 @@ def _site_data(
     plan: Plan, model: Model, example: Example, part: Part, bumps: Any, *, batch: bool
 ) -> dict[int, SiteData]:
     collector = _Collector({id(use.site) for use in part.uses}, batch, {})
+    if batch:  # what is taken beside the sites is data, which has the batch axis like all other data
+        size, beside = example.inputs[0].shape[0], sorted({part.leaf for part in plan.beside})
+        rows = [jnp.broadcast_to(model.params[leaf], (size, *model.params[leaf].shape)) for leaf in beside]
+        model = _with(model, beside, rows)
     given = dict(zip(map(id, plan.region.inputs), _inputs(plan, model, example.inputs), strict=True))
     collector.collect(plan.region, given, (example.records, example.deltas, bumps), 0)
     return collector.found
