@@ -260,6 +260,22 @@ def test_a_tile_fits_and_divides_where_a_divisor_is_near(size, elements, monkeyp
     assert size % tile == 0 or all(size % k for k in range(most // 2 + 1, most + 1))
 
 
+@pytest.mark.parametrize("strides", [(1, 1), (2, 2)])
+def test_a_window_larger_than_the_image_has_no_gradient(strides, x64):
+    def loss(p, x):
+        made = lax.conv_general_dilated(
+            x[None], p, strides, "VALID", dimension_numbers=("NHWC", "HWIO", "NHWC")
+        )
+        assert made.size == 0
+        return jnp.sum(made) + jnp.sum(x)
+
+    problem = made(loss, Draw(0)(5, 5, 2, 3), Draw(1)(B, 3, 3, 2))
+    arguments = {"weights": WEIGHTS, "max_norm": 1.0, "direction": problem.params}
+    got = jax.jit(every_reduction)(gradients(problem), arguments)
+    for quantity, zero in got.items():
+        assert not np.any(zero), quantity
+
+
 # Blocks that the pass makes
 
 

@@ -29,6 +29,8 @@ def match(site: Site, position: int, view: View) -> Use | None:
     params = site.eqn.params
     if position != 1 or params["batch_group_count"] != 1 or site.inputs[0].side != Side.DATA:
         return None
+    if 0 in site.outputs[0].aval.shape:  # the window is larger than what it slides over
+        return None
     around, own = split_axes(view, site.loops)
     if any(stride == 0 and size > 1 for size, stride in own):
         return None
