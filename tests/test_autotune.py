@@ -203,6 +203,15 @@ def test_methods_take_it(clock):
         jgd.ascent(own, optax.sgd(0.1), derivative="forward", autotune=True)
 
 
+def test_what_is_compiled_is_timed_without_jit_too(clock):
+    own, args = renamed(), arguments()
+    with jax.disable_jit():
+        got = jgd.norms(jgd.per_example_grad(own, autotune=True)(*args))
+        assert jgd.explain(own, *args, measure=True).measured_norms > 0
+    assert len(clock.calls) == 1
+    oracle.assert_close(got, jgd.norms(jgd.per_example_grad(own)(*args)), 1e-5)
+
+
 @pytest.mark.parametrize("strategy", ["factored", "materialized"])
 def test_a_strategy_beside_it_is_an_error(strategy):
     with pytest.raises(ValueError, match=f"`strategy` must be 'auto' beside it, got '{strategy}'"):

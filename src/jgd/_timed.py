@@ -59,10 +59,12 @@ def ready(asked: Asked, program: Program, strategy: Strategy, model: Model, batc
     """Compiles a program for concrete arguments; inside of a trace as well as outside."""
     compiled = jax.jit(asked, static_argnums=(0, 1)).lower(program, strategy, *model, batch).compile()
     memory = compiled.memory_analysis()
-    return Ready(
-        lambda: jax.block_until_ready(compiled(*model, batch)),
-        int(getattr(memory, "temp_size_in_bytes", 0)),
-    )
+
+    def run() -> Any:
+        with jax.disable_jit(False):  # what is compiled cannot run without, even where that is told
+            return jax.block_until_ready(compiled(*model, batch))
+
+    return Ready(run, int(getattr(memory, "temp_size_in_bytes", 0)))
 
 
 def quickest(
