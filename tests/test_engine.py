@@ -2,8 +2,10 @@
 
 import dataclasses
 import functools
+import gc
 import math
 import re
+import weakref
 
 import hypothesis
 import hypothesis.strategies as st
@@ -668,3 +670,16 @@ def test_the_second_call_traces_nothing(x64):
     assert len(calls) == number
     for a, b in zip(jax.tree.leaves(first), jax.tree.leaves(again), strict=True):
         np.testing.assert_array_equal(a, b)
+
+
+def test_what_a_loss_closes_over_goes_with_it():
+    def asked():
+        closed = jnp.ones((3, 3))
+        loss = lambda w, x: jnp.sum(jnp.tanh(x @ w @ closed))
+        jgd.norms(jgd.per_example_grad(loss, strategy="factored")(jnp.ones((4, 3)), jnp.ones((B, 4))))
+        return weakref.ref(closed)
+
+    found = asked()
+    jax.clear_caches()
+    gc.collect()
+    assert found() is None

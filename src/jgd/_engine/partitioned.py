@@ -3,14 +3,13 @@
 It gets the derivative of a convolution in groups wrong, and `vmap` makes every convolution one (docs/mesh.md).
 """
 
-import functools
+import weakref
 
 from jgd._engine.jaxprs import prim
 from jgd._engine.plan import Plan
 from jgd._engine.regions import sites_of
 
 
-@functools.lru_cache(maxsize=256)
 def grouped_kernels(plan: Plan, *, groups: int) -> frozenset[int]:
     """The kernels of convolutions in at least so many groups, whose gradient only the rule gives."""
     uses = [use for part in plan.parts for use in part.uses if use.rule == "convolution"]
@@ -18,9 +17,18 @@ def grouped_kernels(plan: Plan, *, groups: int) -> frozenset[int]:
     return frozenset(leaf for leaf, count in counts if count >= groups)
 
 
-@functools.lru_cache(maxsize=256)
 def unruled_kernels(plan: Plan, *, batch_groups: int = 1) -> frozenset[int]:
     """The leaves that make a kernel, of at least so many `batch_groups`, whose gradient no rule gives."""
+    found = _unruled.setdefault(plan, {})
+    if batch_groups not in found:
+        found[batch_groups] = _unruled_kernels(plan, batch_groups)
+    return found[batch_groups]
+
+
+_unruled: weakref.WeakKeyDictionary[Plan, dict[int, frozenset[int]]] = weakref.WeakKeyDictionary()
+
+
+def _unruled_kernels(plan: Plan, batch_groups: int) -> frozenset[int]:
     uses = (use for part in plan.parts for use in part.uses if use.rule != "opaque")
     ruled = {(id(use.site), use.position) for use in uses}
     convolutions = [

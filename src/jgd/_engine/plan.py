@@ -1,7 +1,6 @@
 """The plan of a program: which uses of a leaf make up which of its parts, and what is done with each."""
 
 import collections
-import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -71,9 +70,15 @@ class Plan:
         return device_of(self.program.platform)
 
 
-@functools.lru_cache(maxsize=256)
 def plan_of(program: Program, variant: Variant) -> Plan:
-    """Reads a program's sites and sorts their uses of each leaf into parts, for the program's platform."""
+    """The plan of a program for its platform, which is kept with the program and goes with it."""
+    if variant not in program.plans:
+        program.plans[variant] = _plan(program, variant)
+    return program.plans[variant]
+
+
+def _plan(program: Program, variant: Variant) -> Plan:
+    """Reads a program's sites and sorts their uses of each leaf into parts."""
     region, device = _read(program, frozenset()), device_of(program.platform)
     parts, whole_leaves = _sorted_uses(region, device, variant)
     beside = _beside(parts, _branched(region), program.param_avals)

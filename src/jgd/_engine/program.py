@@ -31,6 +31,7 @@ class Program:
     aux_treedef: Any
     param_paths: tuple[str, ...]
     platform: str  # that the arguments lie on, for which plans are made
+    plans: dict[Any, Any] = field(default_factory=dict, repr=False)  # made of it so far
 
     def constants(self, shared: Sequence[Any]) -> list[Any]:
         """The values that no example changes: shared arguments, then what the loss closes over."""
