@@ -672,11 +672,13 @@ def test_the_second_call_traces_nothing(x64):
         np.testing.assert_array_equal(a, b)
 
 
-def test_what_a_loss_closes_over_goes_with_it():
+@pytest.mark.parametrize("options", [{}, {"max_memory": 1 << 20}])
+def test_what_a_loss_closes_over_goes_with_it(options):
     def asked():
         closed = jnp.ones((3, 3))
         loss = lambda w, x: jnp.sum(jnp.tanh(x @ w @ closed))
-        jgd.norms(jgd.per_example_grad(loss, strategy="factored")(jnp.ones((4, 3)), jnp.ones((B, 4))))
+        gradients = jgd.per_example_grad(loss, strategy="factored", **options)
+        jgd.norms(gradients(jnp.ones((4, 3)), jnp.ones((B, 4))))
         return weakref.ref(closed)
 
     found = asked()

@@ -1,6 +1,5 @@
 """How many examples at a time fit into some memory, by what the compiler says."""
 
-import functools
 from typing import Any
 
 import jax
@@ -41,17 +40,21 @@ def microbatch_within(
     """
     shapes = lambda leaves: tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
     size = batch[0].shape[0]
-    key = program, strategy, shapes(model.params), shapes(model.constants), shapes(batch)
-    while size > 1 and _temporary_bytes(*key, size) > max_memory:
+    made_of = strategy, shapes(model.params), shapes(model.constants), shapes(batch)
+
+    def needs(size: int) -> int:
+        make = lambda: _temporary_bytes(program, *made_of, size)
+        return program.once(("temporary bytes", *made_of, size), make)
+
+    while size > 1 and needs(size) > max_memory:
         size = -(-size // 2)
-    if size == 1 and (needed := _temporary_bytes(*key, 1)) > max_memory:
+    if size == 1 and (needed := needs(1)) > max_memory:
         raise ValueError(
             f"`max_memory`={max_memory:,} bytes is less than the clipped gradient of one example needs: {needed:,}"
         )
     return size
 
 
-@functools.lru_cache(maxsize=256)
 def _temporary_bytes(
     program: Program, strategy: Strategy, params: Shapes, constants: Shapes, batch: Shapes, size: int
 ) -> int:

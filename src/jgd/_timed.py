@@ -1,6 +1,5 @@
 """What the clock says of a loss's plans: the programs to time, and the choice among the few best plans."""
 
-import weakref
 from collections.abc import Callable
 from typing import Any, NamedTuple
 
@@ -75,16 +74,13 @@ def quickest(
     Timed on the arguments where they are concrete, elsewhere on small numbers of their shapes. Over several devices
     nothing is timed, and the planner's choice stands: there each process would have to come to the same one.
     """
-    chosen = _chosen.setdefault(program, {})
-    key = size, max_memory
-    if key not in chosen:
+
+    def choose() -> Strategy:
         alone = _on_one_device([*model.params, *batch])
         others = _candidates(program, size) if alone else []
-        chosen[key] = _timed(program, others, model, batch, *key) if others else "auto"
-    return chosen[key]
+        return _timed(program, others, model, batch, size, max_memory) if others else "auto"
 
-
-_chosen: weakref.WeakKeyDictionary[Program, dict[Any, Strategy]] = weakref.WeakKeyDictionary()
+    return program.once(("quickest", size, max_memory), choose)
 
 
 def _on_one_device(arrays: list[Any]) -> bool:

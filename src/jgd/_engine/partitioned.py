@@ -3,8 +3,6 @@
 It gets the derivative of a convolution in groups wrong, and `vmap` makes every convolution one (docs/mesh.md).
 """
 
-import weakref
-
 from jgd._engine.jaxprs import prim
 from jgd._engine.plan import Plan
 from jgd._engine.regions import sites_of
@@ -19,13 +17,8 @@ def grouped_kernels(plan: Plan, *, groups: int) -> frozenset[int]:
 
 def unruled_kernels(plan: Plan, *, batch_groups: int = 1) -> frozenset[int]:
     """The leaves that make a kernel, of at least so many `batch_groups`, whose gradient no rule gives."""
-    found = _unruled.setdefault(plan, {})
-    if batch_groups not in found:
-        found[batch_groups] = _unruled_kernels(plan, batch_groups)
-    return found[batch_groups]
-
-
-_unruled: weakref.WeakKeyDictionary[Plan, dict[int, frozenset[int]]] = weakref.WeakKeyDictionary()
+    # The plans of a program differ in methods, not in rules.
+    return plan.program.once(("unruled kernels", batch_groups), lambda: _unruled_kernels(plan, batch_groups))
 
 
 def _unruled_kernels(plan: Plan, batch_groups: int) -> frozenset[int]:

@@ -72,9 +72,7 @@ class Plan:
 
 def plan_of(program: Program, variant: Variant) -> Plan:
     """The plan of a program for its platform, which is kept with the program and goes with it."""
-    if variant not in program.plans:
-        program.plans[variant] = _plan(program, variant)
-    return program.plans[variant]
+    return program.once(("plan", variant), lambda: _plan(program, variant))
 
 
 def _plan(program: Program, variant: Variant) -> Plan:

@@ -31,11 +31,17 @@ class Program:
     aux_treedef: Any
     param_paths: tuple[str, ...]
     platform: str  # that the arguments lie on, for which plans are made
-    plans: dict[Any, Any] = field(default_factory=dict, repr=False)  # made of it so far
+    found: dict[Any, Any] = field(default_factory=dict, repr=False)  # by `once`
 
     def constants(self, shared: Sequence[Any]) -> list[Any]:
         """The values that no example changes: shared arguments, then what the loss closes over."""
         return [*shared, *self.captured]
+
+    def once(self, key: Any, make: Callable[[], Any]) -> Any:
+        """What is worked out about the program once for each key, and goes with it."""
+        if key not in self.found:
+            self.found[key] = make()
+        return self.found[key]
 
     def run(
         self, params: Sequence[Any], constants: Sequence[Any], example: Sequence[Any]
