@@ -5,6 +5,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 BASELINE = "plain gradient"
+OWN = ("jgd", "jgd autotuned")
 
 
 class Target(NamedTuple):
@@ -31,6 +32,7 @@ BUILD = 2.5  # tracing and compiling, of the plain gradient's, on every model
 class Row(NamedTuple):
     """What one quantity of one model costs here, in units of the plain gradient and of the best other method."""
 
+    method: str  # one of `OWN`
     model: str
     quantity: str
     time: float
@@ -44,7 +46,7 @@ class Row(NamedTuple):
         found = []
         if self.time > TARGETS[self.quantity].time_worst:
             found.append("time")
-        if self.build > BUILD:
+        if self.method == "jgd" and self.build > BUILD:  # tuning compiles a dozen programs, and is asked for
             found.append("build")
         if self.to_other is not None and self.to_other > TO_BEST_OTHER:
             found.append("other")
@@ -54,6 +56,7 @@ class Row(NamedTuple):
 class Verdict(NamedTuple):
     """One target, and what was measured of it."""
 
+    method: str
     quantity: str
     what: str
     target: float
@@ -67,51 +70,60 @@ class Verdict(NamedTuple):
 
 
 def rows(record: dict[str, Any]) -> list[Row]:
-    """The rows of `jgd` in a record of measurements, of the quantities that have a target."""
+    """This library's rows in a record of measurements, of the quantities that have a target."""
     measurements = record["measurements"]
     base = {m["model"]: m for m in measurements if m["method"] == BASELINE}
     build = lambda m: m["trace_seconds"] + m["compile_seconds"]
     found = []
     for m in measurements:
-        if m["method"] != "jgd" or m["quantity"] not in TARGETS:
+        if m["method"] not in OWN or m["quantity"] not in TARGETS:
             continue
         others = [
             x
             for x in measurements
             if (x["model"], x["quantity"]) == (m["model"], m["quantity"])
-            and x["method"] not in ("jgd", BASELINE)
+            and x["method"] not in (*OWN, BASELINE)
         ]
         best = min(others, key=lambda x: x["minimum_seconds"], default=None)
         name = best and best["method"]
         to_best = best and m["minimum_seconds"] / best["minimum_seconds"]
         built = build(m) / build(base[m["model"]])
-        found.append(Row(m["model"], m["quantity"], m["time_ratio"], m["memory_ratio"], built, name, to_best))
+        own = m["method"], m["model"], m["quantity"], m["time_ratio"], m["memory_ratio"]
+        found.append(Row(*own, built, name, to_best))
     return found
 
 
 def verdicts(record: dict[str, Any]) -> list[Verdict]:
     """Every target against the figures, quantity by quantity."""
-    found: list[Verdict] = []
     everything = rows(record)
-    for quantity, target in TARGETS.items():
-        own = [row for row in everything if row.quantity == quantity]
-        if not own:
-            continue
-        mean = lambda ratios: statistics.geometric_mean([max(ratio, 1e-3) for ratio in ratios])
-        found.append(Verdict(quantity, "time, mean", target.time_mean, mean([r.time for r in own]), ""))
-        found.append(_worst(quantity, "time, worst model", target.time_worst, own, "time"))
-        memory = mean([r.memory for r in own])
-        found.append(Verdict(quantity, "temporary memory, mean", target.memory_mean, memory, ""))
-        against = [r for r in own if r.to_other is not None]
-        if against:
-            found.append(_worst(quantity, "to the best other", TO_BEST_OTHER, against, "to_other"))
-        found.append(_worst(quantity, "tracing and compiling", BUILD, own, "build"))
-    return found
+    return [
+        verdict
+        for quantity in TARGETS
+        for method in OWN
+        for verdict in _verdicts([r for r in everything if (r.method, r.quantity) == (method, quantity)])
+    ]
 
 
-def _worst(quantity: str, what: str, target: float, own: list[Row], field: str) -> Verdict:
-    worst = max(own, key=lambda row: getattr(row, field))
-    return Verdict(quantity, what, target, getattr(worst, field), worst.model)
+def _verdicts(own: list[Row]) -> Iterator[Verdict]:
+    """The targets of one quantity by one method, against its rows."""
+    if not own:
+        return
+    name = own[0].method, own[0].quantity
+    target = TARGETS[own[0].quantity]
+    mean = lambda ratios: statistics.geometric_mean([max(ratio, 1e-3) for ratio in ratios])
+
+    def worst(what: str, most: float, among: list[Row], field: str) -> Verdict:
+        row = max(among, key=lambda row: getattr(row, field))
+        return Verdict(*name, what, most, getattr(row, field), row.model)
+
+    yield Verdict(*name, "time, mean", target.time_mean, mean([r.time for r in own]), "")
+    yield worst("time, worst model", target.time_worst, own, "time")
+    yield Verdict(*name, "temporary memory, mean", target.memory_mean, mean([r.memory for r in own]), "")
+    against = [r for r in own if r.to_other is not None]
+    if against:
+        yield worst("to the best other", TO_BEST_OTHER, against, "to_other")
+    if own[0].method == "jgd":
+        yield worst("tracing and compiling", BUILD, own, "build")
 
 
 class Change(NamedTuple):

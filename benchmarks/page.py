@@ -10,7 +10,7 @@ from jgd._bench.measure import BASELINE, Missing
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 COLORS = {
-    "jgd": "#2563a8", "vmap(grad)": "#d9680f", "microbatch 1": "#2e8b57", "microbatch 4": "#9bc8ab",
+    "jgd": "#2563a8", "jgd autotuned": "#7fb2e5", "vmap(grad)": "#d9680f", "microbatch 1": "#2e8b57", "microbatch 4": "#9bc8ab",
     "jax_privacy": "#7b52ab", "jax_privacy 1": "#a88acb", "jax_privacy 4": "#cdbbe2",
 }  # fmt: skip
 
@@ -61,11 +61,11 @@ def markdown(table: list[list[str]], named: int = 1) -> str:
 
 def targets(record: dict[str, Any]) -> str:
     """Each target, what was measured, and whether it is met."""
-    table = [["quantity", "what", "target", "measured", "worst model", ""]]
+    table = [["quantity", "by", "what", "target", "measured", "worst model", ""]]
     for v in judge.verdicts(record):
         mark = "met" if v.met else "**missed**"
-        table.append([v.quantity, v.what, f"≤ {v.target:.2f}×", f"{short(v.got)}×", v.where, mark])
-    return markdown(table, 2)
+        table.append([v.quantity, v.method, v.what, f"≤ {v.target:.2f}×", f"{short(v.got)}×", v.where, mark])
+    return markdown(table, 3)
 
 
 def quantity_table(record: dict[str, Any], quantity: str) -> str:
@@ -73,19 +73,19 @@ def quantity_table(record: dict[str, Any], quantity: str) -> str:
     cells = {(m["model"], m["quantity"], m["method"]): m for m in record["measurements"]}
     models = list(dict.fromkeys(m["model"] for m in record["measurements"]))
     methods = list(dict.fromkeys(m for _, q, m in cells if q == quantity and m != BASELINE))
-    judged = {row.model: row for row in judge.rows(record) if row.quantity == quantity}
-    table = [["model", BASELINE, *methods, *(["jgd to the best other", "building, jgd"] if judged else [])]]
+    judged = {(row.model, row.method): row for row in judge.rows(record) if row.quantity == quantity}
+    own = [method for method in methods if method in judge.OWN]
+    extra = [*(f"{method} to the best other" for method in own), "building, jgd"] if judged else []
+    table = [["model", BASELINE, *methods, *extra]]
     for model in models:
         base = cells[model, "sum", BASELINE]
         line = [model, f"{1e3 * base['minimum_seconds']:.2f} ms, {base['temporary_bytes'] / 2**20:.1f} MiB"]
         found = [cells.get((model, quantity, method)) for method in methods]
-        row = judged.get(model)
         for method, m in zip(methods, found, strict=True):
             text = "—" if m is None else ratios(m["time_ratio"], m["memory_ratio"])
-            line.append(
-                f"**{text}**" if method == "jgd" and row is not None and "time" in row.missed() else text
-            )
-        table.append(line + (_judged(row) if judged else []))
+            row = judged.get((model, method))
+            line.append(f"**{text}**" if row is not None and "time" in row.missed() else text)
+        table.append(line + (_judged([judged.get((model, method)) for method in own]) if judged else []))
     mean = ["**mean**", ""]
     for method in methods:
         have = [cells[m, quantity, method] for m in models if (m, quantity, method) in cells]
@@ -94,13 +94,16 @@ def quantity_table(record: dict[str, Any], quantity: str) -> str:
     return markdown([*table, mean + [""] * (len(table[0]) - len(mean))])
 
 
-def _judged(row: judge.Row | None) -> list[str]:
-    if row is None:
-        return ["—", "—"]
-    missed = row.missed()
-    star = lambda text, what: f"**{text}**" if what in missed else text
-    other = "—" if row.to_other is None else star(f"{short(row.to_other)}×", "other") + f" ({row.other})"
-    return [other, star(f"{short(row.build)}×", "build")]
+def _judged(rows: list[judge.Row | None]) -> list[str]:
+    """Each method's time to the best other's, and what the first costs to build."""
+    star = lambda row, text, what: f"**{text}**" if what in row.missed() else text
+    others = [
+        "—"
+        if row is None or row.to_other is None
+        else star(row, f"{short(row.to_other)}×", "other") + f" ({row.other})"
+        for row in rows
+    ]
+    return [*others, "—" if rows[0] is None else star(rows[0], f"{short(rows[0].build)}×", "build")]
 
 
 def peers_table(peers: dict[str, Any]) -> str:
@@ -127,7 +130,9 @@ def summary(record: dict[str, Any]) -> str:
     lines = [f"{len(found) - len(missed)} of {len(found)} targets met"]
     for v in missed:
         where = f" ({v.where})" if v.where else ""
-        lines.append(f"missed: {v.quantity}, {v.what}: {short(v.got)}× for {short(v.target)}×{where}")
+        lines.append(
+            f"missed: {v.quantity} by {v.method}, {v.what}: {short(v.got)}× for {short(v.target)}×{where}"
+        )
     return "\n".join(lines)
 
 

@@ -20,6 +20,7 @@ BEGIN, END = "<!-- bench: begin, by benchmarks/readme_table.py -->", "<!-- bench
 
 SHOWN = {
     "jgd": ("sum", "norms", "clipped_sum", "variance", "gram", "all"),
+    "jgd autotuned": ("norms", "clipped_sum"),
     "vmap(grad)": ("sum", "norms", "clipped_sum"),
 }
 

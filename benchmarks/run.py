@@ -31,7 +31,7 @@ TOO_LONG = "its process took too long"
 
 def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
     """One model's record, by `jgd bench` in a process of its own; where that dies, all of it is missing."""
-    slow = [method for method in args.methods if method != "jgd" and is_too_slow(model, method, args)]
+    slow = [method for method in args.methods if method not in judge.OWN and is_too_slow(model, method, args)]
     why = f"a process that runs it twice took more than {args.patience:g} s"
     missing = [
         {"model": model, "quantity": q, "method": m, "why": why} for q in args.quantities for m in slow
@@ -131,10 +131,12 @@ def main() -> int:
     names("--models", MODELS)
     names("--quantities", QUANTITIES)
     names("--methods", METHODS)
-    parser.add_argument("--repeats", type=int, default=20, help="runs of each program, at most (default: 20)")
-    parser.add_argument("--seconds", type=float, default=5.0, help="a program rests after these (default: 5)")
+    parser.add_argument("--repeats", type=int, default=10, help="runs of each program, at most (default: 10)")
     parser.add_argument(
-        "--patience", type=float, default=90.0, help="seconds after which a method is given up (default: 90)"
+        "--seconds", type=float, default=2.5, help="a program rests after these (default: 2.5)"
+    )
+    parser.add_argument(
+        "--patience", type=float, default=60.0, help="seconds after which a method is given up (default: 60)"
     )
     parser.add_argument("--small", action="store_true", help="tiny sizes: to see that it works")
     parser.add_argument("--no-peers", action="store_true", help="without PyTorch")

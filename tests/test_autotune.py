@@ -21,9 +21,13 @@ from jgd import _timed
 from jgd._engine import devices
 from jgd._engine.devices import DEVICES, Device
 from jgd._engine.plan import Variant
+from jgd._timed import Choice
 
 # Both methods of one product are predicted to take about as long.
 POSITIONS, SIDE = 24, 64
+
+
+PLANNED, BLOCK, HELD = (Choice(s, 8) for s in ("auto", Variant(near="block"), "materialized"))
 
 
 def loss(w, x):
@@ -45,7 +49,7 @@ def renamed():
 @pytest.fixture
 def clock(monkeypatch):
     """A clock that makes one strategy the quickest, and counts how often it was asked."""
-    clock = type("Clock", (), {"best": "auto", "calls": [], "gain": 0.5})()
+    clock = type("Clock", (), {"best": PLANNED, "calls": [], "gain": 0.5})()
 
     def time_interleaved(programs, **_):
         clock.calls = [*clock.calls, list(programs)]
@@ -92,7 +96,7 @@ def test_the_arguments_say_the_platform_and_a_trace_the_default_one(monkeypatch)
     assert plans[0].device == DEVICES["cpu"] and plans[1].device == DEVICES["tpu"]
 
 
-@pytest.mark.parametrize("best", ["auto", Variant(near="block"), "materialized"])
+@pytest.mark.parametrize("best", [PLANNED, BLOCK, HELD])
 def test_the_quickest_is_taken_remembered_and_answers_the_same(best, clock):
     clock.best = best
     w, x = arguments()
@@ -102,11 +106,11 @@ def test_the_quickest_is_taken_remembered_and_answers_the_same(best, clock):
         jgd.per_example_grad(own, strategy="factored"),
     )
     grads, want = tuned(w, x), planned(w, x)
-    assert {"auto", Variant(near="block"), "materialized"} <= set(clock.calls[0])
-    if best == "materialized":
+    assert {PLANNED, BLOCK, HELD} <= set(clock.calls[0])
+    if best == HELD:
         assert type(grads.form).__name__ == "Materialized"
     else:
-        assert (method_of(grads) == method_of(want)) == (best == "auto")
+        assert (method_of(grads) == method_of(want)) == (best == PLANNED)
     for reduction in (jgd.norms, functools.partial(jgd.clipped_sum, max_norm=1.0), jgd.gram, jgd.variance):
         oracle.assert_close(reduction(grads), reduction(want), 1e-5)
     tuned(w, x)
@@ -116,7 +120,7 @@ def test_the_quickest_is_taken_remembered_and_answers_the_same(best, clock):
 
 
 def test_a_gain_that_noise_could_make_changes_nothing(clock):
-    clock.best, clock.gain = Variant(near="block"), 0.98
+    clock.best, clock.gain = BLOCK, 0.98
     own = renamed()
     grads = jgd.per_example_grad(own, autotune=True)(*arguments())
     assert method_of(grads) == method_of(jgd.per_example_grad(own, strategy="factored")(*arguments()))
@@ -124,7 +128,7 @@ def test_a_gain_that_noise_could_make_changes_nothing(clock):
 
 @pytest.mark.parametrize("wrap", ["jit", "vmap", "scan"])
 def test_it_times_while_tracing(wrap, clock):
-    clock.best = Variant(near="block")
+    clock.best = BLOCK
     w, x = arguments(16)
     grads = jgd.per_example_grad(renamed(), autotune=True)
     ask = lambda x: jgd.norms(grads(w, x))
@@ -162,7 +166,9 @@ def test_float64_answers_by_every_plan_agree_to_rounding(x64):
         # The clock's choice reaches the pass as a strategy.
         chosen = calls(strategy="factored")
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(jgd._gradients, "quickest", lambda *_, strategy=strategy: strategy)
+            patch.setattr(
+                jgd._gradients, "quickest", lambda *_, size, strategy=strategy, **__: Choice(strategy, size)
+            )
             chosen = calls(autotune=True)(case.params, *case.batch)
         assert chosen.form.plan.program is not None
         oracle.assert_close(jgd.norms(chosen), jgd.norms(want), 1e-11)
@@ -172,13 +178,50 @@ def test_float64_answers_by_every_plan_agree_to_rounding(x64):
 def test_microbatches_and_memory_are_tuned_at_their_size(clock):
     w, x = arguments(8)
     grads = jgd.per_example_grad(renamed(), microbatch_size=3, autotune=True)(w, x)
-    assert grads.form.microbatch_size == 3 and len(clock.calls) == 1
-    clock.best = "materialized"
+    assert grads.form.microbatch_size == 3 and {c.microbatch_size for c in clock.calls[0]} == {3}
+    clock.best = HELD
     own = renamed()
     most = 2 * 4 * SIDE * SIDE  # less than the blocks of the 8 examples
     limited = jgd.per_example_grad(own, max_memory=most, autotune=True)(w, x)
-    assert limited.form.size == 8 and all("materialized" not in names for names in clock.calls[1:])
+    assert limited.form.size == 8 and all(HELD not in names for names in clock.calls[1:])
     oracle.assert_close(jgd.norms(limited), jgd.norms(jgd.per_example_grad(loss)(w, x)), 1e-5)
+
+
+@pytest.mark.parametrize("best", [Choice("auto", 4), Choice("auto", 2), Choice("materialized", 2)])
+def test_fewer_at_a_time_is_tried(best, clock):
+    clock.best = best
+    w, x = arguments(8)
+    own = renamed()
+    grads = jgd.per_example_grad(own, autotune=True)(w, x)
+    want = jgd.per_example_grad(own, strategy="materialized")(w, x)
+    assert best in clock.calls[0]
+    assert (grads.form.strategy, grads.form.microbatch_size) == best
+    oracle.assert_close(grads.values, want.values, 1e-5)
+    for reduction in (jgd.norms, functools.partial(jgd.clipped_sum, max_norm=1.0), jgd.gram, jgd.variance):
+        oracle.assert_close(reduction(grads), reduction(want), 1e-5)
+
+
+def test_what_is_timed_is_the_question(clock):
+    seen = []
+
+    def question(grads):
+        seen.append(len(grads))
+        return jgd.second_moment(grads), grads.values
+
+    own, (w, x) = renamed(), arguments(8)
+    tuned = jgd.per_example_grad(own, autotune=question)
+    tuned(w, x)
+    assert len(clock.calls) == 1 and seen == [8] * len(clock.calls[0])
+    tuned(w, x)
+    jax.jit(lambda w, x: question(tuned(w, x)))(w, x)
+    assert len(clock.calls) == 1
+    jgd.per_example_grad(own, autotune=jgd.norms)(w, x)  # another question may have another answer
+    assert len(clock.calls) == 2
+
+
+def test_it_is_a_bool_or_a_function():
+    with pytest.raises(TypeError, match="`autotune` must be a bool, or the function .*, got str 'norms'"):
+        jgd.per_example_grad(loss, autotune="norms")
 
 
 def test_over_several_devices_the_prediction_decides(clock):
@@ -192,7 +235,7 @@ def test_over_several_devices_the_prediction_decides(clock):
 
 def test_methods_take_it(clock):
     own = renamed()
-    clock.best = Variant(near="block")
+    clock.best = BLOCK
     reduce = functools.partial(jgd.clipped_sum, max_norm=1.0)
     make = functools.partial(jgd.descent, own, optax.sgd(0.1), reduce=reduce)
     w, x = arguments()

@@ -64,7 +64,7 @@ TWO = record_of(
 
 def test_each_target_is_judged_by_the_mean_or_by_the_worst_model(script):
     judge = script("judge")
-    assert [tuple(v)[1:] for v in judge.verdicts(TWO)] == [
+    assert [tuple(v)[2:] for v in judge.verdicts(TWO)] == [
         ("time, mean", 0.85, pytest.approx(1.0), ""),
         ("time, worst model", 1.10, 2.0, "b"),
         ("temporary memory, mean", 1.10, pytest.approx(2.0), ""),
@@ -78,6 +78,20 @@ def test_each_target_is_judged_by_the_mean_or_by_the_worst_model(script):
         "time, mean", "time, worst model", "temporary memory, mean", "tracing and compiling",
     ]  # fmt: skip
     assert all(v.met for v in judge.verdicts(cheap))
+
+
+def test_what_the_clock_chose_is_judged_apart_and_not_for_its_building(script):
+    judge, page = script("judge"), script("page")
+    tuned = measured("a", "norms", "jgd autotuned", 0.3, build=30)
+    record = TWO | {"measurements": [*TWO["measurements"], tuned]}
+    found = [v for v in judge.verdicts(record) if v.method == "jgd autotuned"]
+    assert [(v.what, v.got) for v in found if v.what.startswith("t")] == [
+        ("time, mean", pytest.approx(0.3)), ("time, worst model", 0.3),
+        ("temporary memory, mean", pytest.approx(1.0)), ("to the best other", pytest.approx(0.75)),
+    ]  # fmt: skip
+    assert judge.verdicts(TWO) == [v for v in judge.verdicts(record) if v not in found]
+    # It is no other method, to be compared with.
+    assert "| **1.25×** (microbatch 1) | 0.75× (microbatch 1) | 2.00× |" in page.render(record)
 
 
 def test_a_check_finds_what_got_worse_and_by_how_much(script):
@@ -181,7 +195,7 @@ def test_the_page_says_what_is_missed_and_what_is_absent(script):
     page = script("page")
     absent = {"model": "b", "quantity": "norms", "method": "microbatch 1", "why": "5 is odd"}
     text = page.render(TWO | {"missing": [absent]})
-    assert "| norms | time, worst model | ≤ 1.10× | 2.00× | b | **missed** |" in text
+    assert "| norms | jgd | time, worst model | ≤ 1.10× | 2.00× | b | **missed** |" in text
     assert (
         "| a | 2.00 ms, 1.0 MiB | 0.50×, 1.00× | 0.80×, 1.00× | 0.40×, 1.00× | **1.25×** (microbatch 1) | 2.00× |"
         in text
@@ -191,7 +205,9 @@ def test_the_page_says_what_is_missed_and_what_is_absent(script):
         in text
     )
     assert "- norms by microbatch 1 on b: 5 is odd." in text
-    assert page.summary(TWO).startswith("0 of 5 targets met\nmissed: norms, time, mean: 1.00× for 0.85×")
+    assert page.summary(TWO).startswith(
+        "0 of 5 targets met\nmissed: norms by jgd, time, mean: 1.00× for 0.85×"
+    )
 
 
 def test_the_picture_is_drawn_twice_alike(script, tmp_path):
@@ -247,9 +263,9 @@ def test_the_large_model_is_reported_by_its_least_time_and_highest_peak(script):
         {"program": "jgd", "seconds": [2.4], "peak_resident_bytes": 2**31, **size},
     ]
     found = gpt2.combine(rounds)
-    assert gpt2.ratios(found) == (pytest.approx(1.2), 1.0)
+    assert gpt2.ratios(found, "jgd") == (pytest.approx(1.2), 1.0)
     text = gpt2.report(found)
-    assert "jgd to plain: time 1.20×, peak resident memory 1.00× (target 1.3× both: met)" in text
+    assert "jgd, to plain: time 1.20×, peak resident memory 1.00× (target 1.3× both: met)" in text
     assert "vmap(grad): by XLA's account 1.00 GiB in all, 1.00 GiB of it temporary; not run" in text
 
 

@@ -157,3 +157,24 @@ def test_limits_that_make_no_sense(options, error, message):
 def test_limits_belong_to_reverse_mode():
     with pytest.raises(ValueError, match="belong to derivative='reverse'"):
         jgd.descent(lambda w, x: w * x, optax.sgd(0.1), derivative="forward", microbatch_size=2)
+
+
+@pytest.mark.parametrize("options", [{}, {"strategy": "materialized"}, {"microbatch_size": 3}])
+def test_the_norms_of_a_clipped_sum_come_with_it(options):
+    case = problem("tied_embedding_and_head", jnp.float32)
+    grads = jgd.per_example_grad(case.loss, **case.options, **options)(case.params, *case.batch)
+    weights = jnp.arange(len(grads)) % 3
+    clipped, norms = jgd.clipped_sum(grads, 0.5, weights=weights, return_norms=True)
+    oracle.assert_close(clipped, jgd.clipped_sum(grads, 0.5, weights=weights), 1e-6)
+    oracle.assert_close(norms, jgd.norms(grads), 1e-6)
+
+
+def test_in_microbatches_they_take_no_pass_of_their_own():
+    case = problem("mlp_classifier", jnp.float32)
+    make = jgd.per_example_grad(case.loss, **case.options, microbatch_size=2)
+    loops = lambda ask: str(jax.make_jaxpr(lambda *a: ask(make(*a)))(case.params, *case.batch)).count(
+        " scan["
+    )
+    alone = loops(lambda grads: jgd.clipped_sum(grads, 1.0))
+    assert loops(lambda grads: jgd.clipped_sum(grads, 1.0, return_norms=True)) == alone
+    assert loops(lambda grads: (jgd.clipped_sum(grads, 1.0), jgd.norms(grads))) > alone

@@ -18,12 +18,15 @@ def root(square: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), square)
 
 
-def clipped_sum(form: Any, max_norm: Any, weights: jax.Array | None) -> list[jax.Array]:
-    """Σ w_i min(1, C/‖g_i‖) g_i, in the accumulators' dtypes; a gradient that is not finite adds nothing."""
+def clipped_sum(form: Any, max_norm: Any, weights: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
+    """Σ w_i min(1, C/‖g_i‖) g_i, in the accumulators' dtypes, and the ‖g_i‖.
+
+    A gradient that is not finite adds nothing.
+    """
     norm = root(total(form.squared_norms(), form.size))
     inside = norm <= max_norm
     factor = jnp.where(inside, 1, max_norm / jnp.where(inside, 1, norm))
     factor = jnp.where(jnp.isfinite(norm), factor, 0)
     if weights is not None:
         factor = jnp.where(weights != 0, factor * weights, 0)
-    return form.weighted_sum(factor, keep_wide=True, after_norms=True)
+    return form.weighted_sum(factor, keep_wide=True, after_norms=True), norm

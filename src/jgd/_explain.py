@@ -5,7 +5,9 @@ from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
+from jgd._clipping import clipped_sum, root, total
 from jgd._clock import time_interleaved
 from jgd._engine.costs import Cost, weight_gradient
 from jgd._engine.examples import Model
@@ -17,7 +19,8 @@ from jgd._engine.shares import DeviceShare, share_of
 from jgd._engine.uses import Use
 from jgd._errors import describe, is_concrete
 from jgd._loss import Call, Loss, bind
-from jgd._timed import norms_alone, norms_and_clipped_sum, plain_gradient, ready
+from jgd._timed import ready
+from jgd._whole import gradients_of, values_of
 
 
 @dataclass(frozen=True)
@@ -170,8 +173,19 @@ def _measured(program: Program, call: Call) -> tuple[float, float]:
                 f"`measure=True` runs the loss, but `params` or the batch hold {describe(x)} without numbers: give "
                 "concrete arrays, outside of `jit`"
             )
-    asked = (plain_gradient, norms_alone, norms_and_clipped_sum)
-    runs = {fun: ready(fun, program, "auto", model, call.batch_leaves).run for fun in asked}
+
+    def plain_gradient(model: Model, batch: list[Any]) -> Any:
+        summed = lambda params: jnp.sum(values_of(program, model._replace(params=params), batch)[0])
+        return jax.grad(summed)(model.params)
+
+    held = lambda model, batch: gradients_of(program, "auto", *model, batch)[2]
+    norms_of = lambda form: root(total(form.squared_norms(), form.size))
+    asked = (
+        plain_gradient,
+        lambda *of: norms_of(held(*of)),
+        lambda *of: clipped_sum(held(*of), 1.0, None),
+    )
+    runs = {fun: ready(fun, model, call.batch_leaves).run for fun in asked}
     plain, norms, clipped = (min(times) for times in time_interleaved(runs).values())
     return norms / plain, clipped / plain
 

@@ -1,5 +1,6 @@
 """`per_example_grad`, and the object it returns."""
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from typing import Any, get_args
@@ -8,13 +9,13 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.examples import Model
-from jgd._engine.program import trace
+from jgd._engine.program import Program, trace
 from jgd._errors import common_length, describe, leaf_name
 from jgd._loss import Loss, bind
 from jgd._materialized import Materialized
 from jgd._memory import checked_sizes, microbatch_within
 from jgd._microbatched import Microbatched
-from jgd._timed import quickest
+from jgd._timed import Choice, Question, clipped_sum_with_norms, quickest
 from jgd._whole import Named, gradients_of
 
 
@@ -53,7 +54,7 @@ def per_example_grad(
     strategy: Named = "auto",
     microbatch_size: int | None = None,
     max_memory: int | None = None,
-    autotune: bool = False,
+    autotune: bool | Question = False,
 ) -> Callable[..., PerExampleGrads]:
     """The gradients of a loss at each example of a batch: g_i = ∇ loss(params, example_i).
 
@@ -70,11 +71,13 @@ def per_example_grad(
             microbatch. The examples need not divide by it. None makes all at once.
         max_memory: choose the largest microbatch, by halves of B, whose clipped sum needs no more than so many
             bytes beside arguments and results, as the compiler counts them; that takes a few compilations.
-        autotune: let the clock decide instead of the predictions: the first call with a loss and shapes times the
-            few best plans on this device (norms with clipped sum, some compilations and runs of each), under `jit`
-            while tracing, and the quickest is remembered as long as the loss is. The answers are the same to
-            rounding, but which plan makes them may differ between processes. Over several devices nothing is
-            timed, and the predictions decide.
+        autotune: let the clock decide instead of the predictions. Give the question, a function of the
+            `PerExampleGrads` such as `jgd.norms`; True is the clipped sum with the norms. The first call with a
+            loss and shapes times the few best plans for it on this device, halves and quarters of the batch at a
+            time among them (some compilations and runs of each), under `jit` while tracing; the quickest is
+            remembered as long as the loss is. Whatever else is asked gets the same plan. The answers are the
+            same to rounding, but which plan makes them may differ between processes. Over several devices
+            nothing is timed, and the predictions decide.
 
     Returns:
         A function of `(params, *batch)` to `PerExampleGrads`. Called outside of `jit` it compiles itself, once
@@ -85,6 +88,7 @@ def per_example_grad(
         ValueError: the batch's leaves disagree in length, or `strategy`, `in_axes` or `argnums` do not fit;
             `microbatch_size` or `max_memory` is below 1, both are given, or one example alone needs more memory;
             `autotune` comes with a `strategy` that leaves no choice.
+        TypeError: `autotune` is neither a bool nor a function.
 
     Example:
         >>> import jax.numpy as jnp, jgd
@@ -108,7 +112,12 @@ def per_example_grad(
         raise ValueError(
             f"`autotune` chooses the plan, so `strategy` must be 'auto' beside it, got {strategy!r}"
         )
+    if not isinstance(autotune, bool) and not callable(autotune):
+        raise TypeError(
+            f"`autotune` must be a bool, or the function of the gradients that is to be timed, got {describe(autotune)}"
+        )
     checked_sizes(microbatch_size, max_memory)
+    question = clipped_sum_with_norms if autotune is True else autotune
 
     def gradients(*args: Any) -> PerExampleGrads:
         call = bind(loss, args, argnums=argnums, in_axes=in_axes, has_aux=has_aux)
@@ -117,17 +126,28 @@ def per_example_grad(
         size = microbatch_size
         if max_memory is not None:
             size = microbatch_within(max_memory, program, strategy, model, call.batch_leaves)
-        at_once = call.size if size is None else min(size, call.size)
-        plan = quickest(program, model, call.batch_leaves, at_once, max_memory) if autotune else strategy
-        if at_once == call.size:
-            values, aux, form = _compiled(program, plan, *model, call.batch_leaves)
-        else:
-            form = Microbatched(model, call.batch_leaves, program, plan, at_once)
-            values, aux = _compiled_values(form)
-        aux = jax.tree.unflatten(program.aux_treedef, aux)
-        return PerExampleGrads(values, aux, form, jax.tree.structure(call.params))
+        choice = Choice(strategy, call.size if size is None else min(size, call.size))
+        hold = functools.partial(_held, program, jax.tree.structure(call.params))
+        if question:
+            choice = quickest(
+                program, hold, model, call.batch_leaves,
+                question=question, size=choice.microbatch_size, divide=microbatch_size is None, max_memory=max_memory,
+            )  # fmt: skip
+        return hold(choice, model, call.batch_leaves)
 
     return gradients
+
+
+def _held(
+    program: Program, treedef: Any, choice: Choice, model: Model, batch: list[jax.Array]
+) -> PerExampleGrads:
+    """The gradients of a batch, made as chosen."""
+    if choice.microbatch_size == batch[0].shape[0]:
+        values, aux, form = _compiled(program, choice.strategy, *model, batch)
+    else:
+        form = Microbatched(model, batch, program, *choice)
+        values, aux = _compiled_values(form)
+    return PerExampleGrads(values, jax.tree.unflatten(program.aux_treedef, aux), form, treedef)
 
 
 _compiled = jax.jit(gradients_of, static_argnums=(0, 1))

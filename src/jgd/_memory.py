@@ -60,7 +60,7 @@ def _temporary_bytes(
 ) -> int:
     def clipped(params: list[Any], constants: list[Any], batch: list[Any]) -> list[jax.Array]:
         *_, form = gradients_of(program, strategy, params, constants, batch)
-        return clipped_sum(form, 1.0, None)
+        return clipped_sum(form, 1.0, None)[0]
 
     some = [x.update(shape=(size, *x.shape[1:])) for x in batch]
     memory = jax.jit(clipped).lower(list(params), list(constants), some).compile().memory_analysis()

@@ -6,14 +6,14 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._clipping import clipped_sum, root, total
+from jgd._clipping import clipped_sum
 from jgd._clock import time_interleaved
 from jgd._engine.examples import Model
 from jgd._engine.plan import MATERIALIZED_BELOW, PLANNED, Variant, plan_of
 from jgd._engine.program import Program
 from jgd._engine.shares import factor_bytes
 from jgd._errors import is_concrete
-from jgd._whole import Strategy, gradients_of, values_of
+from jgd._whole import Strategy
 
 _REPEATS, _SECONDS = 7, 1.0  # runs of each plan, at most; one that took so long in all rests
 
@@ -23,28 +23,23 @@ _GAIN = 0.97
 # How many times larger than the factors the blocks of all examples may be, and still be tried.
 _MATERIALIZED_ABOVE = 4
 
-Asked = Callable[[Program, Strategy, list[Any], list[Any], list[Any]], Any]
+# Into how many microbatches a batch is tried: their arrays may stay in a cache where the batch's do not.
+_DIVISIONS = (2, 4)
 
 
-def plain_gradient(program: Program, strategy: Strategy, params: Any, constants: Any, batch: Any) -> Any:
-    """The gradient of the summed loss, by `jax.grad`."""
-    del strategy
-    summed = lambda params: jnp.sum(values_of(program, Model(params, constants), batch)[0])
-    return jax.grad(summed)(params)
+class Choice(NamedTuple):
+    """How gradients are made: by which strategy, and so many examples at a time."""
+
+    strategy: Strategy
+    microbatch_size: int
 
 
-def norms_alone(program: Program, strategy: Strategy, params: Any, constants: Any, batch: Any) -> Any:
-    """The norms, with the pass before."""
-    form = gradients_of(program, strategy, params, constants, batch)[2]
-    return root(total(form.squared_norms(), form.size))
+Question = Callable[[Any], Any]  # of gradients, to what is asked of them
 
 
-def norms_and_clipped_sum(
-    program: Program, strategy: Strategy, params: Any, constants: Any, batch: Any
-) -> Any:
-    """The clipped sum and the norms, with the pass before."""
-    form = gradients_of(program, strategy, params, constants, batch)[2]
-    return clipped_sum(form, 1.0, None), root(total(form.squared_norms(), form.size))
+def clipped_sum_with_norms(grads: Any) -> Any:
+    """What is timed where nothing else is said."""
+    return grads.form.walk(lambda form, weights: clipped_sum(form, 1.0, weights), None)
 
 
 class Ready(NamedTuple):
@@ -54,33 +49,59 @@ class Ready(NamedTuple):
     temporary_bytes: int
 
 
-def ready(asked: Asked, program: Program, strategy: Strategy, model: Model, batch: list[Any]) -> Ready:
+def ready(compute: Callable[[Model, list[Any]], Any], model: Model, batch: list[Any]) -> Ready:
     """Compiles a program for concrete arguments; inside of a trace as well as outside."""
-    compiled = jax.jit(asked, static_argnums=(0, 1)).lower(program, strategy, *model, batch).compile()
+    compiled = jax.jit(compute).lower(model, batch).compile()
     memory = compiled.memory_analysis()
 
     def run() -> Any:
         with jax.disable_jit(False):  # what is compiled cannot run without, even where that is told
-            return jax.block_until_ready(compiled(*model, batch))
+            return jax.block_until_ready(compiled(model, batch))
 
     return Ready(run, int(getattr(memory, "temp_size_in_bytes", 0)))
 
 
 def quickest(
-    program: Program, model: Model, batch: list[Any], size: int, max_memory: int | None = None
-) -> Strategy:
-    """The plan by which the norms and the clipped sum of `size` examples are there first; remembered.
+    program: Program,
+    hold: Callable[[Choice, Model, list[Any]], Any],
+    model: Model,
+    batch: list[Any],
+    *,
+    question: Question,
+    size: int,
+    divide: bool,
+    max_memory: int | None = None,
+) -> Choice:
+    """The choice by which `size` examples' answer to the question is there first; remembered.
 
     Timed on the arguments where they are concrete, elsewhere on small numbers of their shapes. Over several devices
     nothing is timed, and the planner's choice stands: there each process would have to come to the same one.
+
+    Args:
+        program: the traced loss.
+        hold: makes the gradients that the question is of.
+        model: the parameters and what else all examples share.
+        batch: the examples.
+        question: what is timed, with the pass before it.
+        size: how many examples.
+        divide: whether fewer at a time may be tried.
+        max_memory: no choice may need more temporary bytes than this, or than the planner's needs.
     """
 
-    def choose() -> Strategy:
+    def choose() -> Choice:
         alone = _on_one_device([*model.params, *batch])
-        others = _candidates(program, size) if alone else []
-        return _timed(program, others, model, batch, size, max_memory) if others else "auto"
+        others = _candidates(program, size, divide=divide) if alone else []
+        if not others:
+            return Choice("auto", size)
+        with jax.ensure_compile_time_eval():  # a trace may be under way
+            known = Model([_concrete(x) for x in model.params], [_concrete(x) for x in model.constants])
+            some = [_concrete(x, size) for x in batch]
+        asked = {choice: lambda *of, c=choice: question(hold(c, *of)) for choice in others}
+        planned = Choice("auto", size)
+        asked[planned] = lambda *of: question(hold(planned, *of))
+        return _first(asked, planned, known, some, max_memory)
 
-    return program.once(("quickest", size, max_memory), choose)
+    return program.once(("quickest", size, divide, max_memory, question), choose)
 
 
 def _on_one_device(arrays: list[Any]) -> bool:
@@ -88,8 +109,8 @@ def _on_one_device(arrays: list[Any]) -> bool:
     return jax.sharding.get_abstract_mesh().empty and all(len(devices) == 1 for devices in placed)
 
 
-def _candidates(program: Program, size: int) -> list[Strategy]:
-    """The strategies that may be quicker than the planner's choice."""
+def _candidates(program: Program, size: int, *, divide: bool) -> list[Choice]:
+    """What may be quicker than the planner's choice."""
     parameters = sum(x.size for x in program.param_avals)
     if size * parameters <= MATERIALIZED_BELOW:
         return []
@@ -97,31 +118,31 @@ def _candidates(program: Program, size: int) -> list[Strategy]:
     for variant in (PLANNED, Variant(near="block"), Variant(near="pairs"), Variant(keeps=False)):
         plan = plan_of(program, variant)
         different.setdefault((tuple(part.method for part in plan.parts), plan.kept), variant)
-    strategies: list[Strategy] = [variant for variant in different.values() if variant != PLANNED]
+    choices = [Choice(variant, size) for variant in different.values() if variant != PLANNED]
+    by_name: list[Strategy] = ["auto"]
     if 4 * parameters <= _MATERIALIZED_ABOVE * factor_bytes(plan_of(program, PLANNED)):
-        strategies.append("materialized")
-    return strategies
+        by_name.append("materialized")
+        choices.append(Choice("materialized", size))
+    sizes = [size // parts for parts in _DIVISIONS if divide and size % parts == 0]
+    return [*choices, *(Choice(name, some) for name in by_name for some in sizes)]
 
 
-def _timed(
-    program: Program,
-    others: list[Strategy],
+def _first(
+    asked: dict[Choice, Callable[..., Any]],
+    planned: Choice,
     model: Model,
     batch: list[Any],
-    size: int,
     max_memory: int | None,
-) -> Strategy:
-    with jax.ensure_compile_time_eval():  # a trace may be under way
-        model = Model([_concrete(x) for x in model.params], [_concrete(x) for x in model.constants])
-        batch = [_concrete(x, size) for x in batch]
-    runs: dict[Strategy, Callable[[], Any]] = {}
-    for strategy in ("auto", *others):
-        made = ready(norms_and_clipped_sum, program, strategy, model, batch)
-        if strategy == "auto" or max_memory is None or made.temporary_bytes <= max_memory:
-            runs[strategy] = made.run
+) -> Choice:
+    """The choice whose program is the quickest; the planned one unless another is so by more than noise."""
+    runs: dict[Choice, Callable[[], Any]] = {}
+    for choice, compute in asked.items():
+        made = ready(compute, model, batch)
+        if choice == planned or max_memory is None or made.temporary_bytes <= max_memory:
+            runs[choice] = made.run
     times = time_interleaved(runs, repeats=_REPEATS, seconds=_SECONDS)
-    best = min(runs, key=lambda strategy: min(times[strategy]))
-    return best if min(times[best]) < _GAIN * min(times["auto"]) else "auto"
+    best = min(runs, key=lambda choice: min(times[choice]))
+    return best if min(times[best]) < _GAIN * min(times[planned]) else planned
 
 
 def _concrete(x: Any, size: int | None = None) -> Any:

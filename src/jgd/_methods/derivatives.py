@@ -83,9 +83,10 @@ def evaluation_by(
         return _by_callable(derivative, has_aux)
     objective = _objective(loss, in_axes, has_aux, _sum if reduce is sum_ else _mean)
     if derivative == "reverse":
+        asked = lambda grads: (reduce(grads), grads.values, grads.aux)
         per_example = per_example_grad(
             loss, in_axes=in_axes, has_aux=has_aux,
-            microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune,
+            microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune and asked,
         )  # fmt: skip
         return _by_reverse(per_example, objective, reduce)
     return _by_coordinates(objective, _forward if derivative == "forward" else _central_difference)

@@ -44,7 +44,8 @@ def descent(
         microbatch_size: as in `jgd.per_example_grad`: so many examples at a time, for the memory of as many. The
             value of the objective then takes one more forward pass.
         max_memory: as in `jgd.per_example_grad`: the largest microbatch that stays within so many bytes.
-        autotune: as in `jgd.per_example_grad`: the quickest of the few best plans, by the clock.
+        autotune: as in `jgd.per_example_grad`: the quickest of the few best plans, by the clock; what is timed is
+            `reduce`, with the losses.
 
     Returns:
         A method: `method.init(params)` gives a state, `method.step(state, *batch)` the next one.

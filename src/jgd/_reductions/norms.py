@@ -51,17 +51,21 @@ def clipped_sum(
     max_norm: float | Float[Array, ""],
     *,
     weights: Float[Array, "B"] | None = None,
-) -> PyTree[Float[Array, "..."]]:
+    return_norms: bool = False,
+) -> Any:
     """The sum of the gradients, each scaled down to norm C at most: Σ w_i min(1, C/‖g_i‖) g_i.
 
     Args:
         grads: the gradients.
         max_norm: C, at least 0; inf clips nothing.
         weights: `(B,)`, applied after the clipping; weight 0 means absent.
+        return_norms: whether to give the norms as well, before clipping and without the weights: what `jgd.norms`
+            gives. In microbatches that saves it the pass of its own.
 
     Returns:
         A pytree like the parameters, in their dtypes. An example whose gradient is not finite contributes
-        nothing. Without weights, one example changes the result by at most C.
+        nothing. Without weights, one example changes the result by at most C. With `return_norms`, the pair of
+        that and the norms, `(B,)`.
 
     Raises:
         ValueError: `max_norm` is negative or nan, or `weights` is not `(B,)`.
@@ -77,7 +81,9 @@ def clipped_sum(
     if is_concrete(max_norm) and not float(max_norm) >= 0:
         raise ValueError(f"`max_norm` must be at least 0, got {max_norm}")
     form, treedef = form_of(grads)
-    return jax.tree.unflatten(treedef, _clipped_sum(form, max_norm, weights_of(weights, form.size)))
+    sums, norms = _clipped_sum(form, max_norm, weights_of(weights, form.size))
+    clipped = jax.tree.unflatten(treedef, sums)
+    return (clipped, norms) if return_norms else clipped
 
 
 def noise_scale(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> NoiseScale:
@@ -113,10 +119,10 @@ def _squared_norms(form):
 
 
 @jax.jit
-@placed_by(like_leaves)
+@placed_by(lambda *args: (like_leaves(*args), like_examples(*args)))
 def _clipped_sum(form, max_norm, weights):
-    sums, _ = form.walk(lambda form, w: (_clipping.clipped_sum(form, max_norm, w), ()), weights)
-    return [x.astype(like.dtype) for x, like in zip(sums, form.like, strict=True)]
+    sums, norms = form.walk(lambda form, w: _clipping.clipped_sum(form, max_norm, w), weights)
+    return [x.astype(like.dtype) for x, like in zip(sums, form.like, strict=True)], norms
 
 
 @jax.jit
