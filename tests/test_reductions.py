@@ -229,3 +229,14 @@ def test_bfloat16(name, strategy, key):
         assert all(x.dtype == jnp.bfloat16 for x in jax.tree.leaves(got[quantity])), quantity
     del got["project"]
     check(got, it.want, 6e-2)
+
+
+@pytest.mark.parametrize("reduction", [jgd.mean, jgd.variance, jgd.second_moment])
+def test_weights_may_be_closed_over_under_jit(reduction):
+    case = problem("mlp_classifier")
+    make = jgd.per_example_grad(case.loss, **case.options)
+    weights = jnp.arange(1.0, 1.0 + case.batch[0].shape[0])
+    ask = lambda weights: jax.jit(lambda *args: reduction(make(*args), weights))(case.params, *case.batch)
+    oracle.assert_close(ask(weights), reduction(make(case.params, *case.batch), weights), 1e-6)
+    with pytest.raises(ValueError, match="`weights` are all 0"):
+        ask(jnp.zeros_like(weights))

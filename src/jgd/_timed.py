@@ -1,6 +1,6 @@
 """What the clock says of a loss's plans: the programs to time, and the choice among the few best plans."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any, NamedTuple
 
 import jax
@@ -72,7 +72,7 @@ def quickest(
     divide: bool,
     max_memory: int | None = None,
 ) -> Choice:
-    """The choice by which `size` examples' answer to the question is there first; remembered.
+    """The choice by which the answer to the question is there first; remembered.
 
     Timed on the arguments where they are concrete, elsewhere on small numbers of their shapes. Over several devices
     nothing is timed, and the planner's choice stands: there each process would have to come to the same one.
@@ -83,7 +83,7 @@ def quickest(
         model: the parameters and what else all examples share.
         batch: the examples.
         question: what is timed, with the pass before it.
-        size: how many examples.
+        size: how many examples go at a time, at most.
         divide: whether fewer at a time may be tried.
         max_memory: no choice may need more temporary bytes than this, or than the planner's needs.
     """
@@ -94,14 +94,15 @@ def quickest(
         if not others:
             return Choice("auto", size)
         with jax.ensure_compile_time_eval():  # a trace may be under way
-            known = Model([_concrete(x) for x in model.params], [_concrete(x) for x in model.constants])
-            some = [_concrete(x, size) for x in batch]
+            known = Model(*([_concrete(x) for x in leaves] for leaves in model))
+            examples = [_concrete(x) for x in batch]
         asked = {choice: lambda *of, c=choice: question(hold(c, *of)) for choice in others}
         planned = Choice("auto", size)
         asked[planned] = lambda *of: question(hold(planned, *of))
-        return _first(asked, planned, known, some, max_memory)
+        return _first(asked, planned, known, examples, max_memory)
 
-    return program.once(("quickest", size, divide, max_memory, question), choose)
+    key = "quickest", size, divide, max_memory, question
+    return program.once(key, choose) if isinstance(question, Hashable) else choose()
 
 
 def _on_one_device(arrays: list[Any]) -> bool:
@@ -145,12 +146,11 @@ def _first(
     return best if min(times[best]) < _GAIN * min(times[planned]) else planned
 
 
-def _concrete(x: Any, size: int | None = None) -> Any:
-    """`x`, or its first examples, or small numbers in their place where it is traced."""
+def _concrete(x: Any) -> Any:
+    """`x`, or small numbers in its place where it is traced."""
     if is_concrete(x):
-        return x if size is None else x[:size]
-    shape = x.shape if size is None else (size, *x.shape[1:])
+        return x
     if not jnp.issubdtype(x.dtype, jnp.inexact):
-        return jnp.zeros(shape, x.dtype)
-    steps = jnp.sin(jnp.arange(jnp.zeros(shape).size, dtype=jnp.float32))
-    return (0.1 * steps).reshape(shape).astype(x.dtype)
+        return jnp.zeros(x.shape, x.dtype)
+    steps = jnp.sin(jnp.arange(x.size, dtype=jnp.float32))
+    return (0.1 * steps).reshape(x.shape).astype(x.dtype)

@@ -34,8 +34,10 @@ def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array |
         raise ValueError(f"`weights` must have shape ({size},), one for each example, got {weights.shape}")
     if not jnp.issubdtype(weights.dtype, jnp.floating):
         weights = weights.astype(jnp.float32)
-    if divides and is_concrete(weights) and not bool(jnp.any(weights != 0)):
-        raise ValueError("`weights` are all 0, so every example is absent: their mean is not defined")
+    if divides and is_concrete(weights):
+        with jax.ensure_compile_time_eval():  # under `jit` too, where they are closed over
+            if not bool(jnp.any(weights != 0)):
+                raise ValueError("`weights` are all 0, so every example is absent: their mean is not defined")
     return weights
 
 
