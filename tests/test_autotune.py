@@ -1,8 +1,11 @@
 """Plans chosen by predicted time and by the clock: what decides, what is remembered, that the answers stay the same."""
 
+import dataclasses
 import functools
+import gc
 import importlib
 import re
+import weakref
 from pathlib import Path
 
 import jax
@@ -228,16 +231,62 @@ def test_the_question_is_of_the_whole_batch(clock):
 
 
 def test_a_question_without_hash_is_timed_each_time(clock):
+    @dataclasses.dataclass
     class Question:
-        __hash__ = None
+        max_norm: float
 
         def __call__(self, grads):
-            return jgd.norms(grads)
+            return jgd.clipped_sum(grads, self.max_norm)
 
-    tuned = jgd.per_example_grad(renamed(), autotune=Question())
-    for number in (1, 2):
-        tuned(*arguments())
+    w, x = arguments()
+    tuned = jgd.per_example_grad(renamed(), autotune=Question(1.0))
+    method = jgd.descent(renamed(), optax.sgd(0.1), reduce=Question(1.0), autotune=True)
+    for number in (1, 3):
+        tuned(w, x)
         assert len(clock.calls) == number
+        method.step(method.init(w), x)
+
+
+def test_what_is_remembered_goes_with_the_loss(clock):
+    own = renamed()
+    grads = jgd.per_example_grad(own, autotune=lambda grads: (jgd.norms(grads), own and grads.values))
+    grads(*arguments())
+    gone = weakref.ref(own)
+    del own, grads
+    gc.collect()
+    assert len(clock.calls) == 1 and gone() is None
+
+
+def test_a_question_may_ask_for_gradients_itself(clock):
+    w, x = arguments()
+    kernel = lambda grads: jgd.gram(grads, tuned(w, x[:4]))
+    tuned = jgd.per_example_grad(renamed(), autotune=kernel)
+    want = jgd.per_example_grad(loss)
+    oracle.assert_close(kernel(tuned(w, x)), jgd.gram(want(w, x), want(w, x[:4])), 1e-5)
+
+
+def test_a_question_that_closes_over_a_traced_value_is_an_error():
+    def ask(w, x, weights):
+        return jgd.per_example_grad(loss, autotune=lambda g: jgd.mean(g, weights))(w, x).values
+
+    with pytest.raises(ValueError, match="the question closes over a traced value"):
+        jax.jit(ask)(*arguments(), jnp.ones(8))
+
+
+def test_a_plan_that_needs_more_memory_than_there_is_is_left_out(clock, monkeypatch):
+    made = _timed.ready
+
+    def ready(compute, *args):
+        if len(asked := [*tried, compute]) == 1:
+            tried[:] = asked
+            raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
+        return made(compute, *args)
+
+    tried = []
+    monkeypatch.setattr(_timed, "ready", ready)
+    jgd.per_example_grad(renamed(), autotune=True)(*arguments())
+    (names,) = clock.calls
+    assert tried and BLOCK not in names and PLANNED in names
 
 
 def test_it_is_a_bool_or_a_function():
@@ -249,8 +298,12 @@ def test_over_several_devices_the_prediction_decides(clock):
     w, x = arguments()
     x = jax.device_put(x, NamedSharding(mesh_of(4, 1), P("data")))
     w = jax.device_put(w, NamedSharding(mesh_of(4, 1), P()))
+    clock.best = Choice("auto", 2)
     got = jgd.norms(jgd.per_example_grad(renamed(), autotune=True)(w, x))
-    assert not clock.calls
+    tuned = jgd.per_example_grad(loss, autotune=True)
+    tuned(*arguments())  # what the clock says of one device is nothing to several
+    assert len(clock.calls) == 1 and type(tuned(w, x).form).__name__ == "Factored"
+    assert len(clock.calls) == 1
     oracle.assert_close(got, jgd.norms(jgd.per_example_grad(loss)(*arguments())), 1e-5)
 
 

@@ -353,3 +353,22 @@ def test_arrays_on_different_meshes():
     batch = jax.device_put(batch, NamedSharding(right, P("data")))
     with pytest.raises(ValueError, match=r"`params\['b'\]` on .*0, 1, 2, 3, `batch\[0\]` on .*4, 5, 6, 7"):
         jgd.per_example_grad(squared_error)(params, *batch)
+
+
+def test_one_loss_in_microbatches_on_explicit_meshes_one_after_the_other():
+    loss = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+    rng = np.random.default_rng(0)
+    w, x = (jnp.asarray(rng.normal(size=s), jnp.float32) for s in ((7, 5), (8, 3, 7)))
+    want = jgd.per_example_grad(loss)(w, x)
+    for devices in (4, 1, 2):
+        mesh = mesh_of(devices, kind=AxisType.Explicit)
+        placed = (
+            jax.device_put(w, NamedSharding(mesh, P())),
+            jax.device_put(x, NamedSharding(mesh, P("data"))),
+        )
+        grads = jgd.per_example_grad(loss, microbatch_size=4)(*placed)
+        clipped, norms = jgd.clipped_sum(grads, 1.0, return_norms=True)
+        assert grads.values.sharding.spec == norms.sharding.spec == P("data")
+        oracle.assert_close(grads.values, want.values, 1e-5)
+        oracle.assert_close(norms, jgd.norms(want), 1e-5)
+        oracle.assert_close(clipped, jgd.clipped_sum(want, 1.0), 1e-5)

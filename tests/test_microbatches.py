@@ -169,6 +169,16 @@ def test_the_norms_of_a_clipped_sum_come_with_it(options):
     oracle.assert_close(norms, jgd.norms(grads), 1e-6)
 
 
+def test_a_key_in_aux():
+    def own(w, x):
+        return jnp.sum(w * x), (jax.random.fold_in(jax.random.key(0), jnp.int32(x[0])), x[1])
+
+    w, x = jnp.ones(3), jnp.arange(15.0).reshape(5, 3)
+    whole, some = (jgd.per_example_grad(own, has_aux=True, microbatch_size=n)(w, x) for n in (None, 2))
+    assert jnp.array_equal(jax.random.key_data(some.aux[0]), jax.random.key_data(whole.aux[0]))
+    assert jnp.array_equal(some.aux[1], whole.aux[1])
+
+
 def test_in_microbatches_they_take_no_pass_of_their_own():
     case = problem("mlp_classifier", jnp.float32)
     make = jgd.per_example_grad(case.loss, **case.options, microbatch_size=2)

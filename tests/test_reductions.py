@@ -238,5 +238,6 @@ def test_weights_may_be_closed_over_under_jit(reduction):
     weights = jnp.arange(1.0, 1.0 + case.batch[0].shape[0])
     ask = lambda weights: jax.jit(lambda *args: reduction(make(*args), weights))(case.params, *case.batch)
     oracle.assert_close(ask(weights), reduction(make(case.params, *case.batch), weights), 1e-6)
-    with pytest.raises(ValueError, match="`weights` are all 0"):
-        ask(jnp.zeros_like(weights))
+    for nothing in (jnp.zeros_like(weights), jnp.zeros(weights.shape, int), [0.0] * len(weights)):
+        with pytest.raises(ValueError, match="`weights` are all 0"):
+            ask(nothing)

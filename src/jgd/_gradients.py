@@ -14,6 +14,7 @@ from jgd._errors import common_length, describe, leaf_name
 from jgd._loss import Loss, bind
 from jgd._materialized import Materialized
 from jgd._memory import checked_sizes, microbatch_within
+from jgd._mesh import like_examples, placed_by
 from jgd._microbatched import Microbatched
 from jgd._timed import Choice, Question, clipped_sum_with_norms, quickest
 from jgd._whole import Named, gradients_of
@@ -72,23 +73,24 @@ def per_example_grad(
         max_memory: choose the largest microbatch, by halves of B, whose clipped sum needs no more than so many
             bytes beside arguments and results, as the compiler counts them; that takes a few compilations.
         autotune: let the clock decide instead of the predictions. Give the question, a function of the
-            `PerExampleGrads` such as `jgd.norms`; True is the clipped sum with the norms. The first call with a
-            loss and shapes times the few best plans for it on this device, halves and quarters of the batch at a
-            time among them (some compilations and runs of each), under `jit` while tracing; the quickest is
-            remembered as long as the loss is. Whatever else is asked gets the same plan. The answers are the
-            same to rounding, but which plan makes them may differ between processes. Over several devices
-            nothing is timed, and the predictions decide.
+            `PerExampleGrads` to arrays, such as `jgd.norms`; True is the clipped sum with the norms. The first
+            call with a loss, shapes and question times the few best plans for it on this device (some
+            compilations and runs of each, while tracing where there is a trace), half and a quarter of the batch
+            at a time among them where B divides; the quickest is remembered as long as the loss and the question,
+            the same function object, are there. Whatever else is asked gets the same plan. The answers are the
+            same to rounding, but which plan makes them may differ from run to run. Of arrays known to lie over
+            several devices nothing is timed, nor with several processes, and the predictions decide.
 
     Returns:
         A function of `(params, *batch)` to `PerExampleGrads`. Called outside of `jit` it compiles itself, once
         for each loss and shapes of its arguments.
 
     Raises:
-        TypeError: a parameter is not floating-point, or the loss of one example is not a floating-point scalar.
+        TypeError: a parameter is not floating-point, the loss of one example is not a floating-point scalar, or
+            `autotune` is neither a bool nor a function.
         ValueError: the batch's leaves disagree in length, or `strategy`, `in_axes` or `argnums` do not fit;
             `microbatch_size` or `max_memory` is below 1, both are given, or one example alone needs more memory;
-            `autotune` comes with a `strategy` that leaves no choice.
-        TypeError: `autotune` is neither a bool nor a function.
+            `autotune` comes with a `strategy` that leaves no choice, or its question closes over a traced value.
 
     Example:
         >>> import jax.numpy as jnp, jgd
@@ -128,7 +130,7 @@ def per_example_grad(
             size = microbatch_within(max_memory, program, strategy, model, call.batch_leaves)
         choice = Choice(strategy, call.size if size is None else min(size, call.size))
         hold = functools.partial(_held, program, jax.tree.structure(call.params))
-        if question:
+        if question is not False:
             choice = quickest(
                 program, hold, model, call.batch_leaves,
                 question=question, size=choice.microbatch_size, divide=microbatch_size is None, max_memory=max_memory,
@@ -151,7 +153,7 @@ def _held(
 
 
 _compiled = jax.jit(gradients_of, static_argnums=(0, 1))
-_compiled_values = jax.jit(Microbatched.values)
+_compiled_values = jax.jit(placed_by(like_examples)(Microbatched.values))
 
 
 def held_form(grads: Any) -> tuple[Any, Any]:

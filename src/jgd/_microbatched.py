@@ -52,7 +52,16 @@ class Microbatched:
 
     def values(self) -> tuple[jax.Array, list[jax.Array]]:
         """The losses and the auxiliary leaves, by a forward pass alone."""
-        return self._walk(lambda batch, _: ((), values_of(self.program, self.model, batch)), None)[1]
+        kinds: list[Any] = []  # of the auxiliary leaves that are keys, which optax cannot string together
+
+        def of_batch(batch: list[jax.Array], _: None) -> Any:
+            values, aux = values_of(self.program, self.model, batch)
+            kinds[:] = [jax.random.key_impl(x) if _is_key(x) else None for x in aux]
+            return (), (values, [jax.random.key_data(x) if _is_key(x) else x for x in aux])
+
+        values, aux = self._walk(of_batch, None)[1]
+        keyed = zip(aux, kinds, strict=True)
+        return values, [x if kind is None else jax.random.wrap_key_data(x, impl=kind) for x, kind in keyed]
 
     def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> tuple[Any, Any]:
         """`fun` of every microbatch's gradients and weights: of its pair, the first added up, the second joined."""
@@ -110,3 +119,7 @@ class Microbatched:
     def materialize(self) -> list[jax.Array]:
         """g_i, every leaf with a leading axis B."""
         return self.walk(lambda form, _: ((), form.materialize()), None)[1]
+
+
+def _is_key(x: jax.Array) -> bool:
+    return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)

@@ -1,6 +1,8 @@
 """What the clock says of a loss's plans: the programs to time, and the choice among the few best plans."""
 
-from collections.abc import Callable, Hashable
+import weakref
+from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, NamedTuple
 
 import jax
@@ -13,6 +15,7 @@ from jgd._engine.plan import MATERIALIZED_BELOW, PLANNED, Variant, plan_of
 from jgd._engine.program import Program
 from jgd._engine.shares import factor_bytes
 from jgd._errors import is_concrete
+from jgd._mesh import explicit_mesh
 from jgd._whole import Strategy
 
 _REPEATS, _SECONDS = 7, 1.0  # runs of each plan, at most; one that took so long in all rests
@@ -35,6 +38,16 @@ class Choice(NamedTuple):
 
 
 Question = Callable[[Any], Any]  # of gradients, to what is asked of them
+
+
+@dataclass(frozen=True)
+class Reduced:
+    """The question of a method: its reduction, with what else it asks. It is remembered as the reduction is."""
+
+    reduce: Callable[[Any], Any]
+
+    def __call__(self, grads: Any) -> Any:
+        return self.reduce(grads), grads.values, grads.aux
 
 
 def clipped_sum_with_norms(grads: Any) -> Any:
@@ -88,26 +101,46 @@ def quickest(
         max_memory: no choice may need more temporary bytes than this, or than the planner's needs.
     """
 
+    planned = Choice("auto", size)
+    if not _on_one_device([*model.params, *batch]):
+        return planned
+
     def choose() -> Choice:
-        alone = _on_one_device([*model.params, *batch])
-        others = _candidates(program, size, divide=divide) if alone else []
+        others = _candidates(program, size, divide=divide)
         if not others:
-            return Choice("auto", size)
+            return planned
         with jax.ensure_compile_time_eval():  # a trace may be under way
             known = Model(*([_concrete(x) for x in leaves] for leaves in model))
             examples = [_concrete(x) for x in batch]
         asked = {choice: lambda *of, c=choice: question(hold(c, *of)) for choice in others}
-        planned = Choice("auto", size)
         asked[planned] = lambda *of: question(hold(planned, *of))
+        if not all(map(is_concrete, jax.make_jaxpr(asked[planned])(known, examples).consts)):
+            raise ValueError(
+                "`autotune` times its question apart from the trace under way, but the question closes over a traced "
+                "value: make that an argument of the loss, or give a question without it"
+            )
         return _first(asked, planned, known, examples, max_memory)
 
-    key = "quickest", size, divide, max_memory, question
-    return program.once(key, choose) if isinstance(question, Hashable) else choose()
+    kept_by = question.reduce if isinstance(question, Reduced) else question
+    key = type(question), size, divide, max_memory
+    try:
+        chosen = program.once("quickest", weakref.WeakKeyDictionary).setdefault(kept_by, {})
+    except TypeError:  # not hashable, or not weakly referable
+        chosen = {}
+    if key not in chosen:
+        chosen[key] = planned  # for a question that itself asks for gradients
+        try:
+            chosen[key] = choose()
+        except BaseException:
+            del chosen[key]
+            raise
+    return chosen[key]
 
 
 def _on_one_device(arrays: list[Any]) -> bool:
     placed = [x.sharding.device_set for x in arrays if isinstance(x, jax.Array) and is_concrete(x)]
-    return jax.sharding.get_abstract_mesh().empty and all(len(devices) == 1 for devices in placed)
+    meshed = explicit_mesh(arrays) is not None or not jax.sharding.get_abstract_mesh().empty
+    return not meshed and jax.process_count() == 1 and all(len(devices) == 1 for devices in placed)
 
 
 def _candidates(program: Program, size: int, *, divide: bool) -> list[Choice]:
@@ -138,9 +171,15 @@ def _first(
     """The choice whose program is the quickest; the planned one unless another is so by more than noise."""
     runs: dict[Choice, Callable[[], Any]] = {}
     for choice, compute in asked.items():
-        made = ready(compute, model, batch)
+        try:
+            made = ready(compute, model, batch)
+            made.run()
+        except jax.errors.JaxRuntimeError:  # it may need more memory than there is
+            continue
         if choice == planned or max_memory is None or made.temporary_bytes <= max_memory:
             runs[choice] = made.run
+    if planned not in runs:
+        return planned
     times = time_interleaved(runs, repeats=_REPEATS, seconds=_SECONDS)
     best = min(runs, key=lambda choice: min(times[choice]))
     return best if min(times[best]) < _GAIN * min(times[planned]) else planned

@@ -13,7 +13,7 @@ from jgd._engine import jaxprs
 from jgd._engine.devices import platform_of
 from jgd._errors import describe, is_concrete
 from jgd._loss import Call, example_of
-from jgd._mesh import compiler_places, manual_type, unplaced
+from jgd._mesh import compiler_places, explicit_mesh, manual_type, unplaced
 
 
 @dataclass(frozen=True, eq=False)
@@ -72,7 +72,8 @@ def trace(call: Call) -> Program:
         tuple(_aval_key(x) for x in (*call.param_leaves, *call.shared_leaves)),
         tuple((x.shape[1:], x.dtype) for x in call.batch_leaves),
         *(getattr(jax.config, name) for name in _CONFIG),
-        jax.sharding.get_abstract_mesh(), manual_type(call.batch_leaves[0]),
+        jax.sharding.get_abstract_mesh(), explicit_mesh((call.param_leaves, call.batch_leaves)),
+        manual_type(call.batch_leaves[0]),
     )  # fmt: skip
     programs = _programs_of(call.signature.loss)
     if key in programs:

@@ -7,7 +7,6 @@ the same. `weights` is `(B,)`, and weight 0 is an absent example.
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -20,6 +19,7 @@ from jgd._loss import Loss, bind
 from jgd._memory import checked_sizes
 from jgd._reductions.linear import mean
 from jgd._reductions.linear import sum as sum_
+from jgd._timed import Reduced
 
 Named = Literal["reverse", "forward", "finite_difference"]
 Derivative = Named | Callable[..., Any]
@@ -84,22 +84,13 @@ def evaluation_by(
         return _by_callable(derivative, has_aux)
     objective = _objective(loss, in_axes, has_aux, _sum if reduce is sum_ else _mean)
     if derivative == "reverse":
+        question = Reduced(reduce) if autotune is True else autotune
         per_example = per_example_grad(
             loss, in_axes=in_axes, has_aux=has_aux,
-            microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune and _Asked(reduce),
+            microbatch_size=microbatch_size, max_memory=max_memory, autotune=question,
         )  # fmt: skip
         return _by_reverse(per_example, objective, reduce)
     return _by_coordinates(objective, _forward if derivative == "forward" else _central_difference)
-
-
-@dataclass(frozen=True)
-class _Asked:
-    """What an evaluation asks of the gradients: for `autotune`, which remembers it by the `reduce`."""
-
-    reduce: Callable[..., Any]
-
-    def __call__(self, grads: Any) -> Any:
-        return self.reduce(grads), grads.values, grads.aux
 
 
 Objective = Callable[..., tuple[jax.Array, Any]]

@@ -1,5 +1,6 @@
 """The checks that the reductions share, made before anything runs."""
 
+import contextlib
 from typing import Any
 
 import jax
@@ -26,19 +27,22 @@ def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array |
         raise ValueError("`grads` holds no examples: the mean over an empty batch is not defined")
     if weights is None:
         return None
-    try:
-        weights = jnp.asarray(weights)
-    except TypeError as error:
-        raise TypeError(f"`weights` must be an array of {size} numbers, got {describe(weights)}") from error
-    if weights.shape != (size,):
-        raise ValueError(f"`weights` must have shape ({size},), one for each example, got {weights.shape}")
-    if not jnp.issubdtype(weights.dtype, jnp.floating):
-        weights = weights.astype(jnp.float32)
-    if divides and is_concrete(weights):
-        with jax.ensure_compile_time_eval():  # under `jit` too, where they are closed over
-            if not bool(jnp.any(weights != 0)):
-                raise ValueError("`weights` are all 0, so every example is absent: their mean is not defined")
-    return weights
+    known = all(map(is_concrete, jax.tree.leaves(weights)))
+    # What a jitted function closes over can be looked at too.
+    with jax.ensure_compile_time_eval() if known else contextlib.nullcontext():
+        try:
+            array = jnp.asarray(weights)
+        except TypeError as error:
+            raise TypeError(
+                f"`weights` must be an array of {size} numbers, got {describe(weights)}"
+            ) from error
+        if array.shape != (size,):
+            raise ValueError(f"`weights` must have shape ({size},), one for each example, got {array.shape}")
+        if not jnp.issubdtype(array.dtype, jnp.floating):
+            array = array.astype(jnp.float32)
+        if divides and known and not bool(jnp.any(array != 0)):
+            raise ValueError("`weights` are all 0, so every example is absent: their mean is not defined")
+    return array
 
 
 def direction_of(direction: Any, like: list[Any], treedef: Any) -> list[jax.Array]:

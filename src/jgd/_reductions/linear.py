@@ -47,7 +47,7 @@ def mean(
 ) -> PyTree[Float[Array, "..."]]:
     """The weighted mean Σ w_i g_i / Σ w_i; without weights it is `jax.grad` of the mean loss.
 
-    Args and cost as for `jgd.sum`. Under `jit` the weights' values cannot be checked: all 0 gives nan.
+    Args and cost as for `jgd.sum`. Of traced weights the values cannot be checked: all 0 gives nan.
 
     Raises:
         ValueError: there are no examples, or `weights` is not `(B,)` or is all 0.
