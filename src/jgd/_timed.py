@@ -1,5 +1,6 @@
 """What the clock says of a loss's plans: the programs to time, and the choice among the few best plans."""
 
+import functools
 import weakref
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -105,6 +106,9 @@ def quickest(
     if not _on_one_device([*model.params, *batch]):
         return planned
 
+    def ask(choice: Choice, model: Model, batch: list[Any]) -> Any:
+        return question(hold(choice, model, batch))
+
     def choose() -> Choice:
         others = _candidates(program, size, divide=divide)
         if not others:
@@ -112,8 +116,7 @@ def quickest(
         with jax.ensure_compile_time_eval():  # a trace may be under way
             known = Model(*([_concrete(x) for x in leaves] for leaves in model))
             examples = [_concrete(x) for x in batch]
-        asked = {choice: lambda *of, c=choice: question(hold(c, *of)) for choice in others}
-        asked[planned] = lambda *of: question(hold(planned, *of))
+        asked = {choice: functools.partial(ask, choice) for choice in (*others, planned)}
         if not all(map(is_concrete, jax.make_jaxpr(asked[planned])(known, examples).consts)):
             raise ValueError(
                 "`autotune` times its question apart from the trace under way, but the question closes over a traced "
