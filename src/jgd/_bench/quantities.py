@@ -42,7 +42,7 @@ def plain(model: Model) -> Compute:
     return jax.grad(lambda params, *batch: jnp.sum(losses(params, *batch)))
 
 
-def by_jgd(model: Model, quantity: str, *, autotune: bool = False) -> Compute:
+def by_jgd(model: Model, quantity: str, *, strategy: Any = "auto", autotune: bool = False) -> Compute:
     """The quantity by this library; told to `autotune`, by the plan that the clock finds quickest for it.
 
     Raises:
@@ -51,7 +51,7 @@ def by_jgd(model: Model, quantity: str, *, autotune: bool = False) -> Compute:
     if autotune and quantity not in TUNED:
         raise Absent("tuning times half a minute of programs; the table tunes " + " and ".join(TUNED))
     question = QUANTITIES[quantity] if autotune else False
-    gradients = jgd.per_example_grad(model.loss, in_axes=model.in_axes, autotune=question)
+    gradients = jgd.per_example_grad(model.loss, in_axes=model.in_axes, strategy=strategy, autotune=question)
     return lambda params, *batch: QUANTITIES[quantity](gradients(params, *batch))
 
 
