@@ -114,22 +114,22 @@ class Materialized(AllAtOnce):
         """⟨g_i, g_j⟩."""
         return self.gram(self)
 
-    def second_moments(self, weights: jax.Array) -> list[jax.Array]:
+    def second_moments(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i², elementwise. Leaves in the accumulator's dtype."""
         zero = [jnp.zeros(x.shape, accumulator(x.dtype)) for x in self.like]
         return self._squares_around(zero, weights)
 
-    def spreads(self, weights: jax.Array) -> list[jax.Array]:
+    def spreads(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulator's dtype."""
-        total = jnp.sum(weights)
+        total = self.size if weights is None else jnp.sum(weights)
         mean = [x / total for x in self.weighted_sum(weights, keep_wide=True)]
         return self._squares_around(mean, weights)
 
-    def _squares_around(self, center: Sequence[jax.Array], weights: jax.Array) -> list[jax.Array]:
+    def _squares_around(self, center: Sequence[jax.Array], weights: jax.Array | None) -> list[jax.Array]:
         sums = []
         for block, c in zip(self.blocks, center, strict=True):
-            deviation = mask_rows(weights != 0, block.astype(c.dtype) - c[None])
-            sums.append(jnp.sum(scale_rows(weights, jnp.square(deviation)), axis=0))
+            square = jnp.square(block.astype(c.dtype) - c[None])
+            sums.append(jnp.sum(square if weights is None else scale_rows(weights, square), axis=0))
         return sums
 
     def project(self, key: jax.Array, dim: int, numbers: Sequence[int] | None = None) -> jax.Array:

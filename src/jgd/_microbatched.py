@@ -94,13 +94,13 @@ class Microbatched:
         sums, squares = self.walk(both, None)
         return squares, jnp.sum(jnp.stack([sum_squares(x) for x in sums]))
 
-    def spreads(self, weights: jax.Array) -> list[jax.Array]:
+    def spreads(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean; the mean first, by a walk of its own."""
-        total = jnp.sum(weights)
+        total = self.size if weights is None else jnp.sum(weights)
         sums, _ = self.walk(lambda form, w: (form.weighted_sum(w, keep_wide=True), ()), weights)
 
         def around_the_mean(form: Any, w: Any) -> Any:
-            own = jnp.sum(w)
+            own = jnp.sum(jnp.ones(form.size) if w is None else w)
             means = [x * inverse(own) for x in form.weighted_sum(w, keep_wide=True)]
             parts = zip(form.spreads(w), means, sums, strict=True)
             return [square + own * jnp.square(mean - x / total) for square, mean, x in parts], ()

@@ -280,55 +280,58 @@ class Factored(AllAtOnce):
             total = total + grams.of_blocks(made[0], *made[1:], pieces=pieces)
         return total
 
-    def second_moments(self, weights: jax.Array) -> list[jax.Array]:
+    def second_moments(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i², elementwise. Leaves in the accumulator's dtype."""
         return self._moments(weights, centred=False)
 
-    def spreads(self, weights: jax.Array) -> list[jax.Array]:
+    def spreads(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulator's dtype."""
         return self._moments(weights, centred=True)
 
-    def _moments(self, weights: jax.Array, *, centred: bool) -> list[jax.Array]:
+    def _moments(self, weights: jax.Array | None, *, centred: bool) -> list[jax.Array]:
         self._refuse(self._unruled())
         of_part = functools.partial(self._part_moment, weights=weights, centred=centred)
         totals = {leaf: self._assembled(leaf, of_part) for leaf in {part.leaf for part in self.plan.parts}}
         for leaf in self.plan.whole_leaves:
             block = lambda one, leaf=leaf: self._gradient(one, [leaf])[0].reshape(-1)
-            flat = self._folded_moment(block, self.like[leaf].size, weights, centred=centred)
+            spread = self._spread(block, self.like[leaf].size, weights)
+            flat = spread.square if centred else moments.square_around_zero(spread)
             totals[leaf] = flat.reshape(self.like[leaf].shape)
         unmet = lambda x: jnp.zeros(x.shape, accumulator(x.dtype))
         return [totals[leaf] if leaf in totals else unmet(x) for leaf, x in enumerate(self.like)]
 
-    def _part_moment(self, part: Part, weights: jax.Array, *, centred: bool) -> jax.Array:
+    def _part_moment(self, part: Part, weights: jax.Array | None, *, centred: bool) -> jax.Array:
         """One part's moment, flat: from its factors where they give it, else from the gradients, a tile at a time."""
         if part.shape is not None and part.looks_up:
             (rows,) = self._each(lambda one: self._factors(one, part))
             moment = lookups.spread if centred else lookups.second_moment
-            return part.shape.flatten(moment(rows, weights, part.shape.sizes()[1])[None])
+            each = jnp.ones(self.size) if weights is None else weights
+            return part.shape.flatten(moment(rows, each, part.shape.sizes()[1])[None])
         if part.shape is not None and part.positions == 1 and part.uses[0].rule == "dot_general":
             (outer,) = self._each(lambda one: self._factors(one, part))
             if not centred:
                 return part.shape.flatten(moments.square_of_outer(outer, weights))
-            return part.shape.flatten(moments.spread_of_outer(outer, weights))
+            total = None
+            if weights is None and part.leaf in self.plan.direct and self.plan.program.platform == "cpu":
+                # What a sum of the gradients is beside this; elsewhere its products may be of fewer bits.
+                total = part.shape.unflatten(self._direct_sum(part, self.examples, None))
+            return part.shape.flatten(moments.spread_of_outer(outer, weights, total))
         if part.leaf in self.plan.kept:
-            blocks = self._blocks(part)
-            made = (
-                moments.spread_of(blocks, weights).square if centred else moments.square_of(blocks, weights)
-            )
+            spread = moments.spread_of(self._blocks(part), weights)
         else:
-            block = lambda one: self._unordered(one, part)
-            made = self._folded_moment(block, part.size, weights, centred=centred)
-        return part.in_memory(made)
+            spread = self._spread(lambda one: self._unordered(one, part), part.size, weights)
+        return part.in_memory(spread.square if centred else moments.square_around_zero(spread))
 
-    def _folded_moment(
-        self, block: Callable[[Example], jax.Array], size: int, weights: jax.Array, *, centred: bool
-    ) -> jax.Array:
-        made = moments.spread_of if centred else moments.square_of
-        of_tile = lambda batch, number: made(self._each(block, batch[0], number), batch[1])
-        whole = self._batch(weights)
-        if centred:
-            return whole.folded(of_tile, size, moments.joined, moments.joined_all).square
-        return whole.folded(of_tile, size)
+    def _spread(
+        self, block: Callable[[Example], jax.Array], size: int, weights: jax.Array | None
+    ) -> moments.Spread:
+        """The spread of what `block` makes of each example, a tile of them at a time."""
+
+        def of_tile(batch: Any, number: int) -> moments.Spread:
+            examples, own = (batch, None) if weights is None else batch
+            return moments.spread_of(self._each(block, examples, number), own)
+
+        return self._batch(weights).folded(of_tile, size, moments.joined, moments.joined_all)
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""

@@ -17,7 +17,7 @@ from jgd._mesh import varying
 # at most, of the 24 that float32 has.
 _CANCELLED = 1 / 64
 
-_TILE = 1 << 18  # elements of an answer that are worked on at once
+_TILE = 1 << 18  # elements of an answer that are worked on at once, where its gradients go one by one
 
 
 class Spread(NamedTuple):
@@ -40,20 +40,25 @@ def of_blocks(blocks: jax.Array, weights: jax.Array | None) -> jax.Array:
     return jax.lax.cond(jnp.all(jnp.isfinite(total)), lambda: total, masked)
 
 
-def square_of(blocks: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σ w_i g_i²."""
-    return sum_leading(jnp.square(mask_rows(weights != 0, blocks).astype(wide(blocks))), weights)
-
-
-def spread_of(blocks: jax.Array, weights: jax.Array) -> Spread:
+def spread_of(blocks: jax.Array, weights: jax.Array | None) -> Spread:
     """The spread of some gradients, by two looks at them."""
-    present = mask_rows(weights != 0, blocks).astype(wide(blocks))
-    weight = jnp.sum(weights)
+    present = _present(blocks, weights).astype(wide(blocks))
+    weight = jnp.asarray(blocks.shape[0], present.dtype) if weights is None else jnp.sum(weights)
     if blocks.shape[0] == 1:
         return Spread(weight, present[0], jnp.zeros_like(present[0]))
     mean = sum_leading(present, weights) * inverse(weight)
-    deviation = mask_rows(weights != 0, present - mean[None])
+    deviation = _present(present - mean[None], weights)
     return Spread(weight, mean, sum_leading(jnp.square(deviation), weights))
+
+
+def _present(x: jax.Array, weights: jax.Array | None) -> jax.Array:
+    return x if weights is None else mask_rows(weights != 0, x)
+
+
+def square_around_zero(spread: Spread) -> jax.Array:
+    """Σ w g². Where a variance is asked for beside it, one way through the gradients serves both."""
+    square = spread.square + spread.weight * jnp.square(spread.mean)
+    return jnp.where(jnp.isinf(spread.mean), jnp.inf, square)
 
 
 def joined(a: Spread, b: Spread) -> Spread:
@@ -77,47 +82,54 @@ def inverse(weight: jax.Array) -> jax.Array:
     return jnp.where(weight == 0, 0, 1 / jnp.where(weight == 0, 1, weight))
 
 
-def square_of_outer(made: Outer, weights: jax.Array) -> jax.Array:
+def square_of_outer(made: Outer, weights: jax.Array | None) -> jax.Array:
     """Σ w_i (l_i r_iᵀ)² = (w L²)ᵀ R², for one position: the square of a product is the product of the squares."""
-    left, right = (jnp.square(x[:, :, 0].astype(wide(x))) for x in (made.left, made.right))
-    return _exact("inp,inq->npq", scale_rows(weights, left), mask_rows(weights != 0, right))
+    left, right = (jnp.square(_present(x, weights)) for x in _sides(made))
+    return sum_of_outer(left if weights is None else scale_rows(weights, left), right)
 
 
-def spread_of_outer(made: Outer, weights: jax.Array) -> jax.Array:
-    """Σ w_i (l_i r_iᵀ − mean)² for one position, `(n, p, q)`, a few places of p at a time."""
-    left, right = (mask_rows(weights != 0, x[:, :, 0].astype(wide(x))) for x in (made.left, made.right))
-    _, n, p = left.shape
-    count = math.ceil(n * p * right.shape[2] / _TILE)
-    width = math.ceil(p / count)
-    if width == p:
-        return _spread_of_outer(left, right, weights)
-    left = jnp.pad(left, ((0, 0), (0, 0), (0, -p % width)))
-    pieces = jnp.moveaxis(left.reshape(*left.shape[:2], -1, width), 2, 0)
-    spread = jax.lax.map(lambda piece: _spread_of_outer(piece, right, weights), pieces)
-    return jnp.moveaxis(spread, 0, 1).reshape(n, -1, right.shape[2])[:, :p]
+def sum_of_outer(left: jax.Array, right: jax.Array) -> jax.Array:
+    """Σ l_i r_iᵀ, `(n, p, q)`. Some devices multiply in fewer bits than float32 has, unless they are told not to."""
+    return jnp.einsum("inp,inq->npq", left, right, precision=jax.lax.Precision.HIGHEST)
 
 
-def _spread_of_outer(left: jax.Array, right: jax.Array, weights: jax.Array) -> jax.Array:
-    """As the difference of two sums or, where too much of them cancels, from one gradient after the other."""
-    inverse_weight = inverse(jnp.sum(weights))
-    square = _exact("inp,inq->npq", scale_rows(weights, jnp.square(left)), jnp.square(right))
-    total = _exact("inp,inq->npq", scale_rows(weights, left), right)
-    spread = square - jnp.square(total) * inverse_weight
+def _sides(made: Outer) -> tuple[jax.Array, jax.Array]:
+    left, right = (x[:, :, 0].astype(wide(x)) for x in made)
+    return left, right
+
+
+def spread_of_outer(made: Outer, weights: jax.Array | None, total: jax.Array | None = None) -> jax.Array:
+    """Σ w_i (l_i r_iᵀ − mean)² for one position, `(n, p, q)`.
+
+    It is the difference of two sums or, where too much of them cancels, taken from one gradient after the other.
+    The `total`, Σ w_i l_i r_iᵀ, may be at hand.
+    """
+    left, right = (_present(x, weights) for x in _sides(made))
+    square = square_of_outer(made, weights)
+    if total is None:
+        total = sum_of_outer(left if weights is None else scale_rows(weights, left), right)
+    each = jnp.ones(left.shape[0]) if weights is None else weights
+    spread = square - jnp.square(total) * inverse(jnp.sum(each))
+
+    trusted = jnp.all(spread >= _CANCELLED * square)
+    return jax.lax.cond(trusted, lambda: spread, lambda: _spread_one_by_one(left, right, each))
+
+
+def _spread_one_by_one(left: jax.Array, right: jax.Array, weights: jax.Array) -> jax.Array:
+    """Σ w_i (l_i r_iᵀ − mean)², from one gradient after the other, a few places of p at a time."""
 
     def add(so_far: Spread, example: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Spread, None]:
         left, right, weight = example
         gradient = left[:, :, None] * right[:, None, :]
         return joined(so_far, Spread(weight, gradient, jnp.zeros_like(gradient))), None
 
-    zero = Spread(jnp.zeros((), weights.dtype), jnp.zeros_like(spread), jnp.zeros_like(spread))
-    trusted = jnp.all(spread >= _CANCELLED * square)
-    return jax.lax.cond(
-        trusted,
-        lambda: spread,
-        lambda: jax.lax.scan(add, varying(zero, spread), (left, right, weights))[0].square,
-    )
+    def of_piece(left: jax.Array) -> jax.Array:
+        start = jnp.zeros((), weights.dtype), *[jnp.zeros((n, width, q), left.dtype)] * 2
+        spread = varying(Spread(*start), (left, right, weights))
+        return jax.lax.scan(add, spread, (left, right, weights))[0].square
 
-
-def _exact(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
-    # Some devices multiply in fewer bits than float32 has, unless they are told not to.
-    return jnp.einsum(spec, a, b, precision=jax.lax.Precision.HIGHEST)
+    (_, n, p), q = left.shape, right.shape[2]
+    width = math.ceil(p / math.ceil(n * p * q / _TILE))
+    left = jnp.pad(left, ((0, 0), (0, 0), (0, -p % width)))
+    pieces = jnp.moveaxis(left.reshape(*left.shape[:2], -1, width), 2, 0)
+    return jnp.moveaxis(jax.lax.map(of_piece, pieces), 0, 1).reshape(n, -1, q)[:, :p]

@@ -54,17 +54,19 @@ def variance(
 @jax.jit
 @placed_by(like_leaves)
 def _second_moment(form, weights):
-    weights = jnp.ones(form.size) if weights is None else weights
-    share = weights / jnp.sum(weights)
+    total, share = (form.size, None) if weights is None else (1, weights / jnp.sum(weights))
     moments, _ = form.walk(lambda form, w: (form.second_moments(w), ()), share)
-    return [m.astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
+    return [(m / total).astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
 
 
 @jax.jit
 @placed_by(like_leaves)
 def _variance(form, weights):
-    weights = jnp.ones(form.size) if weights is None else weights
-    share = weights / jnp.sum(weights)
-    # The mean is the same by any multiple of the weights: this one spares a division of every element.
-    unbiased = share / (1 - jnp.sum(jnp.square(share)))
-    return [m.astype(x.dtype) for m, x in zip(form.spreads(unbiased), form.like, strict=True)]
+    if weights is None:
+        spreads, unbiased = form.spreads(None), form.size - 1
+    else:
+        share = weights / jnp.sum(weights)
+        spreads, unbiased = form.spreads(share), 1 - jnp.sum(jnp.square(share))
+        # Weights that leave one example alone leave no variance: not defined is nan, not inf.
+        unbiased = jnp.where(unbiased > 0, unbiased, jnp.nan)
+    return [(m / unbiased).astype(x.dtype) for m, x in zip(spreads, form.like, strict=True)]
