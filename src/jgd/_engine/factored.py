@@ -80,17 +80,23 @@ class Factored(AllAtOnce):
         self._refuse(self._unruled(batch_groups=2))  # XLA aborts on their sum
         one_device = self.pieces == 1
         examples = self.examples
-        if weights is not None:
-            examples = self._silenced(weights, stand_in=one_device, in_place=one_device)
-        sums: dict[int, jax.Array] = {}
-        if after_norms:
-            sums = {leaf: self._assembled(leaf, self._kept_sum, weights) for leaf in self.plan.kept}
+        kept = [part for part in self.plan.parts if after_norms and part.leaf in self.plan.kept]
+        blocks = [self._blocks(part) for part in kept]
+        beside = list(examples.blocks)
+        if weights is None:
+            made = Materialized(list(examples.blocks.values())).weighted_sum(None, keep_wide=True)
+        else:
+            blocks += examples.blocks.values()
+            examples, blocks = self._silenced(weights, blocks, stand_in=one_device, in_place=one_device)
+            made = [factors.sum_leading(x, weights) for x in blocks[len(kept) :]]
+        sums = dict(zip(beside, made, strict=True))
+        of_part = {id(part): x for part, x in zip(kept, blocks, strict=False)}
+        from_blocks = lambda part: part.in_memory(factors.sum_leading(of_part[id(part)], weights))
+        for leaf in {part.leaf for part in kept}:
+            sums[leaf] = self._assembled(leaf, from_blocks)
         for leaf in self.plan.direct:
             if leaf not in sums:
                 sums[leaf] = self._assembled(leaf, self._direct_sum, examples, weights)
-        beside = list(self.examples.blocks)
-        blocks = Materialized([self.examples.blocks[leaf] for leaf in beside])
-        sums.update(zip(beside, blocks.weighted_sum(weights, keep_wide=True), strict=True))
         # A custom derivative need not be linear in what it is given: it gets each example's own.
         apart = sorted((self.plan.backward_only | self._grouped(groups=2)) - sums.keys())
         if apart:
@@ -102,14 +108,6 @@ class Factored(AllAtOnce):
             rest = [leaf for leaf in rest if leaf not in sums]
         sums.update(zip(rest, self._pull_sum(rest, examples, weights), strict=True))
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
-
-    def _kept_sum(self, part: Part, weights: jax.Array | None) -> jax.Array:
-        """Σ w_i g_i in one part, flat, from the blocks that its norms were taken of."""
-        blocks = self._blocks(part)
-        if self.pieces == 1:
-            return part.in_memory(moments.of_blocks(blocks, weights))
-        # One sum over the devices, not one before the numbers are looked at and one after.
-        return part.in_memory(Materialized([blocks]).weighted_sum(weights, keep_wide=True)[0])
 
     def _apart_sum(self, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i of some leaves, from the examples' gradients, a tile at a time."""
@@ -177,7 +175,7 @@ class Factored(AllAtOnce):
         ) -> list[jax.Array]:
             part = replace(self, examples=examples, pieces=1)
             if weights is not None:
-                examples = part._silenced(weights, stand_in=True, in_place=False)
+                examples, _ = part._silenced(weights, stand_in=True, in_place=False)
             return part._pull_sum(leaves, examples, weights)
 
         sums = dict(zip(unruled, of_present(unruled, self.examples, weights), strict=True))
@@ -192,8 +190,11 @@ class Factored(AllAtOnce):
         of_piece = fun if weights is None else (lambda both: fun(*both))
         return tiles.total(batch.by_piece(of_piece))
 
-    def _silenced(self, weights: jax.Array, *, stand_in: bool, in_place: bool) -> Example:
-        return silenced(self.examples, axes_of(self.plan), weights, stand_in=stand_in, in_place=in_place)
+    def _silenced(
+        self, weights: jax.Array, blocks: Sequence[jax.Array] = (), *, stand_in: bool, in_place: bool
+    ) -> tuple[Example, list[jax.Array]]:
+        axes = axes_of(self.plan)
+        return silenced(self.examples, axes, weights, blocks, stand_in=stand_in, in_place=in_place)
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
         """⟨g_i, v⟩, by one `jvp` of the sites; by the gradient of those leaves that have no forward derivative."""

@@ -1,4 +1,4 @@
-"""Σ w_i g_i, Σ w_i g_i² and Σ w_i (g_i − ḡ)² of a part, straight from a batch of its blocks or factors.
+"""Σ w_i g_i² and Σ w_i (g_i − ḡ)² of a part, straight from a batch of its blocks or factors.
 
 ḡ is the weighted mean. Blocks have a leading axis of examples; all sums are kept in at least float32.
 """
@@ -26,18 +26,6 @@ class Spread(NamedTuple):
     weight: jax.Array
     mean: jax.Array
     square: jax.Array
-
-
-def of_blocks(blocks: jax.Array, weights: jax.Array | None) -> jax.Array:
-    """Σ w_i g_i, as one product where all is finite.
-
-    A product with 0 lets a nan through: then the rows of weight 0 are silenced first, which costs a copy.
-    """
-    if weights is None:
-        return sum_leading(blocks)
-    total = sum_leading(blocks, weights)
-    masked = lambda: sum_leading(mask_rows(weights != 0, blocks), weights)
-    return jax.lax.cond(jnp.all(jnp.isfinite(total)), lambda: total, masked)
 
 
 def spread_of(blocks: jax.Array, weights: jax.Array | None) -> Spread:

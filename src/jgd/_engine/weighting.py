@@ -16,14 +16,21 @@ from jgd._mesh import varying
 
 
 def silenced(
-    examples: Example, axes: Example, weights: jax.Array, *, stand_in: bool, in_place: bool
-) -> Example:
-    """What the examples left at the sites, with nothing of those of weight 0.
+    examples: Example,
+    axes: Example,
+    weights: jax.Array,
+    blocks: Sequence[jax.Array] = (),
+    *,
+    stand_in: bool,
+    in_place: bool,
+) -> tuple[Example, list[jax.Array]]:
+    """What the examples left at the sites, with nothing of those of weight 0; and so of `blocks` of gradients.
 
     Args:
-        examples: a batch.
+        examples: a batch; its own blocks stay as they are.
         axes: where the examples lie in each array.
         weights: `(B,)`.
+        blocks: gradients, the examples leading.
         stand_in: whether a present example stands in for the absent ones, in place of zeros.
         in_place: whether to write only where somebody is absent, and then into the arrays themselves. That takes a
             look at all the weights, so they should lie on one device.
@@ -37,8 +44,8 @@ def silenced(
         row = jax.lax.dynamic_index_in_dim(x, first, axis)
         return jnp.where(present[first], row, jnp.zeros((), x.dtype))
 
-    leaves, treedef = jax.tree.flatten(examples._replace(blocks={}))
-    lie = [0] * len(examples.inputs) + jax.tree.leaves((axes.records, axes.deltas))
+    leaves, treedef = jax.tree.flatten((examples._replace(blocks={}), list(blocks)))
+    lie = [0] * len(examples.inputs) + jax.tree.leaves((axes.records, axes.deltas)) + [0] * len(blocks)
     first_record = len(examples.inputs)
     first_delta = first_record + len(jax.tree.leaves(axes.records))
     floats = [k for k, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
@@ -51,7 +58,8 @@ def silenced(
         made = fill(tuple(lie[k] for k in some), [leaves[k] for k in some], others, present)
         for k, x in zip(some, made, strict=True):
             leaves[k] = x
-    return jax.tree.unflatten(treedef, leaves)
+    there, made_of_blocks = jax.tree.unflatten(treedef, leaves)
+    return there._replace(blocks=examples.blocks), made_of_blocks
 
 
 def _filled(
