@@ -19,7 +19,10 @@ from jax import lax
 
 import jgd
 from jgd._engine import tiles, views
+from jgd._engine.examples import pass_over
+from jgd._engine.factored import Factored
 from jgd._engine.jaxprs import trace_jaxpr
+from jgd._engine.plan import Variant, plan_of
 from jgd._engine.views import View, overlap
 
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
@@ -136,11 +139,46 @@ def test_each_method_of_each_rule(rule, build, t, x64):
     norms = oracle.answers(blocks, blocks, WEIGHTS, 1.0, problem.params)["norms"]
     for method in ("pairs", "block"):
         forced = dataclasses.replace(plan, parts=(dataclasses.replace(part, method=method),))
-        held = dataclasses.replace(grads, form=dataclasses.replace(grads.form, plan=forced))
+        examples = grads.form.examples._replace(squares={})  # what the pass itself made of the norms
+        held = dataclasses.replace(grads, form=dataclasses.replace(grads.form, plan=forced, examples=examples))
         oracle.assert_close(jgd.norms(held), norms, 1e-9, what=method)
         clipped = oracle.answers(blocks, blocks, WEIGHTS, 0.7 * norms.mean(), problem.params)["clipped_sum"]
         oracle.assert_close(jgd.clipped_sum(held, 0.7 * norms.mean()), clipped, 1e-9, what=method)
     oracle.assert_close(jgd.gram(grads), oracle.matrix(blocks) @ oracle.matrix(blocks).T, 1e-9)
+
+
+@pytest.mark.parametrize("method", ["pairs", "block"])
+@pytest.mark.parametrize("checkpointed", [False, True])
+def test_norms_that_the_backward_pass_takes(checkpointed, method, x64):
+    """Where a scan steps through a leaf, each step's square is taken in the pass; others are left to be asked for."""
+
+    def loss(p, x):
+        def step(h, own):
+            h = jnp.tanh(jnp.tanh(h @ own["w"] + own["b"]) @ own["v"] + h @ own["skip"][0])
+            return h @ p["shared"], None
+
+        return jnp.sum(jnp.sin(lax.scan(jax.checkpoint(step) if checkpointed else step, x, p["layers"])[0]))
+
+    draw = Draw(3)
+    layers = {"w": draw(2, 4, 4), "b": draw(2, 4), "v": draw(2, 4, 4), "skip": draw(2, 3, 4, 4)}
+    problem = made(loss, {"layers": layers, "shared": draw(4, 4)}, draw(B, 5, 4))
+    form = gradients(problem).form
+    plan = plan_of(form.plan.program, Variant(keeps=False))
+    forced = {
+        key: tuple(
+            dataclasses.replace(probe, part=dataclasses.replace(probe.part, method=method)) for probe in some
+        )
+        for key, some in plan.probes.items()
+    }
+    probed = {plan.program.param_paths[probe.of.leaf] for some in plan.probes.values() for probe in some}
+    assert probed == {"['layers']['w']", "['layers']['v']", "['layers']['skip']"}
+    plan = dataclasses.replace(plan, probes=forced)
+    examples = pass_over(plan, form.model, form.examples.inputs, fuse=True)[2]
+    assert len(examples.squares) == 3
+    squares = Factored(form.model, examples, plan).squared_norms()
+    blocks = jax.tree.leaves(oracle.vmap_of_grad(problem))
+    want = [np.square(np.reshape(x, (B, -1))).sum(1) for x in blocks]
+    oracle.assert_close(squares, want, 1e-9)
 
 
 def test_the_planner_takes_either_method(x64):

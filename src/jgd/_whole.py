@@ -46,7 +46,7 @@ def gradients_of(
     if variant or strategy == "factored" or large:
         plan = plan_of(program, variant or PLANNED)
         model = Model(params, constants)
-        values, aux, examples = pass_over(plan, model, batch)
+        values, aux, examples = pass_over(plan, model, batch, fuse=pieces == 1)
         return values, aux, Factored(model, examples, plan, pieces)
 
     def value_and_grad(example: list[Any]) -> Any:

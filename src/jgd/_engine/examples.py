@@ -12,6 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jgd._engine.fused import watching
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
 from jgd._engine.regions import Nested, Op, Region, Site, recorded
@@ -36,35 +37,44 @@ class Example(NamedTuple):
     records: Any
     deltas: Any
     blocks: dict[int, Any]  # the gradient of each leaf that is taken beside the sites
+    squares: dict[int, Any]  # of the leaves whose squared norms the pass took, in those parts that have probes
 
 
 def axes_of(plan: Plan) -> Example:
     """Where the batch axis lies in each array of a batch of examples: behind the steps of the scans around."""
     records, deltas = (batch_axes(plan.region, of) for of in (records_of, taps_of))
-    return Example(0, records, deltas, 0)  # pyright: ignore[reportArgumentType]
+    return Example(0, records, deltas, 0, 0)  # pyright: ignore[reportArgumentType]
 
 
-def pass_over(plan: Plan, model: Model, batch: list[Any]) -> tuple[jax.Array, list[Any], Example]:
-    """One forward and one backward pass: values, auxiliary leaves, and what the examples leave."""
+def pass_over(
+    plan: Plan, model: Model, batch: list[Any], *, fuse: bool = False
+) -> tuple[jax.Array, list[Any], Example]:
+    """One forward and one backward pass: values, auxiliary leaves, and what the examples leave.
 
+    Told to `fuse`, it takes the squared norms that have probes: no work, where nobody asks for them in its program.
+    """
     beside = sorted({part.leaf for part in plan.beside})
+    probed = sorted({probe.of.leaf for some in plan.probes.values() for probe in some}) if fuse else []
 
     def one(inputs: list[Any]) -> Any:
-        def forward(taps: Any, values: list[Any]) -> Any:
+        def forward(taps: Any, values: list[Any], numbers: dict[int, Any]) -> Any:
             known = _inputs(plan, _with(model, beside, values), inputs)
-            (value, *aux), records = run(plan.region, known, taps)
+            watch = watching(plan.probes if fuse else {}, numbers)
+            (value, *aux), records = run(plan.region, known, taps, watch)
             return value, (aux, records)
 
         taps = varying(zeros(plan.region, taps_of), inputs)
         values = varying([model.params[leaf] for leaf in beside], inputs)
-        value, pull, (aux, records) = jax.vjp(forward, taps, values, has_aux=True)
-        deltas, blocks = pull(jnp.ones_like(value))
-        return value, aux, records, deltas, dict(zip(beside, blocks, strict=True))
+        wide = lambda leaf: jnp.promote_types(model.params[leaf].dtype, jnp.float32)
+        numbers = varying({leaf: jnp.zeros((), wide(leaf)) for leaf in probed}, inputs)
+        value, pull, (aux, records) = jax.vjp(forward, taps, values, numbers, has_aux=True)
+        deltas, blocks, squares = pull(jnp.ones_like(value))
+        return value, aux, records, deltas, dict(zip(beside, blocks, strict=True)), squares
 
     axes = axes_of(plan)
-    made = jax.vmap(one, out_axes=(0, 0, axes.records, axes.deltas, 0))(batch)
-    values, aux, records, deltas, blocks = made
-    return values, aux, Example(batch, records, deltas, blocks)
+    made = jax.vmap(one, out_axes=(0, 0, axes.records, axes.deltas, 0, 0))(batch)
+    values, aux, records, deltas, blocks, squares = made
+    return values, aux, Example(batch, records, deltas, blocks, squares)
 
 
 def _with(model: Model, leaves: Leaves, values: Sequence[Any]) -> Model:

@@ -221,8 +221,12 @@ class Factored(AllAtOnce):
     def squared_norms(self) -> list[jax.Array]:
         """‖g_i‖² of each leaf."""
         self._refuse(self._unruled())
-        totals = [jnp.zeros(self.size, jnp.float32) for _ in self.like]
+        told = self.examples.squares
+        totals = [told.get(leaf, jnp.zeros(self.size, jnp.float32)) for leaf in self._all]
+        probed = {id(probe.of) for some in self.plan.probes.values() for probe in some} if told else set()
         for part in self.plan.parts:
+            if id(part) in probed:
+                continue
             if part.leaf in self.plan.kept:
                 squares = jax.vmap(factors.sum_squares)(self._blocks(part))
             else:

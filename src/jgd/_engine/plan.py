@@ -10,6 +10,7 @@ import jax
 
 from jgd._engine import factors
 from jgd._engine.devices import Device, device_of
+from jgd._engine.fused import Probes, probes_of
 from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.parts import Method, Part, common_shape
 from jgd._engine.program import Program
@@ -62,6 +63,7 @@ class Plan:
     backward_only: frozenset[int]
     direct: tuple[int, ...]  # leaves all of whose uses can sum over a batch by themselves
     kept: frozenset[int]  # leaves whose blocks, built for the norms, also make the clipped sum
+    probes: Probes  # of those parts whose squared norms the backward pass can take as it goes
     guarded: frozenset[int]  # leaves with a site that may have no derivative where its data is 0
 
     @property
@@ -90,6 +92,9 @@ def _plan(program: Program, variant: Variant) -> Plan:
     backward_only = _backward_only(region) | (guarded & _branched(region))
     kept = met - backward_only - {part.leaf for part in parts if not part.keeps(device)}
     direct = tuple(sorted(met - indirect - backward_only))
+    kept = frozenset(kept if variant.keeps else ())
+    passed = [part for part in parts if part.leaf not in kept | backward_only]
+    probes = probes_of(region, passed, lambda part: replace(part, method=_method(part, device, variant)))
     return Plan(
         program,
         region,
@@ -98,7 +103,8 @@ def _plan(program: Program, variant: Variant) -> Plan:
         whole_leaves | spread,
         backward_only | spread,
         direct,
-        frozenset(kept if variant.keeps else ()),
+        kept,
+        probes,
         frozenset(guarded),
     )
 

@@ -73,20 +73,29 @@ def _zero(aval: jax.ShapeDtypeStruct, lead: tuple[int, ...]) -> jax.Array:
     return jnp.zeros(shape, aval.dtype)
 
 
-def run(region: Region, inputs: Sequence[Any], taps: Tree) -> tuple[list[Any], Tree]:
-    """One example's forward pass: the region's outputs and its records."""
+Watch = Callable[[Value, jax.Array, Callable[[Value], Any]], jax.Array]
+
+
+def run(
+    region: Region, inputs: Sequence[Any], taps: Tree, watch: Watch = lambda value, x, look: x
+) -> tuple[list[Any], Tree]:
+    """One example's forward pass: the region's outputs and its records.
+
+    Each value that is tapped goes through `watch`, with the way to look at the others at hand there.
+    """
     env, inner_taps = _Environment(region.inputs, inputs), iter(taps[1])
     tap = {id(value): array for value, array in zip(region.taps, taps[0], strict=True)}
     inner_records = []
     for op in region.ops:
         operands = [env[x] for x in op.inputs]
         if isinstance(op, Nested):
-            outputs, records = _run_nested(op, operands, next(inner_taps))
+            outputs, records = _run_nested(op, operands, next(inner_taps), watch)
             inner_records.append(records)
         else:
             outputs = operands if op.eqn is None else bind(op.eqn, operands)
         values = zip(op.outputs, outputs, strict=True)
-        env.set(op.outputs, [_tap(x, tap[id(v)]) if id(v) in tap else x for v, x in values])
+        tapped = lambda v, x: _tap(watch(v, x, env.__getitem__), tap[id(v)])
+        env.set(op.outputs, [tapped(v, x) if id(v) in tap else x for v, x in values])
     return [env[x] for x in region.outputs], (tuple(env[x] for x in region.records), tuple(inner_records))
 
 
@@ -104,12 +113,12 @@ class _Environment:
         return self._arrays[id(value)] if value.literal is None else value.literal
 
 
-def _run_nested(op: Nested, operands: list[Any], taps: Any) -> tuple[Sequence[Any], Any]:
+def _run_nested(op: Nested, operands: list[Any], taps: Any, watch: Watch) -> tuple[Sequence[Any], Any]:
     if op.eqn.primitive is prim.scan_p:
-        return _run_scan(op, operands, taps[0])
+        return _run_scan(op, operands, taps[0], watch)
     if op.eqn.primitive is prim.remat_p:
         again = jax.checkpoint(
-            lambda inputs, taps: run(op.regions[0], inputs, taps),
+            lambda inputs, taps: run(op.regions[0], inputs, taps, watch),
             policy=op.eqn.params["policy"],
             prevent_cse=op.eqn.params["prevent_cse"],
         )
@@ -118,7 +127,7 @@ def _run_nested(op: Nested, operands: list[Any], taps: Any) -> tuple[Sequence[An
 
     def branch(number: int) -> Callable[..., Any]:
         def run_branch(inputs: list[Any], taps: Any) -> Any:
-            outputs, own = run(op.regions[number], inputs, taps[number])
+            outputs, own = run(op.regions[number], inputs, taps[number], watch)
             blank = [zeros(region, records_of) for region in op.regions]
             return varying((outputs, (*blank[:number], own, *blank[number + 1 :])), operands)
 
@@ -127,14 +136,14 @@ def _run_nested(op: Nested, operands: list[Any], taps: Any) -> tuple[Sequence[An
     return jax.lax.switch(operands[0], [branch(k) for k in range(len(op.regions))], operands[1:], taps)
 
 
-def _run_scan(op: Nested, operands: list[Any], taps: Tree) -> tuple[Sequence[Any], Any]:
+def _run_scan(op: Nested, operands: list[Any], taps: Tree, watch: Watch) -> tuple[Sequence[Any], Any]:
     scan = scan_of(op.eqn)
     ends = scan.num_consts, scan.num_consts + scan.num_carry
     consts, xs = operands[: ends[0]], operands[ends[1] :]
     carry = [jnp.asarray(x, v.aval.dtype) for x, v in _arrays(operands, op.inputs)[ends[0] : ends[1]]]
 
     def body(carry: list[Any], step: Any) -> Any:
-        outputs, records = run(op.regions[0], [*consts, *carry, *step[0]], step[1])
+        outputs, records = run(op.regions[0], [*consts, *carry, *step[0]], step[1], watch)
         return outputs[: scan.num_carry], (outputs[scan.num_carry :], records)
 
     carry, (ys, records) = jax.lax.scan(

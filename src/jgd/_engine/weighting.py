@@ -27,7 +27,7 @@ def silenced(
     """What the examples left at the sites, with nothing of those of weight 0; and so of `blocks` of gradients.
 
     Args:
-        examples: a batch; its own blocks stay as they are.
+        examples: a batch; its own blocks and squares stay as they are.
         axes: where the examples lie in each array.
         weights: `(B,)`.
         blocks: gradients, the examples leading.
@@ -44,7 +44,7 @@ def silenced(
         row = jax.lax.dynamic_index_in_dim(x, first, axis)
         return jnp.where(present[first], row, jnp.zeros((), x.dtype))
 
-    leaves, treedef = jax.tree.flatten((examples._replace(blocks={}), list(blocks)))
+    leaves, treedef = jax.tree.flatten((examples._replace(blocks={}, squares={}), list(blocks)))
     lie = [0] * len(examples.inputs) + jax.tree.leaves((axes.records, axes.deltas)) + [0] * len(blocks)
     first_record = len(examples.inputs)
     first_delta = first_record + len(jax.tree.leaves(axes.records))
@@ -59,7 +59,7 @@ def silenced(
         for k, x in zip(some, made, strict=True):
             leaves[k] = x
     there, made_of_blocks = jax.tree.unflatten(treedef, leaves)
-    return there._replace(blocks=examples.blocks), made_of_blocks
+    return there._replace(blocks=examples.blocks, squares=examples.squares), made_of_blocks
 
 
 def _filled(
