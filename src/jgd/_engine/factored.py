@@ -81,17 +81,21 @@ class Factored(AllAtOnce):
         one_device = self.pieces == 1
         examples = self.examples
         kept = [part for part in self.plan.parts if after_norms and part.leaf in self.plan.kept]
-        blocks = [self._blocks(part) for part in kept]
-        beside = list(examples.blocks)
+        made = [self._blocks(part) for part in kept]
+        beside = list(examples.blocks.values())
         if weights is None:
-            made = Materialized(list(examples.blocks.values())).weighted_sum(None, keep_wide=True)
+            sums_beside = Materialized(beside).weighted_sum(None, keep_wide=True)
         else:
-            blocks += examples.blocks.values()
-            examples, blocks = self._silenced(weights, blocks, stand_in=one_device, in_place=one_device)
-            made = [factors.sum_leading(x, weights) for x in blocks[len(kept) :]]
-        sums = dict(zip(beside, made, strict=True))
-        of_part = {id(part): x for part, x in zip(kept, blocks, strict=False)}
-        from_blocks = lambda part: part.in_memory(factors.sum_leading(of_part[id(part)], weights))
+            # Flat: an axis of length 1 would be one more way to lie in memory, and a copy between the two.
+            flat = [x.reshape(self.size, math.prod(x.shape[1:])) for x in made]
+            examples, silent = self._silenced(
+                weights, flat + beside, stand_in=one_device, in_place=one_device
+            )
+            sums_beside = [factors.sum_leading(x, weights) for x in silent[len(kept) :]]
+            made = [x.reshape(like.shape) for x, like in zip(silent, made, strict=False)]
+        sums = dict(zip(examples.blocks, sums_beside, strict=True))
+        of_part = {id(part): factors.sum_leading(x, weights) for part, x in zip(kept, made, strict=True)}
+        from_blocks = lambda part: part.in_memory(of_part[id(part)])
         for leaf in {part.leaf for part in kept}:
             sums[leaf] = self._assembled(leaf, from_blocks)
         for leaf in self.plan.direct:
