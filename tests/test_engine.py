@@ -140,7 +140,9 @@ def test_each_method_of_each_rule(rule, build, t, x64):
     for method in ("pairs", "block"):
         forced = dataclasses.replace(plan, parts=(dataclasses.replace(part, method=method),))
         examples = grads.form.examples._replace(squares={})  # what the pass itself made of the norms
-        held = dataclasses.replace(grads, form=dataclasses.replace(grads.form, plan=forced, examples=examples))
+        held = dataclasses.replace(
+            grads, form=dataclasses.replace(grads.form, plan=forced, examples=examples)
+        )
         oracle.assert_close(jgd.norms(held), norms, 1e-9, what=method)
         clipped = oracle.answers(blocks, blocks, WEIGHTS, 0.7 * norms.mean(), problem.params)["clipped_sum"]
         oracle.assert_close(jgd.clipped_sum(held, 0.7 * norms.mean()), clipped, 1e-9, what=method)

@@ -37,7 +37,9 @@ class Example(NamedTuple):
     records: Any
     deltas: Any
     blocks: dict[int, Any]  # the gradient of each leaf that is taken beside the sites
-    squares: dict[int, Any]  # of the leaves whose squared norms the pass took, in those parts that have probes
+    squares: dict[
+        int, Any
+    ]  # of the leaves whose squared norms the pass took, in those parts that have probes
 
 
 def axes_of(plan: Plan) -> Example:
@@ -125,6 +127,41 @@ def batch_data(plan: Plan, model: Model, examples: Example, part: Part) -> dict[
     return _site_data(plan, model, examples, part, None, batch=True)
 
 
+def only_for(plan: Plan, example: Example, part: Part) -> Example:
+    """The example, of what it left at the sites no more than a part asks for: the rest would be traced for nothing."""
+    if any(use.needs_operand_grad for use in part.uses):
+        return example
+    records, deltas, _ = _only_at(
+        plan.region, (example.records, example.deltas), {id(u.site) for u in part.uses}
+    )
+    return example._replace(records=records, deltas=deltas, blocks={}, squares={})
+
+
+def _only_at(region: Region, trees: tuple[Any, Any], sites: set[int]) -> tuple[Any, Any, set[int]]:
+    """Records and δ's with None for what some sites do not need, and the values that they need."""
+    needed: set[int] = set()
+    taps: set[int] = set()
+    within, inner = [], zip(*(tree[1] for tree in trees), strict=True)
+    for op in region.ops:
+        if isinstance(op, Nested):
+            kept = []
+            for own, *parts in zip(op.regions, *next(inner), strict=True):
+                *trimmed, asked = _only_at(own, (parts[0], parts[1]), sites)
+                first = len(op.inputs) - len(own.inputs)
+                behind = zip(op.inputs[first:], own.inputs, strict=True)
+                needed |= {id(outer) for outer, x in behind if id(x) in asked}
+                needed |= {id(x) for x in op.inputs[:first]}
+                kept.append(trimmed)
+            within.append(tuple(zip(*kept, strict=True)))
+        elif id(op) in sites and isinstance(op, Site):
+            needed |= {id(x) for x in recorded(op)}
+            taps |= {region.delta_at(op.outputs[i]) for i in op.tapped}
+    own_records, own_deltas = (tree[0] for tree in trees)
+    records = tuple(x if id(v) in needed else None for v, x in zip(region.records, own_records, strict=True))
+    deltas = tuple(x if k in taps else None for k, x in enumerate(own_deltas))
+    return (records, tuple(w[0] for w in within)), (deltas, tuple(w[1] for w in within)), needed
+
+
 def part_data(plan: Plan, model: Model, example: Example, part: Part) -> dict[int, SiteData]:
     """What the example left at the sites of a part, by the site's identity."""
     bumps = None
@@ -191,7 +228,9 @@ class _Collector:
         given = {}
         for i in region.asks:
             outer, own = op.inputs[first + i], region.inputs[i]
-            array = values[id(outer)]
+            array = values.get(id(outer))
+            if array is None:  # nobody needs it, see `only_for`
+                continue
             if op.loop is not None and outer.aval.shape == own.aval.shape:  # the same at each step
                 shape = (*array.shape[:depth], op.loop[1], *array.shape[depth:])
                 array = jnp.broadcast_to(jnp.expand_dims(array, depth), shape)

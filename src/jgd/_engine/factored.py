@@ -22,6 +22,7 @@ from jgd._engine.examples import (
     batch_data,
     deltas_of,
     gradient,
+    only_for,
     part_data,
     site_outputs,
 )  # fmt: skip
@@ -125,7 +126,13 @@ class Factored(AllAtOnce):
 
     def _blocks(self, part: Part) -> jax.Array:
         """The examples' gradients in one part, each in the order in which it comes."""
-        return self._each(lambda one: self._unordered(one, part))
+        return self._only(part)._each(lambda one: self._unordered(one, part))
+
+    def _leaf_blocks(self, leaf: int) -> jax.Array:
+        """The examples' gradients with respect to one leaf."""
+        if leaf in self.examples.blocks:
+            return self.examples.blocks[leaf]
+        return self._each(lambda one: self._gradient(one, [leaf])[0])
 
     def _direct_sum(self, part: Part, examples: Example, weights: jax.Array | None) -> jax.Array:
         """Σ w_i g_i in one part, flat, by one product for each use, the examples among its positions."""
@@ -235,9 +242,11 @@ class Factored(AllAtOnce):
                 squares = jax.vmap(factors.sum_squares)(self._blocks(part))
             else:
                 square = lambda one, part=part: part.square(part_data(self.plan, self.model, one, part))
-                squares = self._tiled(part.cost.numbers, square)
+                squares = self._only(part)._tiled(part.cost.numbers, square)
             totals[part.leaf] = totals[part.leaf] + squares
-        for leaf in sorted(self.plan.whole_leaves):
+        for leaf, block in self.examples.blocks.items():
+            totals[leaf] = totals[leaf] + jax.vmap(factors.sum_squares)(block)
+        for leaf in sorted(self.plan.whole_leaves - self.examples.blocks.keys()):
             block = lambda one, leaf=leaf: factors.sum_squares(self._gradient(one, [leaf])[0])
             totals[leaf] = totals[leaf] + self._tiled(self.like[leaf].size, block)
         return totals
@@ -254,7 +263,7 @@ class Factored(AllAtOnce):
         total = jnp.zeros((), jnp.float32)
         for part in self.plan.parts:
             if part.leaf in short and part.shape is not None and part.looks_up:
-                (rows,) = self._each(lambda one, part=part: self._factors(one, part))
+                (rows,) = self._only(part)._each(lambda one, part=part: self._factors(one, part))
                 total = total + lookups.squared_sum(rows, part.shape.sizes()[1])
             elif part.leaf in short:
                 data = batch_data(self.plan, self.model, self.examples, part)
@@ -276,17 +285,16 @@ class Factored(AllAtOnce):
     def _gram(self, forms: Sequence["Factored"]) -> jax.Array:
         total = jnp.zeros((self.size, forms[-1].size), jnp.float32)
         pieces = math.gcd(forms[-1].size, max(form.pieces for form in forms))
-        of_each = lambda fun: [form._each(functools.partial(fun, form)) for form in forms]
         for part in self.plan.parts:
             if part.shape is None or part.leaf in self.plan.kept:
-                made = of_each(lambda form, one, part=part: form._unordered(one, part).reshape(-1))
-                total = total + grams.of_blocks(made[0], *made[1:], pieces=pieces)
+                flat = lambda form, part=part: form._blocks(part).reshape(form.size, part.size)
+                total = total + grams.of_blocks(*map(flat, forms), pieces=pieces)
             else:
-                made = of_each(lambda form, one, part=part: form._factors(one, part))
-                total = total + grams.of_factors(made[0], *made[1:], rows=part.shape.sizes()[1])
+                own = lambda form, part=part: form._only(part)._each(lambda one: form._factors(one, part))
+                total = total + grams.of_factors(*map(own, forms), rows=part.shape.sizes()[1])
         for leaf in sorted(self.plan.whole_leaves):
-            made = of_each(lambda form, one, leaf=leaf: form._gradient(one, [leaf])[0].reshape(-1))
-            total = total + grams.of_blocks(made[0], *made[1:], pieces=pieces)
+            flat = lambda form, leaf=leaf: form._leaf_blocks(leaf).reshape(form.size, self.like[leaf].size)
+            total = total + grams.of_blocks(*map(flat, forms), pieces=pieces)
         return total
 
     def second_moments(self, weights: jax.Array | None) -> list[jax.Array]:
@@ -302,8 +310,11 @@ class Factored(AllAtOnce):
         of_part = functools.partial(self._part_moment, weights=weights, centred=centred)
         totals = {leaf: self._assembled(leaf, of_part) for leaf in {part.leaf for part in self.plan.parts}}
         for leaf in self.plan.whole_leaves:
-            block = lambda one, leaf=leaf: self._gradient(one, [leaf])[0].reshape(-1)
-            spread = self._spread(block, self.like[leaf].size, weights)
+            if leaf in self.examples.blocks:
+                spread = moments.spread_of(self._leaf_blocks(leaf).reshape(self.size, -1), weights)
+            else:
+                block = lambda one, leaf=leaf: self._gradient(one, [leaf])[0].reshape(-1)
+                spread = self._spread(block, self.like[leaf].size, weights)
             flat = spread.square if centred else moments.square_around_zero(spread)
             totals[leaf] = flat.reshape(self.like[leaf].shape)
         unmet = lambda x: jnp.zeros(x.shape, accumulator(x.dtype))
@@ -312,12 +323,12 @@ class Factored(AllAtOnce):
     def _part_moment(self, part: Part, weights: jax.Array | None, *, centred: bool) -> jax.Array:
         """One part's moment, flat: from its factors where they give it, else from the gradients, a tile at a time."""
         if part.shape is not None and part.looks_up:
-            (rows,) = self._each(lambda one: self._factors(one, part))
+            (rows,) = self._only(part)._each(lambda one: self._factors(one, part))
             moment = lookups.spread if centred else lookups.second_moment
             each = jnp.ones(self.size) if weights is None else weights
             return part.shape.flatten(moment(rows, each, part.shape.sizes()[1])[None])
         if part.shape is not None and part.positions == 1 and part.uses[0].rule == "dot_general":
-            (outer,) = self._each(lambda one: self._factors(one, part))
+            (outer,) = self._only(part)._each(lambda one: self._factors(one, part))
             if not centred:
                 return part.shape.flatten(moments.square_of_outer(outer, weights))
             total = None
@@ -328,7 +339,7 @@ class Factored(AllAtOnce):
         if part.leaf in self.plan.kept:
             spread = moments.spread_of(self._blocks(part), weights)
         else:
-            spread = self._spread(lambda one: self._unordered(one, part), part.size, weights)
+            spread = self._only(part)._spread(lambda one: self._unordered(one, part), part.size, weights)
         return part.in_memory(spread.square if centred else moments.square_around_zero(spread))
 
     def _spread(
@@ -401,6 +412,9 @@ class Factored(AllAtOnce):
 
     def _factors(self, example: Example, part: Part) -> list[Factor]:
         return part.factors(part_data(self.plan, self.model, example, part))
+
+    def _only(self, part: Part) -> "Factored":
+        return replace(self, examples=only_for(self.plan, self.examples, part))
 
     def _each(
         self, fun: Callable[[Example], Any], examples: Example | None = None, size: int | None = None

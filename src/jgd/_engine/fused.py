@@ -12,10 +12,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 
 from jgd._engine.parts import Part
-from jgd._engine.regions import Nested, Region, Site, Value, recorded, sites_of
+from jgd._engine.regions import Nested, Region, Site, Value, recorded
 from jgd._engine.rules import use_of
 from jgd._engine.uses import SiteData
 from jgd._engine.views import View
