@@ -114,16 +114,16 @@ class Materialized(AllAtOnce):
         """⟨g_i, g_j⟩."""
         return self.gram(self)
 
-    def second_moments(self, weights: jax.Array | None) -> list[jax.Array]:
-        """Σ w_i g_i², elementwise. Leaves in the accumulator's dtype."""
+    def second_moments(self, weights: jax.Array | None, scale: Any = 1) -> list[jax.Array]:
+        """scale · Σ w_i g_i², elementwise. Leaves in the accumulator's dtype."""
         zero = [jnp.zeros(x.shape, accumulator(x.dtype)) for x in self.like]
-        return self._squares_around(zero, weights)
+        return [x * scale for x in self._squares_around(zero, weights)]
 
-    def spreads(self, weights: jax.Array | None) -> list[jax.Array]:
-        """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulator's dtype."""
+    def spreads(self, weights: jax.Array | None, scale: Any = 1) -> list[jax.Array]:
+        """scale · Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulator's dtype."""
         total = self.size if weights is None else jnp.sum(weights)
         mean = [x / total for x in self.weighted_sum(weights, keep_wide=True)]
-        return self._squares_around(mean, weights)
+        return [x * scale for x in self._squares_around(mean, weights)]
 
     def _squares_around(self, center: Sequence[jax.Array], weights: jax.Array | None) -> list[jax.Array]:
         sums = []

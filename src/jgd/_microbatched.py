@@ -94,8 +94,8 @@ class Microbatched:
         sums, squares = self.walk(both, None)
         return squares, jnp.sum(jnp.stack([sum_squares(x) for x in sums]))
 
-    def spreads(self, weights: jax.Array | None) -> list[jax.Array]:
-        """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean; the mean first, by a walk of its own."""
+    def spreads(self, weights: jax.Array | None, scale: Any = 1) -> list[jax.Array]:
+        """scale · Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean; the mean first, by a walk of its own."""
         total = self.size if weights is None else jnp.sum(weights)
         sums, _ = self.walk(lambda form, w: (form.weighted_sum(w, keep_wide=True), ()), weights)
 
@@ -105,7 +105,7 @@ class Microbatched:
             parts = zip(form.spreads(w), means, sums, strict=True)
             return [square + own * jnp.square(mean - x / total) for square, mean, x in parts], ()
 
-        return self.walk(around_the_mean, weights)[0]
+        return [x * scale for x in self.walk(around_the_mean, weights)[0]]
 
     def gram(self, other: Any) -> jax.Array:
         """⟨g_i, g'_j⟩; the other batch's microbatches are made again for each of these."""

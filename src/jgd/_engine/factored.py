@@ -111,6 +111,12 @@ class Factored(AllAtOnce):
             guarded = [leaf for leaf in rest if leaf in self.plan.guarded]
             sums.update(zip(guarded, self._guarded_sum(guarded, weights), strict=True))
             rest = [leaf for leaf in rest if leaf not in sums]
+        elif weights is not None:
+            others = {part.leaf for part in self.plan.parts if not part.looks_up or part.shape is None}
+            met = {part.leaf for part in self.plan.parts} - others
+            for leaf in met.intersection(rest):
+                sums[leaf] = self._assembled(leaf, self._lookup_sum, examples, weights)
+            rest = [leaf for leaf in rest if leaf not in sums]
         sums.update(zip(rest, self._pull_sum(rest, examples, weights), strict=True))
         return [sums[leaf] if keep_wide else sums[leaf].astype(x.dtype) for leaf, x in enumerate(self.like)]
 
@@ -145,6 +151,13 @@ class Factored(AllAtOnce):
             return summed(examples, weights)
         # Behind the steps of a loop the batch axis cannot be cut once both are folded into the positions.
         return self._sum_by_piece(summed, examples, weights)
+
+    def _lookup_sum(self, part: Part, examples: Example, weights: jax.Array) -> jax.Array:
+        """Σ w_i g_i in one part whose rows were looked up, flat."""
+        assert part.shape is not None
+        (rows,) = replace(self, examples=examples)._only(part)._each(lambda one: self._factors(one, part))
+        made = lookups.weighted_sum(rows, weights, part.shape.sizes()[1], one_device=self.pieces == 1)
+        return part.shape.flatten(made[None])
 
     def _pull_sum(
         self, leaves: Sequence[int], examples: Example, weights: jax.Array | None
@@ -297,17 +310,17 @@ class Factored(AllAtOnce):
             total = total + grams.of_blocks(*map(flat, forms), pieces=pieces)
         return total
 
-    def second_moments(self, weights: jax.Array | None) -> list[jax.Array]:
-        """Σ w_i g_i², elementwise. Leaves in the accumulator's dtype."""
-        return self._moments(weights, centred=False)
+    def second_moments(self, weights: jax.Array | None, scale: Any = 1) -> list[jax.Array]:
+        """scale · Σ w_i g_i², elementwise. Leaves in the accumulator's dtype."""
+        return self._moments(weights, scale, centred=False)
 
-    def spreads(self, weights: jax.Array | None) -> list[jax.Array]:
-        """Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulator's dtype."""
-        return self._moments(weights, centred=True)
+    def spreads(self, weights: jax.Array | None, scale: Any = 1) -> list[jax.Array]:
+        """scale · Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulator's dtype."""
+        return self._moments(weights, scale, centred=True)
 
-    def _moments(self, weights: jax.Array | None, *, centred: bool) -> list[jax.Array]:
+    def _moments(self, weights: jax.Array | None, scale: Any, *, centred: bool) -> list[jax.Array]:
         self._refuse(self._unruled())
-        of_part = functools.partial(self._part_moment, weights=weights, centred=centred)
+        of_part = functools.partial(self._part_moment, weights=weights, scale=scale, centred=centred)
         totals = {leaf: self._assembled(leaf, of_part) for leaf in {part.leaf for part in self.plan.parts}}
         for leaf in self.plan.whole_leaves:
             if leaf in self.examples.blocks:
@@ -316,31 +329,32 @@ class Factored(AllAtOnce):
                 block = lambda one, leaf=leaf: self._gradient(one, [leaf])[0].reshape(-1)
                 spread = self._spread(block, self.like[leaf].size, weights)
             flat = spread.square if centred else moments.square_around_zero(spread)
-            totals[leaf] = flat.reshape(self.like[leaf].shape)
+            totals[leaf] = flat.reshape(self.like[leaf].shape) * scale
         unmet = lambda x: jnp.zeros(x.shape, accumulator(x.dtype))
         return [totals[leaf] if leaf in totals else unmet(x) for leaf, x in enumerate(self.like)]
 
-    def _part_moment(self, part: Part, weights: jax.Array | None, *, centred: bool) -> jax.Array:
+    def _part_moment(self, part: Part, weights: jax.Array | None, scale: Any, *, centred: bool) -> jax.Array:
         """One part's moment, flat: from its factors where they give it, else from the gradients, a tile at a time."""
         if part.shape is not None and part.looks_up:
             (rows,) = self._only(part)._each(lambda one: self._factors(one, part))
             moment = lookups.spread if centred else lookups.second_moment
             each = jnp.ones(self.size) if weights is None else weights
-            return part.shape.flatten(moment(rows, each, part.shape.sizes()[1])[None])
+            table = moment(rows, each, scale, part.shape.sizes()[1], one_device=self.pieces == 1)
+            return part.shape.flatten(table[None])
         if part.shape is not None and part.positions == 1 and part.uses[0].rule == "dot_general":
             (outer,) = self._only(part)._each(lambda one: self._factors(one, part))
             if not centred:
-                return part.shape.flatten(moments.square_of_outer(outer, weights))
+                return part.shape.flatten(moments.square_of_outer(outer, weights)) * scale
             total = None
             if weights is None and part.leaf in self.plan.direct and self.plan.program.platform == "cpu":
                 # What a sum of the gradients is beside this; elsewhere its products may be of fewer bits.
                 total = part.shape.unflatten(self._direct_sum(part, self.examples, None))
-            return part.shape.flatten(moments.spread_of_outer(outer, weights, total))
+            return part.shape.flatten(moments.spread_of_outer(outer, weights, total)) * scale
         if part.leaf in self.plan.kept:
             spread = moments.spread_of(self._blocks(part), weights)
         else:
             spread = self._only(part)._spread(lambda one: self._unordered(one, part), part.size, weights)
-        return part.in_memory(spread.square if centred else moments.square_around_zero(spread))
+        return part.in_memory(spread.square if centred else moments.square_around_zero(spread)) * scale
 
     def _spread(
         self, block: Callable[[Example], jax.Array], size: int, weights: jax.Array | None

@@ -22,7 +22,7 @@ from jgd._engine.views import View
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """The squared norm of one step's gradient in a part `of` a leaf; `part` and `site` are those of a step by itself."""
+    """The squared norm of one step's gradient in a part `of` a leaf; `part` and `site` are a step's own."""
 
     of: Part
     part: Part

@@ -5,6 +5,7 @@ that met no row has the number of the rows, and adds nothing.
 """
 
 import math
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -17,17 +18,38 @@ from jgd._mesh import everywhere, varying
 _DISTANCES = 16  # of partners in the sorted lookups that are looked at before asking whether any are left
 
 
-def second_moment(made: Rows, weights: jax.Array, rows: int) -> jax.Array:
-    """Σ w_i g_i², `(rows, Q)`."""
+def weighted_sum(made: Rows, weights: jax.Array, rows: int, *, one_device: bool) -> jax.Array:
+    """Σ w_i g_i, `(rows, Q)`."""
+    share = jnp.where((made.index < rows) & (weights != 0)[:, None], weights[:, None], 0)
+    table = _empty(made, rows, 0, one_device=one_device)
+    right = made.right[:, 0].astype(table.dtype)
+    return table.at[made.index].add(share[:, :, None].astype(table.dtype) * right, mode="drop")
+
+
+def _empty(made: Rows, rows: int, number: int, *, one_device: bool) -> jax.Array:
+    """A table of zeros; of several in one program each asks for a `number` of its own.
+
+    XLA would make one table for all of them, and copy it for each to be written into: it must not see that they are
+    equal. A row's number is never below 0, which is known here alone. Over several devices it would have to be sent.
+    """
+    shape, dtype = (rows, made.right.shape[3]), wide(made.right)
+    if not one_device or made.index.size == 0:
+        return jnp.zeros(shape, dtype)
+    some = made.index.reshape(-1)[number % made.index.size]
+    return jnp.broadcast_to(jnp.minimum(some, 0).astype(dtype), shape)
+
+
+def second_moment(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device: bool) -> jax.Array:
+    """scale · Σ w_i g_i², `(rows, Q)`: what is met is scaled, not the table."""
     right = mask_rows(weights != 0, made.right)
     first, total = _by_row(made.index, right, rows)
     share = jnp.where(first & (weights != 0)[:, None], weights[:, None], 0)
-    table = jnp.zeros((rows, total.shape[2]), total.dtype)
-    return table.at[made.index].add(share[:, :, None] * jnp.square(total), mode="drop")
+    table = _empty(made, rows, 1, one_device=one_device)
+    return table.at[made.index].add((share[:, :, None] * jnp.square(total)) * scale, mode="drop")
 
 
-def spread(made: Rows, weights: jax.Array, rows: int) -> jax.Array:
-    """Σ w_i (g_i − ḡ)², `(rows, Q)`, with ḡ the weighted mean: an example that did not look up a row deviates by ḡ."""
+def spread(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device: bool) -> jax.Array:
+    """scale · Σ w_i (g_i − ḡ)², `(rows, Q)`, ḡ the weighted mean: who did not look up a row deviates by ḡ."""
     present, weight = weights != 0, jnp.sum(weights)
     first, total = _by_row(made.index, mask_rows(present, made.right), rows)
     share = jnp.where(first & present[:, None], weights[:, None], 0).reshape(-1, 1)
@@ -39,10 +61,10 @@ def spread(made: Rows, weights: jax.Array, rows: int) -> jax.Array:
     # What is left of the weight rounds: where every example met the row, it is 0.
     met = summed((share != 0).astype(jnp.int32)) == jnp.sum(present)
     unmet = jnp.where(met, 0, weight - summed(share))
-    made_of = summed(share * jnp.square(total - near)) + unmet * jnp.square(mean)
+    made_of = (summed(share * jnp.square(total - near)) + unmet * jnp.square(mean)) * scale
     if places.size == rows:
         return made_of
-    return jnp.zeros((rows, total.shape[1]), total.dtype).at[places].set(made_of, mode="drop")
+    return _empty(made, rows, 2, one_device=one_device).at[places].set(made_of, mode="drop")
 
 
 def squared_sum(made: Rows, rows: int) -> jax.Array:

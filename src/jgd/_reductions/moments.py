@@ -55,18 +55,19 @@ def variance(
 @placed_by(like_leaves)
 def _second_moment(form, weights):
     total, share = (form.size, None) if weights is None else (1, weights / jnp.sum(weights))
-    moments, _ = form.walk(lambda form, w: (form.second_moments(w), ()), share)
-    return [(m / total).astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
+    moments, _ = form.walk(lambda form, w: (form.second_moments(w, 1 / total), ()), share)
+    return [m.astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
 
 
 @jax.jit
 @placed_by(like_leaves)
 def _variance(form, weights):
     if weights is None:
-        spreads, unbiased = form.spreads(None), form.size - 1
+        share, unbiased = None, form.size - 1
     else:
         share = weights / jnp.sum(weights)
-        spreads, unbiased = form.spreads(share), 1 - jnp.sum(jnp.square(share))
+        unbiased = 1 - jnp.sum(jnp.square(share))
         # Weights that leave one example alone leave no variance: not defined is nan, not inf.
         unbiased = jnp.where(unbiased > 0, unbiased, jnp.nan)
-    return [(m / unbiased).astype(x.dtype) for m, x in zip(spreads, form.like, strict=True)]
+    spreads = form.spreads(share, 1 / unbiased)
+    return [m.astype(x.dtype) for m, x in zip(spreads, form.like, strict=True)]
