@@ -1,0 +1,150 @@
+"""Σ w_i g_i of a batch, leaf by leaf: from blocks that were kept, by one product for each use, by one `vjp`."""
+
+import functools
+import math
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jgd._engine import factors, lookups, tiles
+from jgd._engine.examples import Example, axes_of, batch_data, deltas_of, site_outputs
+from jgd._engine.held import Held
+from jgd._engine.parts import Part
+from jgd._materialized import Materialized, accumulator
+
+
+def weighted_sum(held: Held, weights: jax.Array | None, *, after_norms: bool = False) -> list[jax.Array]:
+    """Σ w_i g_i, in the accumulators' dtypes.
+
+    `after_norms`: the norms were asked for in the same program, so what they built can be used again.
+    """
+    held.refuse(held.unruled(batch_groups=2))  # XLA aborts on their sum
+    one_device = held.pieces == 1
+    examples = held.examples
+    kept = [part for part in held.plan.parts if after_norms and part.leaf in held.plan.kept]
+    made = [held.blocks(part) for part in kept]
+    beside = list(examples.blocks.values())
+    if weights is None:
+        sums_beside = Materialized(beside).weighted_sum(None, keep_wide=True)
+    else:
+        # Flat: an axis of length 1 would be one more way to lie in memory, and a copy between the two.
+        flat = [x.reshape(held.size, math.prod(x.shape[1:])) for x in made]
+        examples, silent = held.silenced(weights, flat + beside, stand_in=one_device, in_place=one_device)
+        sums_beside = [factors.sum_leading(x, weights) for x in silent[len(kept) :]]
+        made = [x.reshape(like.shape) for x, like in zip(silent, made, strict=False)]
+    sums = dict(zip(examples.blocks, sums_beside, strict=True))
+    of_part = {id(part): factors.sum_leading(x, weights) for part, x in zip(kept, made, strict=True)}
+    from_blocks = lambda part: part.in_memory(of_part[id(part)])
+    for leaf in {part.leaf for part in kept}:
+        sums[leaf] = held.assembled(leaf, from_blocks)
+    for leaf in held.plan.direct:
+        if leaf not in sums:
+            sums[leaf] = held.assembled(leaf, functools.partial(direct_sum, held), examples, weights)
+    # A custom derivative need not be linear in what it is given: it gets each example's own.
+    apart = sorted((held.plan.backward_only | held.grouped(groups=2)) - sums.keys())
+    if apart:
+        sums.update(zip(apart, _apart_sum(held, apart, weights), strict=True))
+    rest = [leaf for leaf in held.leaves if leaf not in sums]
+    if not one_device:
+        guarded = [leaf for leaf in rest if leaf in held.plan.guarded]
+        sums.update(zip(guarded, _guarded_sum(held, guarded, weights), strict=True))
+        rest = [leaf for leaf in rest if leaf not in sums]
+    elif weights is not None:
+        others = {part.leaf for part in held.plan.parts if not part.looks_up or part.shape is None}
+        met = {part.leaf for part in held.plan.parts} - others
+        for leaf in met.intersection(rest):
+            sums[leaf] = held.assembled(leaf, functools.partial(_lookup_sum, held), examples, weights)
+        rest = [leaf for leaf in rest if leaf not in sums]
+    sums.update(zip(rest, _pull_sum(held, rest, examples, weights), strict=True))
+    return [sums[leaf] for leaf in held.leaves]
+
+
+def _apart_sum(held: Held, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
+    """Σ w_i g_i of some leaves, from the examples' gradients, a tile at a time."""
+
+    def of_tile(batch: tuple[Example, jax.Array], size: int) -> list[jax.Array]:
+        blocks = held.each(lambda one: held.gradient(one, leaves), batch[0], size)
+        return Materialized(blocks).weighted_sum(batch[1], keep_wide=True)
+
+    ones = jnp.ones(held.size) if weights is None else weights
+    return held.batch(ones).folded(of_tile, sum(held.like[leaf].size for leaf in leaves))
+
+
+def direct_sum(held: Held, part: Part, examples: Example, weights: jax.Array | None) -> jax.Array:
+    """Σ w_i g_i in one part, flat, by one product for each use, the examples among its positions."""
+
+    def summed(examples: Example, weights: jax.Array | None = None) -> jax.Array:
+        data = batch_data(held.plan, held.model, examples, part)
+        return factors.add([use.batch_gradient(data[id(use.site)], weights) for use in part.uses])
+
+    if held.pieces == 1 or not any(use.site.loops for use in part.uses):
+        return summed(examples, weights)
+    # Behind the steps of a loop the batch axis cannot be cut once both are folded into the positions.
+    return _sum_by_piece(held, summed, examples, weights)
+
+
+def _lookup_sum(held: Held, part: Part, examples: Example, weights: jax.Array) -> jax.Array:
+    """Σ w_i g_i in one part whose rows were looked up, flat."""
+    assert part.shape is not None
+    (rows,) = replace(held, examples=examples).only(part).each(lambda one: held.factors(one, part))
+    made = lookups.weighted_sum(rows, weights, part.shape.sizes()[1], one_device=held.pieces == 1)
+    return part.shape.flatten(made[None])
+
+
+def _pull_sum(
+    held: Held, leaves: Sequence[int], examples: Example, weights: jax.Array | None
+) -> list[jax.Array]:
+    """Σ w_i g_i of some leaves, by one `vjp` with the examples inside."""
+    if not leaves:
+        return []
+    wide = [accumulator(held.like[leaf].dtype) for leaf in leaves]
+
+    def outputs(values: Sequence[jax.Array]) -> list[jax.Array]:
+        values = [x.astype(held.like[leaf].dtype) for leaf, x in zip(leaves, values, strict=True)]
+        return held.each(lambda one: site_outputs(held.plan, held.model, one, leaves, values), examples)
+
+    params = [held.model.params[leaf].astype(w) for leaf, w in zip(leaves, wide, strict=True)]
+    pull = jax.vjp(outputs, params)[1]
+    if weights is None:
+        return pull(held.each(lambda one: deltas_of(held.plan, one, leaves), examples))[0]
+    of_weight = lambda x, axis: factors.scaled(x, axis, weights)
+    deltas = jax.tree.map(of_weight, examples.deltas, axes_of(held.plan).deltas)
+    sums = pull(held.each(lambda one: deltas_of(held.plan, one, leaves), examples._replace(deltas=deltas)))[0]
+    # Without any present example there was no stand-in, and a site may have no derivative at 0.
+    anyone = jnp.any(weights != 0)
+    silent = lambda leaf, x: jnp.where(anyone, x, 0) if leaf in held.plan.guarded else x
+    return list(map(silent, leaves, sums))
+
+
+def _guarded_sum(held: Held, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
+    """Σ w_i g_i of leaves whose sites may have no derivative at 0, over several devices.
+
+    A stand-in comes from the device's own examples. And what a parameter was broadcast along, as a bias along
+    positions, is summed before the devices add up, which else send a number for each position.
+    """
+    unruled = [leaf for leaf in leaves if leaf in held.unruled()]
+    ruled = [leaf for leaf in leaves if leaf not in unruled]
+
+    def of_present(
+        leaves: Sequence[int], examples: Example, weights: jax.Array | None = None
+    ) -> list[jax.Array]:
+        part = replace(held, examples=examples, pieces=1)
+        if weights is not None:
+            examples, _ = part.silenced(weights, stand_in=True, in_place=False)
+        return _pull_sum(part, leaves, examples, weights)
+
+    sums = dict(zip(unruled, of_present(unruled, held.examples, weights), strict=True))
+    if ruled:
+        of_ruled = functools.partial(of_present, ruled)
+        sums.update(zip(ruled, _sum_by_piece(held, of_ruled, held.examples, weights), strict=True))
+    return [sums[leaf] for leaf in leaves]
+
+
+def _sum_by_piece(held: Held, fun: Callable[..., Any], examples: Example, weights: jax.Array | None) -> Any:
+    """`fun` of each device's examples, and of their weights where there are any, added up."""
+    batch = replace(held, examples=examples).batch(weights)
+    of_piece = fun if weights is None else (lambda both: fun(*both))
+    return tiles.total(batch.by_piece(of_piece))
