@@ -46,6 +46,7 @@ def test_the_tied_transformer_reads_like_an_account():
     layers = model.params["layers"]["qkv"]["w"].shape
     row = by_leaf(explanation)["['layers']['qkv']['w']"]
     assert (row.n, row.p, row.q) == layers  # the stacked layers are block axes
+    assert "the backward pass takes their square as it goes" in row.why
     paths = {jax.tree_util.keystr(path) for path, _ in jax.tree.leaves_with_path(model.params)}
     assert {row.leaf for row in explanation.rows} == paths
     lines = str(explanation).splitlines()

@@ -241,6 +241,8 @@ def _why(plan: Plan, part: Part, use: Use) -> str:
     kept = (
         "; the blocks stay, being little larger than the factors, and make the clipped sum"
         if part.leaf in plan.kept
+        else "; each step of the scan has elements of its own: the backward pass takes their square as it goes"
+        if plan.is_probed(part)
         else ""
     )
     seconds = {method: cost.seconds(plan.device) for method, cost in part.costs.items()}

@@ -68,9 +68,8 @@ class Factored(Held, AllAtOnce):
         self.refuse(self.unruled())
         told = self.examples.squares
         totals = [told.get(leaf, jnp.zeros(self.size, jnp.float32)) for leaf in self.leaves]
-        probed = {id(probe.of) for some in self.plan.probes.values() for probe in some} if told else set()
         for part in self.plan.parts:
-            if id(part) in probed:
+            if told and self.plan.is_probed(part):
                 continue
             if part.leaf in self.plan.kept:
                 squares = jax.vmap(factors.sum_squares)(self.blocks(part))

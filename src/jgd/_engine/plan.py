@@ -66,6 +66,10 @@ class Plan:
     probes: Probes  # of those parts whose squared norms the backward pass can take as it goes
     guarded: frozenset[int]  # leaves with a site that may have no derivative where its data is 0
 
+    def is_probed(self, part: Part) -> bool:
+        """Whether the backward pass can take the part's squared norm as it goes."""
+        return any(probe.of is part for some in self.probes.values() for probe in some)
+
     @property
     def device(self) -> Device:
         """The constants that the plan was made by."""
