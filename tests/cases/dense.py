@@ -42,6 +42,11 @@ def mlp_classifier(draw):
 
 
 @case
+def integers_times_weights(draw):
+    return lambda p, x: squared(jnp.tanh(x @ p)), draw(9, 8), (draw.integers(4, B, 2, 9),)
+
+
+@case
 def scalars_and_empty_subtrees(draw):
     def loss(p, example):
         out = mlp(p["net"], example["x"])

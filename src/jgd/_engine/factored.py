@@ -148,8 +148,8 @@ class Factored(Held, AllAtOnce):
             else:
                 block = lambda one, leaf=leaf: self.gradient(one, [leaf])[0].reshape(-1)
                 spread = self._spread(block, self.like[leaf].size, weights)
-            flat = spread.square if centred else moments.square_around_zero(spread)
-            totals[leaf] = flat.reshape(self.like[leaf].shape) * scale
+            around = moments.square_around_mean if centred else moments.square_around_zero
+            totals[leaf] = around(spread).reshape(self.like[leaf].shape) * scale
         unmet = lambda x: jnp.zeros(x.shape, accumulator(x.dtype))
         return [totals[leaf] if leaf in totals else unmet(x) for leaf, x in enumerate(self.like)]
 
@@ -174,7 +174,8 @@ class Factored(Held, AllAtOnce):
             spread = moments.spread_of(self.blocks(part), weights)
         else:
             spread = self.only(part)._spread(lambda one: self.unordered(one, part), part.size, weights)
-        return part.in_memory(spread.square if centred else moments.square_around_zero(spread)) * scale
+        around = moments.square_around_mean if centred else moments.square_around_zero
+        return part.in_memory(around(spread)) * scale
 
     def _spread(
         self, block: Callable[[Example], jax.Array], size: int, weights: jax.Array | None

@@ -30,7 +30,8 @@ class Spread(NamedTuple):
 
 def spread_of(blocks: jax.Array, weights: jax.Array | None) -> Spread:
     """The spread of some gradients, by two looks at them."""
-    present = _present(blocks, weights).astype(wide(blocks))
+    dtype = wide(blocks) if weights is None else jnp.promote_types(wide(blocks), weights.dtype)
+    present = _present(blocks, weights).astype(dtype)
     weight = jnp.asarray(blocks.shape[0], present.dtype) if weights is None else jnp.sum(weights)
     if blocks.shape[0] == 1:
         return Spread(weight, present[0], jnp.zeros_like(present[0]))
@@ -44,9 +45,17 @@ def _present(x: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 
 def square_around_zero(spread: Spread) -> jax.Array:
-    """Σ w g². Where a variance is asked for beside it, one way through the gradients serves both."""
+    """Σ w g². Where a variance is asked for beside it, one way through the gradients serves both.
+
+    It is inf where a gradient is, but nan where one is inf and another −inf.
+    """
     square = spread.square + spread.weight * jnp.square(spread.mean)
     return jnp.where(jnp.isinf(spread.mean), jnp.inf, square)
+
+
+def square_around_mean(spread: Spread) -> jax.Array:
+    """Σ w (g − mean)²: nan where a gradient is not finite."""
+    return jnp.where(jnp.isinf(spread.mean), jnp.nan, spread.square)
 
 
 def joined(a: Spread, b: Spread) -> Spread:
@@ -54,7 +63,10 @@ def joined(a: Spread, b: Spread) -> Spread:
     weight, apart = a.weight + b.weight, b.mean - a.mean
     share = b.weight * inverse(weight)
     square = a.square + b.square + jnp.square(apart) * (a.weight * share)
-    return Spread(weight, a.mean + apart * share, square)
+    # Once infinite a mean stays so, where inf − inf would make it nan; a nan of either stays a nan.
+    infinite = jnp.isinf(a.mean) | jnp.isinf(b.mean)
+    mean = jnp.where(infinite, jnp.abs(a.mean) + jnp.abs(b.mean), a.mean + apart * share)
+    return Spread(weight, mean, square)
 
 
 def joined_all(each: Spread) -> Spread:
@@ -62,6 +74,8 @@ def joined_all(each: Spread) -> Spread:
     weight = jnp.sum(each.weight)
     mean = sum_leading(each.mean, each.weight) * inverse(weight)
     apart = sum_leading(jnp.square(each.mean - mean[None]), each.weight)
+    infinite = jnp.any(jnp.isinf(each.mean), axis=0)
+    mean = jnp.where(infinite, jnp.sum(jnp.abs(each.mean), axis=0), mean)
     return Spread(weight, mean, jnp.sum(each.square, axis=0) + apart)
 
 
@@ -96,7 +110,8 @@ def spread_of_outer(made: Outer, weights: jax.Array | None, total: jax.Array | N
     square = square_of_outer(made, weights)
     if total is None:
         total = sum_of_outer(left if weights is None else scale_rows(weights, left), right)
-    each = jnp.ones(left.shape[0]) if weights is None else weights
+    each = jnp.ones(left.shape[0], left.dtype) if weights is None else weights
+    each = each.astype(jnp.promote_types(each.dtype, left.dtype))
     spread = square - jnp.square(total) * inverse(jnp.sum(each))
 
     trusted = jnp.all(spread >= _CANCELLED * square)
@@ -112,9 +127,9 @@ def _spread_one_by_one(left: jax.Array, right: jax.Array, weights: jax.Array) ->
         return joined(so_far, Spread(weight, gradient, jnp.zeros_like(gradient))), None
 
     def of_piece(left: jax.Array) -> jax.Array:
-        start = jnp.zeros((), weights.dtype), *[jnp.zeros((n, width, q), left.dtype)] * 2
+        start = jnp.zeros((), weights.dtype), *[jnp.zeros((n, width, q), weights.dtype)] * 2
         spread = varying(Spread(*start), (left, right, weights))
-        return jax.lax.scan(add, spread, (left, right, weights))[0].square
+        return square_around_mean(jax.lax.scan(add, spread, (left, right, weights))[0])
 
     (_, n, p), q = left.shape, right.shape[2]
     width = math.ceil(p / math.ceil(n * p * q / _TILE))

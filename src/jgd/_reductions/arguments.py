@@ -17,7 +17,7 @@ def form_of(grads: Any) -> tuple[Any, Any]:
 
 
 def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array | None:
-    """The weights as an array of floats, or None for none.
+    """The weights as an array of floats, at least float32, or None for none.
 
     Raises:
         ValueError: they are not `(B,)`; or, where their sum `divides`, there is no example or they are all 0.
@@ -38,8 +38,8 @@ def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array |
             ) from error
         if array.shape != (size,):
             raise ValueError(f"`weights` must have shape ({size},), one for each example, got {array.shape}")
-        if not jnp.issubdtype(array.dtype, jnp.floating):
-            array = array.astype(jnp.float32)
+        wide = array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else jnp.float32
+        array = array.astype(jnp.promote_types(wide, jnp.float32))
         if divides and known and not bool(jnp.any(array != 0)):
             raise ValueError("`weights` are all 0, so every example is absent: their mean is not defined")
     return array

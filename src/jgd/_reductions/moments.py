@@ -19,7 +19,8 @@ def second_moment(
         weights: `(B,)`; weight 0 means absent.
 
     Returns:
-        A pytree like the parameters, in their dtypes, accumulated in at least float32.
+        A pytree like the parameters, in their dtypes, accumulated in at least float32. Where a gradient is infinite
+        it is inf, or nan beside one that is infinite the other way.
 
     Raises:
         ValueError: there are no examples, or `weights` is not `(B,)` or is all 0.
@@ -68,6 +69,6 @@ def _variance(form, weights):
         share = weights / jnp.sum(weights)
         unbiased = 1 - jnp.sum(jnp.square(share))
         # Weights that leave one example alone leave no variance: not defined is nan, not inf.
-        unbiased = jnp.where(unbiased > 0, unbiased, jnp.nan)
+        unbiased = jnp.where(unbiased == 0, jnp.nan, unbiased)
     spreads = form.spreads(share, 1 / unbiased)
     return [m.astype(x.dtype) for m, x in zip(spreads, form.like, strict=True)]

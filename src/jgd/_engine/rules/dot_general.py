@@ -87,17 +87,23 @@ class _Axes:
             positions *= size
         other = 1 - position
 
+        def both(data: SiteData) -> tuple[jax.Array, jax.Array]:
+            a, delta = data.values[other], data.deltas[0]
+            # JAX multiplies integers with floats as they are; among themselves, as pairs are, they stay integers.
+            return a if jnp.issubdtype(a.dtype, jnp.inexact) else a.astype(delta.dtype), delta
+
         def factor(data: SiteData) -> Outer:
-            return Outer(left(data.values[other]), right(data.deltas[0]))
+            a, delta = both(data)
+            return Outer(left(a), right(delta))
 
         # Positions need one order on both sides: the loops', the batch's, the rest. XLA multiplies arrays with one
         # contracted axis as they lie in memory, and copies those that have several.
         many_left, many_right = left.with_batch(self.depth, 1), right.with_batch(self.depth, 1)
 
         def batch_factor(data: SiteData, weights: jax.Array | None) -> Outer:
-            a, delta = data.values[other], data.deltas[0]
+            a, delta = both(data)
             if weights is not None:  # they scale the smaller side: it has to be copied
-                if a.size <= delta.size and jnp.issubdtype(a.dtype, jnp.inexact):
+                if a.size <= delta.size:
                     a = scaled(a, self.depth, weights)
                 else:
                     delta = scaled(delta, self.depth, weights)
