@@ -37,9 +37,7 @@ class Example(NamedTuple):
     records: Any
     deltas: Any
     blocks: dict[int, Any]  # the gradient of each leaf that is taken beside the sites
-    squares: dict[
-        int, Any
-    ]  # of the leaves whose squared norms the pass took, in those parts that have probes
+    squares: dict[int, Any]  # the squared norm of each leaf that has probes, in the parts that have them
 
 
 def axes_of(plan: Plan) -> Example:

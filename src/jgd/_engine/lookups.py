@@ -18,10 +18,10 @@ from jgd._mesh import everywhere, varying
 _DISTANCES = 16  # of partners in the sorted lookups that are looked at before asking whether any are left
 
 
-def weighted_sum(made: Rows, weights: jax.Array, rows: int, *, one_device: bool) -> jax.Array:
-    """Σ w_i g_i, `(rows, Q)`."""
+def weighted_sum(made: Rows, weights: jax.Array, rows: int) -> jax.Array:
+    """Σ w_i g_i, `(rows, Q)`, on one device."""
     share = jnp.where((made.index < rows) & (weights != 0)[:, None], weights[:, None], 0)
-    table = _empty(made, rows, 0, one_device=one_device)
+    table = _empty(made, rows, 0, one_device=True)
     right = made.right[:, 0].astype(table.dtype)
     return table.at[made.index].add(share[:, :, None].astype(table.dtype) * right, mode="drop")
 

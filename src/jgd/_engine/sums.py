@@ -87,11 +87,10 @@ def direct_sum(held: Held, part: Part, examples: Example, weights: jax.Array | N
 
 
 def _lookup_sum(held: Held, part: Part, examples: Example, weights: jax.Array) -> jax.Array:
-    """Σ w_i g_i in one part whose rows were looked up, flat."""
+    """Σ w_i g_i in one part whose rows were looked up, flat, on one device."""
     assert part.shape is not None
     (rows,) = replace(held, examples=examples).only(part).each(lambda one: held.factors(one, part))
-    made = lookups.weighted_sum(rows, weights, part.shape.sizes()[1], one_device=held.pieces == 1)
-    return part.shape.flatten(made[None])
+    return part.shape.flatten(lookups.weighted_sum(rows, weights, part.shape.sizes()[1])[None])
 
 
 def _pull_sum(
