@@ -18,7 +18,7 @@ from cases import B, Draw, Problem
 from jax import lax
 
 import jgd
-from jgd._engine import moments, tiles, views
+from jgd._engine import leading, moments, tiles, views
 from jgd._engine.examples import pass_over
 from jgd._engine.factored import Factored
 from jgd._engine.jaxprs import trace_jaxpr
@@ -26,6 +26,14 @@ from jgd._engine.plan import Variant, plan_of
 from jgd._engine.views import View, overlap
 
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
+
+
+@pytest.fixture
+def forget():
+    """What is compiled for one constant is not for another."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
 
 
 def gradients(problem, strategy="factored"):
@@ -191,8 +199,10 @@ def test_the_planner_takes_either_method(x64):
 
 @pytest.mark.parametrize("weights", [np.ones(B), WEIGHTS])
 @pytest.mark.parametrize("broken", [None, 1, 3])
-def test_blocks_that_were_kept_for_the_clipped_sum(broken, weights, x64):
+@pytest.mark.parametrize("long", [1, 1000])
+def test_blocks_that_were_kept_for_the_clipped_sum(long, broken, weights, monkeypatch, forget, x64):
     """Of an example without weight, or without a finite norm, nothing is left in the sum."""
+    monkeypatch.setattr(leading, "_LONG", long)
     problem = dense(Draw(0), 40)
     (x, *rest) = problem.batch
     if broken is not None:
@@ -254,14 +264,6 @@ def every_reduction(grads, arguments):
     }
 
 
-@pytest.fixture
-def forget():
-    """What is compiled for one size of tile is not for another."""
-    jax.clear_caches()
-    yield
-    jax.clear_caches()
-
-
 def tiled_answers(monkeypatch, tile=None, elements=None):
     if elements is not None:
         monkeypatch.setattr(tiles, "TILE", elements)
@@ -285,6 +287,27 @@ def test_tiles_of_every_number_of_examples(tile, monkeypatch, forget, x64):
     rules = {use.rule for part in plan.parts for use in part.uses}
     assert rules >= {"dot_general", "convolution", "lookup", "opaque"}
     assert len(plan.whole_leaves) == 1 and len(plan.backward_only) == 1
+
+
+@pytest.mark.parametrize("tile", [1, 2, 5])
+def test_rows_one_by_one(tile, monkeypatch, forget, x64):
+    """As `leading.sum_present` takes few and long ones."""
+    monkeypatch.setattr(leading, "_LONG", 1)
+    tiled_answers(monkeypatch, tile=tile)
+
+
+@pytest.mark.parametrize("fun", [None, lambda x: jnp.square(x - 3)])
+def test_rows_one_by_one_have_the_same_derivative(fun, monkeypatch, forget, x64):
+    rows, weights = jnp.asarray(Draw(0)(B, 2, 3)).at[1].set(np.nan), jnp.asarray(WEIGHTS)
+    total = lambda rows, weights: leading.sum_present(rows, weights, fun, one_device=True)
+    made = []
+    for long in (1, 1000):
+        monkeypatch.setattr(leading, "_LONG", long)
+        assert leading.few_and_long(rows) == (long == 1)
+        slope = jax.grad(lambda *args: jnp.sum(jnp.sin(total(*args))), argnums=(0, 1))(rows, weights)
+        made.append((total(rows, weights), slope))
+    oracle.assert_close(made[0], made[1], 1e-12)
+    assert np.all(made[0][1][0][1] == 0)  # the absent example's, which is not a number itself
 
 
 @pytest.mark.parametrize("elements", [1, 40, 100])
@@ -320,7 +343,7 @@ def test_moments_of_what_is_not_finite(broken, tile, x64):
     for example, value in broken.items():
         grads[example, 1] = value
     cut = [jnp.asarray(grads[i : i + tile]) for i in range(0, 5, tile)]
-    each = [moments.spread_of(x, None) for x in cut]
+    each = [moments.spread_of(x, None, one_device=True) for x in cut]
     stacked = jax.tree.map(lambda *x: jnp.stack(x), *each)
     for whole in (functools.reduce(moments.joined, each), moments.joined_all(stacked)):
         np.testing.assert_allclose(moments.square_around_zero(whole), np.square(grads).sum(0), rtol=1e-12)

@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jgd._engine.factors import sum_leading
+from jgd._engine.leading import scale_rows, sum_present
+from jgd._engine.tiles import pieces_of
 from jgd._mesh import Placement, spec_of
 from jgd._random import directions
 
@@ -17,18 +18,6 @@ from jgd._random import directions
 def accumulator(dtype: Any) -> Any:
     """The dtype that sums are kept in: float32, or the array's own where that is wider."""
     return jnp.promote_types(dtype, jnp.float32)
-
-
-def mask_rows(keep: jax.Array, x: jax.Array) -> jax.Array:
-    """`x` with zeros in the rows that are not kept: unlike a product, it silences nan and inf too."""
-    return jnp.where(keep.reshape(keep.shape + (1,) * (x.ndim - 1)), x, jnp.zeros((), x.dtype))
-
-
-def scale_rows(weights: jax.Array, x: jax.Array) -> jax.Array:
-    """w_i x_i, accumulated in at least float32; a row of weight 0 is absent, whatever it holds."""
-    wide = accumulator(x.dtype)
-    masked = mask_rows(weights != 0, x).astype(wide)
-    return weights.astype(wide).reshape(weights.shape + (1,) * (x.ndim - 1)) * masked
 
 
 class AllAtOnce:
@@ -78,11 +67,8 @@ class Materialized(AllAtOnce):
     ) -> list[jax.Array]:
         """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'."""
         del after_norms  # the gradients are there either way
-        if weights is None:
-            # Not as a product: where a block is one, of outer products, XLA makes the sum without it.
-            sums = [jnp.sum(b, axis=0, dtype=accumulator(b.dtype)) for b in self.blocks]
-        else:
-            sums = [sum_leading(mask_rows(weights != 0, b), weights) for b in self.blocks]
+        one_device = pieces_of(self.blocks, self.size) == 1
+        sums = [sum_present(b, weights, one_device=one_device) for b in self.blocks]
         return sums if keep_wide else [s.astype(b.dtype) for s, b in zip(sums, self.blocks, strict=True)]
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:

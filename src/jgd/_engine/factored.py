@@ -144,7 +144,8 @@ class Factored(Held, AllAtOnce):
         totals = {leaf: self.assembled(leaf, of_part) for leaf in {part.leaf for part in self.plan.parts}}
         for leaf in self.plan.whole_leaves:
             if leaf in self.examples.blocks:
-                spread = moments.spread_of(self.leaf_blocks(leaf).reshape(self.size, -1), weights)
+                blocks = self.leaf_blocks(leaf).reshape(self.size, -1)
+                spread = moments.spread_of(blocks, weights, one_device=self.pieces == 1)
             else:
                 block = lambda one, leaf=leaf: self.gradient(one, [leaf])[0].reshape(-1)
                 spread = self._spread(block, self.like[leaf].size, weights)
@@ -171,7 +172,7 @@ class Factored(Held, AllAtOnce):
                 total = part.shape.unflatten(sums.direct_sum(self, part, self.examples, None))
             return part.shape.flatten(moments.spread_of_outer(outer, weights, total)) * scale
         if part.leaf in self.plan.kept:
-            spread = moments.spread_of(self.blocks(part), weights)
+            spread = moments.spread_of(self.blocks(part), weights, one_device=self.pieces == 1)
         else:
             spread = self.only(part)._spread(lambda one: self.unordered(one, part), part.size, weights)
         around = moments.square_around_mean if centred else moments.square_around_zero
@@ -184,7 +185,7 @@ class Factored(Held, AllAtOnce):
 
         def of_tile(batch: Any, number: int) -> moments.Spread:
             examples, own = (batch, None) if weights is None else batch
-            return moments.spread_of(self.each(block, examples, number), own)
+            return moments.spread_of(self.each(block, examples, number), own, one_device=self.pieces == 1)
 
         return self.batch(weights).folded(of_tile, size, moments.joined, moments.joined_all)
 

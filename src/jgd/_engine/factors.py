@@ -18,6 +18,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jgd._engine.leading import sum_leading, wide
 from jgd._engine.views import Axis, View, merge_axes
 
 
@@ -128,36 +129,9 @@ class Full(NamedTuple):
 Factor = Outer | Rows | Full
 
 
-def wide(x: jax.Array) -> Any:
-    """The dtype that sums over `x` are kept in."""
-    return jnp.promote_types(x.dtype, jnp.float32)
-
-
 def add(arrays: Sequence[jax.Array]) -> jax.Array:
     """The sum of some arrays, in at least float32 where there are several."""
     return functools.reduce(lambda total, x: total.astype(wide(total)) + x, arrays)
-
-
-def along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
-    """One number for each example, to be spread over an array whose examples lie along `axis`."""
-    return weights.reshape([-1 if i == axis else 1 for i in range(ndim)])
-
-
-def scaled(x: jax.Array, axis: int, weights: jax.Array) -> jax.Array:
-    """w_i x_i of examples along an axis, in the dtype of `x`."""
-    return x * along(weights, axis, x.ndim).astype(x.dtype)
-
-
-def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Σ_i w_i x_i over the leading axis, in at least float32, as a product: a plain reduction
-    would read across memory."""
-    if weights is None:
-        weights = jnp.ones(x.shape[0], x.dtype)
-    dtype = jnp.promote_types(wide(x), weights.dtype)
-    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
-    exact = jax.lax.Precision.HIGHEST  # some devices multiply in fewer bits than float32 has
-    total = jnp.einsum("i,is->s", weights, flat, precision=exact, preferred_element_type=dtype)
-    return total.reshape(x.shape[1:])
 
 
 def sum_squares(x: jax.Array) -> jax.Array:

@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import lookups
-from jgd._engine.factors import Outer, Rows, add, contract, wide
+from jgd._engine.factors import Outer, Rows, add, contract
+from jgd._engine.leading import wide
 from jgd._engine.tiles import fold_tiles
 from jgd._mesh import everywhere, varying
 

@@ -10,9 +10,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.factors import Rows, contract, wide
+from jgd._engine.factors import Rows, contract
+from jgd._engine.leading import mask_rows, wide
 from jgd._engine.moments import inverse
-from jgd._materialized import mask_rows
 from jgd._mesh import everywhere, varying
 
 _DISTANCES = 16  # of partners in the sorted lookups that are looked at before asking whether any are left

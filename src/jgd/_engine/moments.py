@@ -9,8 +9,8 @@ from typing import NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.factors import Outer, sum_leading, wide
-from jgd._materialized import mask_rows, scale_rows
+from jgd._engine.factors import Outer
+from jgd._engine.leading import mask_rows, scale_rows, sum_leading, sum_present, wide
 from jgd._mesh import varying
 
 # A spread below this share of the second moment is not taken from the difference of two sums: six bits are lost
@@ -28,16 +28,16 @@ class Spread(NamedTuple):
     square: jax.Array
 
 
-def spread_of(blocks: jax.Array, weights: jax.Array | None) -> Spread:
+def spread_of(blocks: jax.Array, weights: jax.Array | None, *, one_device: bool) -> Spread:
     """The spread of some gradients, by two looks at them."""
     dtype = wide(blocks) if weights is None else jnp.promote_types(wide(blocks), weights.dtype)
-    present = _present(blocks, weights).astype(dtype)
-    weight = jnp.asarray(blocks.shape[0], present.dtype) if weights is None else jnp.sum(weights)
+    weight = jnp.asarray(blocks.shape[0], dtype) if weights is None else jnp.sum(weights)
     if blocks.shape[0] == 1:
-        return Spread(weight, present[0], jnp.zeros_like(present[0]))
-    mean = sum_leading(present, weights) * inverse(weight)
-    deviation = _present(present - mean[None], weights)
-    return Spread(weight, mean, sum_leading(jnp.square(deviation), weights))
+        only = _present(blocks, weights).astype(dtype)[0]
+        return Spread(weight, only, jnp.zeros_like(only))
+    mean = sum_present(blocks, weights, one_device=one_device) * inverse(weight)
+    from_mean = lambda rows: jnp.square(rows - mean[None])
+    return Spread(weight, mean, sum_present(blocks, weights, from_mean, one_device=one_device))
 
 
 def _present(x: jax.Array, weights: jax.Array | None) -> jax.Array:

@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jgd._engine import factors, lookups, tiles
 from jgd._engine.examples import Example, axes_of, batch_data, deltas_of, site_outputs
 from jgd._engine.held import Held
+from jgd._engine.leading import few_and_long, scaled, sum_leading, sum_present, wide
 from jgd._engine.parts import Part
 from jgd._materialized import Materialized, accumulator
 
@@ -26,17 +27,14 @@ def weighted_sum(held: Held, weights: jax.Array | None, *, after_norms: bool = F
     examples = held.examples
     kept = [part for part in held.plan.parts if after_norms and part.leaf in held.plan.kept]
     made = [held.blocks(part) for part in kept]
-    beside = list(examples.blocks.values())
     if weights is None:
-        sums_beside = Materialized(beside).weighted_sum(None, keep_wide=True)
+        totals = [sum_present(x, None, one_device=one_device) for x in made]
+        # Not as a product: XLA makes the sum along with the block, if that is a sum or an outer product.
+        totals += [jnp.sum(x, axis=0, dtype=wide(x)) for x in examples.blocks.values()]
     else:
-        # Flat: an axis of length 1 would be one more way to lie in memory, and a copy between the two.
-        flat = [x.reshape(held.size, math.prod(x.shape[1:])) for x in made]
-        examples, silent = held.silenced(weights, flat + beside, stand_in=one_device, in_place=one_device)
-        sums_beside = [factors.sum_leading(x, weights) for x in silent[len(kept) :]]
-        made = [x.reshape(like.shape) for x, like in zip(silent, made, strict=False)]
-    sums = dict(zip(examples.blocks, sums_beside, strict=True))
-    of_part = {id(part): factors.sum_leading(x, weights) for part, x in zip(kept, made, strict=True)}
+        examples, totals = _sums_of_blocks(held, [*made, *examples.blocks.values()], weights)
+    sums = dict(zip(examples.blocks, totals[len(kept) :], strict=True))
+    of_part = {id(part): x for part, x in zip(kept, totals, strict=False)}
     from_blocks = lambda part: part.in_memory(of_part[id(part)])
     for leaf in {part.leaf for part in kept}:
         sums[leaf] = held.assembled(leaf, from_blocks)
@@ -60,6 +58,23 @@ def weighted_sum(held: Held, weights: jax.Array | None, *, after_norms: bool = F
         rest = [leaf for leaf in rest if leaf not in sums]
     sums.update(zip(rest, _pull_sum(held, rest, examples, weights), strict=True))
     return [sums[leaf] for leaf in held.leaves]
+
+
+def _sums_of_blocks(
+    held: Held, blocks: Sequence[jax.Array], weights: jax.Array
+) -> tuple[Example, list[jax.Array]]:
+    """Σ w_i g_i of each block, and the examples without those of weight 0: one look at the weights for all of them."""
+    one_device = held.pieces == 1
+    # Flat: an axis of length 1 would be one more way to lie in memory, and a copy between the two.
+    flat = [x.reshape(held.size, math.prod(x.shape[1:])) for x in blocks]
+    others = [k for k, x in enumerate(flat) if not (one_device and few_and_long(x))]
+    some = [flat[k] for k in others]
+    examples, silent = held.silenced(weights, some, stand_in=one_device, in_place=one_device)
+    sums = dict(zip(others, (sum_leading(x, weights) for x in silent), strict=True))
+    for k, x in enumerate(flat):
+        total = sums[k] if k in sums else sum_present(x, weights, one_device=True)
+        sums[k] = total.reshape(blocks[k].shape[1:])
+    return examples, [sums[k] for k in range(len(flat))]
 
 
 def _apart_sum(held: Held, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
@@ -109,7 +124,7 @@ def _pull_sum(
     pull = jax.vjp(outputs, params)[1]
     if weights is None:
         return pull(held.each(lambda one: deltas_of(held.plan, one, leaves), examples))[0]
-    of_weight = lambda x, axis: factors.scaled(x, axis, weights)
+    of_weight = lambda x, axis: scaled(x, axis, weights)
     deltas = jax.tree.map(of_weight, examples.deltas, axes_of(held.plan).deltas)
     sums = pull(held.each(lambda one: deltas_of(held.plan, one, leaves), examples._replace(deltas=deltas)))[0]
     # Without any present example there was no stand-in, and a site may have no derivative at 0.

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.examples import Example
-from jgd._engine.factors import along
+from jgd._engine.leading import along
 from jgd._mesh import varying
 
 

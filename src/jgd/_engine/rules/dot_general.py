@@ -9,7 +9,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.factors import Arrangement, Outer, Shape, group, scaled, split_axes
+from jgd._engine.factors import Arrangement, Outer, Shape, group, split_axes
+from jgd._engine.leading import scaled
 from jgd._engine.regions import Side, Site
 from jgd._engine.uses import SiteData, Use
 from jgd._engine.views import Axis, View

@@ -1,0 +1,94 @@
+"""Sums along a leading axis of examples, in which an example of weight 0 is absent, whatever it left."""
+
+import functools
+import math
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+# Where there are so few examples, of so many numbers each, a sum takes them one by one.
+_FEW, _LONG = 16, 1 << 13
+
+
+def wide(x: jax.Array) -> Any:
+    """The dtype that sums over `x` are kept in."""
+    return jnp.promote_types(x.dtype, jnp.float32)
+
+
+def along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
+    """One number for each example, to be spread over an array whose examples lie along `axis`."""
+    return weights.reshape([-1 if i == axis else 1 for i in range(ndim)])
+
+
+def scaled(x: jax.Array, axis: int, weights: jax.Array) -> jax.Array:
+    """w_i x_i of examples along an axis, in the dtype of `x`."""
+    return x * along(weights, axis, x.ndim).astype(x.dtype)
+
+
+def mask_rows(keep: jax.Array, x: jax.Array) -> jax.Array:
+    """`x` with zeros in the rows that are not kept: unlike a product, it silences nan and inf too."""
+    return jnp.where(along(keep, 0, x.ndim), x, jnp.zeros((), x.dtype))
+
+
+def scale_rows(weights: jax.Array, x: jax.Array) -> jax.Array:
+    """w_i x_i, in at least float32; a row of weight 0 is absent, whatever it holds."""
+    masked = mask_rows(weights != 0, x).astype(wide(x))
+    return along(weights.astype(masked.dtype), 0, x.ndim) * masked
+
+
+def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
+    """Σ_i w_i x_i over the leading axis, in at least float32, as a product: a plain reduction
+    would read across memory."""
+    if weights is None:
+        weights = jnp.ones(x.shape[0], x.dtype)
+    dtype = jnp.promote_types(wide(x), weights.dtype)
+    flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
+    exact = jax.lax.Precision.HIGHEST  # some devices multiply in fewer bits than float32 has
+    total = jnp.einsum("i,is->s", weights, flat, precision=exact, preferred_element_type=dtype)
+    return total.reshape(x.shape[1:])
+
+
+def few_and_long(x: jax.Array) -> bool:
+    """Whether `sum_present` would take the rows of `x` one by one."""
+    return 0 < x.shape[0] <= _FEW and math.prod(x.shape[1:]) >= _LONG
+
+
+def sum_present(
+    x: jax.Array,
+    weights: jax.Array | None,
+    fun: Callable[[jax.Array], jax.Array] | None = None,
+    *,
+    one_device: bool,
+) -> jax.Array:
+    """Σ_i w_i fun(x_i) over the leading axis, in at least float32; of what has weight 0, nothing.
+
+    Few long rows are taken one by one: in one elementwise program, which needs no array of what is summed. Not where
+    they may lie on several devices, which would have to send them.
+
+    Args:
+        x: the examples.
+        weights: `(B,)`; None for weights of 1 and nobody absent.
+        fun: what is summed, elementwise, of an array whose leading axis has any length; by default `x` itself.
+        one_device: whether all examples are known to lie on one.
+    """
+
+    def term(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
+        present = rows if weights is None else mask_rows(weights != 0, rows)
+        if fun is None:
+            return present
+        made = fun(present.astype(dtype))
+        return made if weights is None else mask_rows(weights != 0, made)
+
+    size = x.shape[0]
+    dtype = wide(x) if weights is None else jnp.promote_types(wide(x), weights.dtype)
+    if not one_device or not few_and_long(x):
+        return sum_leading(term(x, weights), weights)
+    rows = jax.lax.split(x, [1] * size, axis=0)
+    if weights is None:
+        terms = [term(row, None).astype(dtype) for row in rows]
+    else:
+        each = zip(rows, jax.lax.split(weights, [1] * size), strict=True)
+        terms = [term(row, w).astype(dtype) * along(w, 0, x.ndim).astype(dtype) for row, w in each]
+    return functools.reduce(jnp.add, terms)[0]
