@@ -10,7 +10,7 @@ from jgd._bench.measure import BASELINE, Missing
 
 PAGE = Path(__file__).parent.parent / "docs" / "benchmarks.md"
 COLORS = {
-    "jgd": "#2563a8", "jgd autotuned": "#7fb2e5", "vmap(grad)": "#d9680f",
+    "jgd": "#2563a8", "jgd autotuned": "#7fb2e5", "jgd second pass": "#1b9aaa", "vmap(grad)": "#d9680f",
     "microbatch 1": "#2e8b57", "microbatch 4": "#9bc8ab",
     "jax_privacy": "#7b52ab", "jax_privacy 1": "#a88acb", "jax_privacy 4": "#cdbbe2",
 }  # fmt: skip

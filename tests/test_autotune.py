@@ -23,8 +23,8 @@ import jgd
 from jgd import _timed
 from jgd._engine import devices
 from jgd._engine.devices import DEVICES, Device
-from jgd._engine.plan import Variant
-from jgd._timed import Choice
+from jgd._engine.plan import AGAIN, Variant
+from jgd._whole import Choice
 
 # Both methods of one product are predicted to take about as long.
 POSITIONS, SIDE = 24, 64
@@ -170,7 +170,9 @@ def test_float64_answers_by_every_plan_agree_to_rounding(x64):
         chosen = calls(strategy="factored")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                jgd._gradients, "quickest", lambda *_, size, strategy=strategy, **__: Choice(strategy, size)
+                jgd._gradients,
+                "quickest",
+                lambda *_, planned, strategy=strategy, **__: planned._replace(strategy=strategy),
             )
             chosen = calls(autotune=True)(case.params, *case.batch)
         assert chosen.form.plan.program is not None
@@ -188,6 +190,11 @@ def test_microbatches_and_memory_are_tuned_at_their_size(clock):
     limited = jgd.per_example_grad(own, max_memory=most, autotune=True)(w, x)
     assert limited.form.size == 8 and all(HELD not in names for names in clock.calls[1:])
     oracle.assert_close(jgd.norms(limited), jgd.norms(jgd.per_example_grad(loss)(w, x)), 1e-5)
+    clock.best = Choice(AGAIN, 8)
+    again = jgd.per_example_grad(renamed(), max_memory=10**7, autotune=True)(w, x)
+    assert again.form.strategy == AGAIN and all(clock.best not in names for names in clock.calls[:-1])
+    want = jgd.per_example_grad(loss)(w, x)
+    oracle.assert_close(jgd.clipped_sum(again, 1.0), jgd.clipped_sum(want, 1.0), 1e-5)
 
 
 @pytest.mark.parametrize("best", [Choice("auto", 4), Choice("auto", 2), Choice("materialized", 2)])

@@ -51,6 +51,7 @@ EVERY = [name for name in QUANTITIES if name not in ("gram", "all")]
         ("mlp", "jax_privacy 4", ["clipped_sum"]),
         ("bag", "microbatch 1", EVERY),
         ("bag", "jax_privacy 1", ["clipped_sum"]),
+        ("gpt", "jgd second pass", ["clipped_sum"]),
         ("adapters", "microbatch 1", ["clipped_sum"]),  # some arguments are shared
         ("adapters", "jax_privacy", ["clipped_sum"]),
     ],
@@ -71,6 +72,7 @@ def test_the_other_methods_compute_the_same_quantities(name, method, quantities)
         ("microbatch 1", ["gram", "all"], "all pairs of examples"),
         ("microbatch 4", EVERY, "5 examples are not made of several microbatches of 4"),
         ("jax_privacy 4", ["clipped_sum"], "5 examples are not made of several microbatches of 4"),
+        ("jgd second pass", [name for name in QUANTITIES if name != "clipped_sum"], "only a weighted sum"),
         ("jax_privacy", [name for name in QUANTITIES if name != "clipped_sum"], "no such function"),
     ],
 )

@@ -11,6 +11,7 @@ import pytest
 from cases import B, problem
 
 import jgd
+from jgd._engine.plan import AGAIN
 
 CASES = ("mlp_classifier", "tied_embedding_and_head", "auxiliary_output")
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
@@ -109,6 +110,48 @@ def test_max_memory_that_is_too_little_or_plenty():
         jgd.per_example_grad(loss, max_memory=10)(params, x)
     plenty = jgd.per_example_grad(loss, max_memory=1 << 30)(params, x)
     assert "microbatched" not in repr(plenty)
+
+
+def deep(length):
+    """A checkpointed stack of layers of one width: what an example leaves there is much more than the parameters."""
+
+    def loss(params, x):
+        layer = jax.checkpoint(lambda h, w: (h + jnp.tanh(h @ w["up"]) @ w["down"], None))
+        return jnp.mean(jax.lax.scan(layer, x, params)[0])
+
+    keys = jax.random.split(jax.random.key(0), 3)
+    up, down = jax.random.normal(keys[0], (16, 8, 64)) / 3, jax.random.normal(keys[1], (16, 64, 8)) / 8
+    return loss, {"up": up, "down": down}, jax.random.normal(keys[2], (4, length, 8))
+
+
+def test_a_second_backward_pass_where_one_example_leaves_too_much():
+    loss, params, x = deep(512)
+    one = temporary(clipped(loss), params, x[:1])
+    assert jgd.per_example_grad(loss, max_memory=one)(params, x).form.strategy == "auto"
+    plain = jax.grad(lambda params, x: jnp.sum(jax.vmap(loss, (None, 0))(params, x)))
+    least = temporary(plain, params, x)
+    assert least < one / 2
+    grads = jgd.per_example_grad(loss, max_memory=least)(params, x)
+    assert grads.form.strategy == AGAIN
+    assert temporary(clipped(loss, max_memory=least), params, x) <= least + 3 * sum(
+        p.nbytes for p in params.values()
+    )
+    want = clipped(loss)(params, x)
+    got = clipped(loss, max_memory=least)(params, x)
+    jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-5), got, want)
+    np.testing.assert_allclose(jgd.norms(grads), jgd.norms(jgd.per_example_grad(loss)(params, x)), rtol=1e-5)
+
+
+def test_no_second_backward_pass_through_what_need_not_be_linear():
+    @jax.custom_vjp
+    def signed(x):
+        return x
+
+    signed.defvjp(lambda x: (x, None), lambda _, ct: (jnp.sign(ct),))
+    loss, params, x = deep(512)
+    least = temporary(clipped(loss), params, x[:1]) // 2
+    with pytest.raises(ValueError, match="one example needs"):
+        jgd.per_example_grad(lambda params, x: signed(loss(params, x)), max_memory=least)(params, x)
 
 
 def test_a_method_walks_the_same_path_in_microbatches():

@@ -12,6 +12,7 @@ import pytest
 from cases import CASES, B, Problem, problem
 
 import jgd
+from jgd._engine.plan import AGAIN, goes_again
 
 STRATEGIES = ("auto", "factored", "materialized")
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
@@ -194,6 +195,31 @@ def test_a_plain_pytree_gives_the_same_answers(name, key, x64):
     it = solved(name)
     got = ask(it.blocks, gradients(it.other, "auto"), key, **it.arguments) | ask_without_weights(it.blocks)
     del got["project"]
+    check(got, it.want, 1e-9)
+
+
+def ask_linear(grads, weights, max_norm):
+    """What a second backward pass answers, and norms and noise beside it."""
+    scale = jgd.noise_scale(grads)
+    return {
+        "norms": jgd.norms(grads),
+        "weighted_sum": jgd.sum(grads, weights),
+        "weighted_clipped_sum": jgd.clipped_sum(grads, max_norm, weights=weights),
+        "noise_scale": (scale.trace_covariance, scale.squared_norm),
+    }
+
+
+@pytest.mark.parametrize("size", [3, B])
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=() if n in NARROW else pytest.mark.slow) for n in CASES]
+)
+def test_a_second_backward_pass(name, size, x64):
+    it = solved(name)
+    make = jgd.per_example_grad(it.case.loss, strategy=AGAIN, microbatch_size=size, **it.case.options)
+    grads = make(it.case.params, *it.case.batch)
+    if not goes_again(grads.form.program):
+        pytest.skip("a custom_vjp need not be linear")
+    got = jax.jit(ask_linear)(grads, it.arguments["weights"], it.arguments["max_norm"])
     check(got, it.want, 1e-9)
 
 

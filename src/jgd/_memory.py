@@ -7,9 +7,11 @@ import jax.numpy as jnp
 
 from jgd._clipping import clipped_sum
 from jgd._engine.examples import Model
+from jgd._engine.plan import AGAIN, goes_again
 from jgd._engine.program import Program
+from jgd._engine.tiles import pieces_of
 from jgd._errors import describe
-from jgd._whole import Strategy, gradients_of
+from jgd._whole import Choice, Strategy, gradients_of
 
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
@@ -30,29 +32,36 @@ def checked_sizes(microbatch_size: Any, max_memory: Any) -> None:
         )
 
 
-def microbatch_within(
+def choice_within(
     max_memory: int, program: Program, strategy: Strategy, model: Model, batch: list[Any]
-) -> int:
+) -> Choice:
     """The largest B, B/2, B/4, ... rounded up, of which a clipped sum stays within so many temporary bytes.
+
+    Where one example's factors alone need more, a second backward pass takes their place, if it may.
 
     Raises:
         ValueError: one example alone needs more.
     """
     shapes = lambda leaves: tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
-    size = batch[0].shape[0]
-    made_of = strategy, shapes(model.params), shapes(model.constants), shapes(batch)
+    made_of = shapes(model.params), shapes(model.constants), shapes(batch)
 
-    def needs(size: int) -> int:
-        make = lambda: _temporary_bytes(program, *made_of, size)
-        return program.once(("temporary bytes", *made_of, size), make)
+    def needs(choice: Choice) -> int:
+        make = lambda: _temporary_bytes(program, choice.strategy, *made_of, choice.microbatch_size)
+        return program.once(("temporary bytes", choice, *made_of), make)
 
-    while size > 1 and needs(size) > max_memory:
-        size = -(-size // 2)
-    if size == 1 and (needed := needs(1)) > max_memory:
-        raise ValueError(
-            f"`max_memory`={max_memory:,} bytes is less than the clipped gradient of one example needs: {needed:,}"
-        )
-    return size
+    sizes = [batch[0].shape[0]]
+    while sizes[-1] > 1:
+        sizes.append(-(-sizes[-1] // 2))
+    again = strategy == "auto" and goes_again(program) and pieces_of(batch, sizes[0]) == 1
+    strategies = [strategy, AGAIN] if again else [strategy]
+    for each in strategies:
+        for size in sizes:
+            if size == 0 or needs(Choice(each, size)) <= max_memory:
+                return Choice(each, size)
+    needed = min(needs(Choice(each, 1)) for each in strategies)
+    raise ValueError(
+        f"`max_memory`={max_memory:,} bytes is less than the clipped gradient of one example needs: {needed:,}"
+    )
 
 
 def _temporary_bytes(

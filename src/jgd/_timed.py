@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jgd._clipping import clipped_sum
 from jgd._clock import time_interleaved
 from jgd._engine.examples import Model
-from jgd._engine.plan import MATERIALIZED_BELOW, PLANNED, Variant, plan_of
+from jgd._engine.plan import AGAIN, MATERIALIZED_BELOW, PLANNED, Variant, goes_again, plan_of
 from jgd._engine.program import Program
 from jgd._engine.shares import factor_bytes
 from jgd._errors import is_concrete
 from jgd._mesh import explicit_mesh
-from jgd._whole import Strategy
+from jgd._whole import Choice, Strategy
 
 _REPEATS, _SECONDS = 7, 1.0  # runs of each plan, at most; one that took so long in all rests
 
@@ -29,13 +29,6 @@ _MATERIALIZED_ABOVE = 4
 
 # Into how many microbatches a batch is tried: their arrays may stay in a cache where the batch's do not.
 _DIVISIONS = (2, 4)
-
-
-class Choice(NamedTuple):
-    """How gradients are made: by which strategy, and so many examples at a time."""
-
-    strategy: Strategy
-    microbatch_size: int
 
 
 Question = Callable[[Any], Any]  # of gradients, to what is asked of them
@@ -82,7 +75,7 @@ def quickest(
     batch: list[Any],
     *,
     question: Question,
-    size: int,
+    planned: Choice,
     divide: bool,
     max_memory: int | None = None,
 ) -> Choice:
@@ -97,20 +90,21 @@ def quickest(
         model: the parameters and what else all examples share.
         batch: the examples.
         question: what is timed, with the pass before it.
-        size: how many examples go at a time, at most.
+        planned: what stands where the clock finds nothing quicker; no more examples go at a time.
         divide: whether fewer at a time may be tried.
-        max_memory: no choice may need more temporary bytes than this, or than the planner's needs.
+        max_memory: no choice may need more temporary bytes than this; where there is such a limit, a second backward
+            pass is tried as well.
     """
-
-    planned = Choice("auto", size)
-    if not _on_one_device([*model.params, *batch]):
+    if planned.strategy != "auto" or not _on_one_device([*model.params, *batch]):
         return planned
 
     def ask(choice: Choice, model: Model, batch: list[Any]) -> Any:
         return question(hold(choice, model, batch))
 
     def choose() -> Choice:
-        others = _candidates(program, size, divide=divide)
+        others = _candidates(program, planned.microbatch_size, divide=divide)
+        if max_memory is not None and goes_again(program):
+            others += [Choice(AGAIN, size) for size in sorted({planned.microbatch_size, batch[0].shape[0]})]
         if not others:
             return planned
         with jax.ensure_compile_time_eval():  # a trace may be under way
@@ -125,7 +119,7 @@ def quickest(
         return _first(asked, planned, known, examples, max_memory)
 
     kept_by = question.reduce if isinstance(question, Reduced) else question
-    key = type(question), size, divide, max_memory
+    key = type(question), planned, divide, max_memory
     try:
         chosen = program.once("quickest", weakref.WeakKeyDictionary).setdefault(kept_by, {})
     except TypeError:  # not hashable, or not weakly referable

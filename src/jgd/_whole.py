@@ -1,7 +1,7 @@
 """The gradients of a whole batch at once: traced, planned, and held in the form that costs least."""
 
 from dataclasses import replace
-from typing import Any, Literal
+from typing import Any, Literal, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -16,7 +16,14 @@ from jgd._materialized import Materialized
 from jgd._mesh import placed_by, spec_of, with_examples
 
 Named = Literal["auto", "factored", "materialized"]
-Strategy = Named | Variant  # a variant is the factored plan that the clock chose
+Strategy = Named | Variant  # a variant is a factored plan that the clock or a limit on memory chose
+
+
+class Choice(NamedTuple):
+    """How gradients are made: by which strategy, and so many examples at a time."""
+
+    strategy: Strategy
+    microbatch_size: int
 
 
 def _specs_of_pass(out: Any, program: Any, strategy: Any, params: Any, constants: Any, batch: Any) -> Any:

@@ -40,13 +40,17 @@ class Variant(NamedTuple):
     Attributes:
         near: the method of those parts of which both are predicted to take about as long.
         keeps: whether blocks may stay until the clipped sum.
+        again: whether a weighted sum is a second backward pass, with the weights on the losses. Nothing of an
+            example has to stay for it.
     """
 
     near: Method | None = None
     keeps: bool = True
+    again: bool = False
 
 
 PLANNED = Variant()
+AGAIN = Variant(keeps=False, again=True)
 
 
 @dataclass(frozen=True, eq=False)
@@ -65,6 +69,7 @@ class Plan:
     kept: frozenset[int]  # leaves whose blocks, built for the norms, also make the clipped sum
     probes: Probes  # of those parts whose squared norms the backward pass can take as it goes
     guarded: frozenset[int]  # leaves with a site that may have no derivative where its data is 0
+    again: bool  # whether a weighted sum is a second backward pass
 
     def is_probed(self, part: Part) -> bool:
         """Whether the backward pass can take the part's squared norm as it goes."""
@@ -74,6 +79,11 @@ class Plan:
     def device(self) -> Device:
         """The constants that the plan was made by."""
         return device_of(self.program.platform)
+
+
+def goes_again(program: Program) -> bool:
+    """Whether weights on the losses weigh their gradients: a `custom_vjp` need not be linear in what it is given."""
+    return not any(mentions(eqn, prim.custom_vjp_call_p) for eqn in program.jaxpr.eqns)
 
 
 def plan_of(program: Program, variant: Variant) -> Plan:
@@ -110,6 +120,7 @@ def _plan(program: Program, variant: Variant) -> Plan:
         kept,
         probes,
         frozenset(guarded),
+        variant.again,
     )
 
 

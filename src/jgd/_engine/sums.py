@@ -22,6 +22,8 @@ def weighted_sum(held: Held, weights: jax.Array | None, *, after_norms: bool = F
 
     `after_norms`: the norms were asked for in the same program, so what they built can be used again.
     """
+    if held.plan.again:
+        return _second_pass(held, weights)
     held.refuse(held.unruled(batch_groups=2))  # XLA aborts on their sum
     one_device = held.pieces == 1
     examples = held.examples
@@ -58,6 +60,26 @@ def weighted_sum(held: Held, weights: jax.Array | None, *, after_norms: bool = F
         rest = [leaf for leaf in rest if leaf not in sums]
     sums.update(zip(rest, _pull_sum(held, rest, examples, weights), strict=True))
     return [sums[leaf] for leaf in held.leaves]
+
+
+def _second_pass(held: Held, weights: jax.Array | None) -> list[jax.Array]:
+    """Σ w_i g_i by a backward pass of its own, the weights being the losses' derivatives."""
+    program, constants, inputs = held.plan.program, held.model.constants, held.examples.inputs
+    if weights is None:
+        weights = jnp.ones(held.size)
+    else:  # an absent example is another one, without weight
+        present = weights != 0
+        who = jnp.where(present, jnp.arange(held.size), jnp.argmax(present))
+        inputs = [x[who] for x in inputs]
+
+    def losses(params: list[jax.Array]) -> jax.Array:
+        narrow = [x.astype(like.dtype) for x, like in zip(params, held.like, strict=True)]
+        return jax.vmap(lambda example: program.run(narrow, constants, example)[0])(inputs)
+
+    values, pull = jax.vjp(losses, [x.astype(wide(x)) for x in held.model.params])
+    sums = pull(weights.astype(values.dtype))[0]
+    anyone = jnp.any(weights != 0)
+    return [jnp.where(anyone, x, 0) for x in sums]
 
 
 def _sums_of_blocks(
