@@ -16,7 +16,9 @@ from jgd._engine.fused import watching
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
 from jgd._engine.regions import Nested, Op, Region, Site, recorded
-from jgd._engine.tapped import batch_axes, bumps_of, picked, records_of, replay, run, taps_of, zeros
+from jgd._engine.replay import replay
+from jgd._engine.tapped import run
+from jgd._engine.trees import batch_axes, bumps_of, picked, records_of, taps_of, zeros
 from jgd._engine.uses import SiteData
 from jgd._mesh import varying
 

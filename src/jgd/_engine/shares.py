@@ -9,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jgd._engine.plan import Plan
-from jgd._engine.tapped import records_of, taps_of, zeros
+from jgd._engine.trees import records_of, taps_of, zeros
 
 
 @dataclass(frozen=True)
