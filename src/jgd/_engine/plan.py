@@ -14,7 +14,8 @@ from jgd._engine.fused import Probes, probes_of
 from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.parts import Method, Part, common_shape
 from jgd._engine.program import Program
-from jgd._engine.regions import Nested, Region, Side, Value, read_regions, sites_of
+from jgd._engine.reading import read_regions
+from jgd._engine.regions import Nested, Region, Side, Value, sites_of
 from jgd._engine.rules import use_of
 from jgd._engine.uses import Use
 from jgd._engine.views import Axis, overlap, whole
