@@ -73,8 +73,8 @@ def per_example_grad(
             microbatch. The examples need not divide by it. None makes all at once.
         max_memory: choose the largest microbatch, by halves of B, whose clipped sum needs no more than so many
             bytes beside arguments and results, as the compiler counts them; that takes a few compilations. Where
-            what one example leaves is more, weighted sums are second backward passes, for which nothing stays: 1.6 to
-            2.4 times the plain gradient's time where measured.
+            what one example leaves is more, weighted sums are second backward passes, for which nothing stays: 1.4 to
+            2.3 times the plain gradient's time, measured on a CPU.
         autotune: let the clock decide instead of the predictions. Give the question, a function of the
             `PerExampleGrads` to arrays, such as `jgd.norms`; True is the clipped sum with the norms. The first
             call with a loss, shapes and question times the few best plans for it on this device (some

@@ -75,6 +75,8 @@ class Microbatched:
 
     def _walk(self, fun: Callable[..., Any], weights: jax.Array | None) -> tuple[Any, Any]:
         size = self.microbatch_size
+        if size == self.size:  # not in a loop: inside of one XLA has slower convolutions on a CPU
+            return fun(self.batch, weights)
         padding = -self.size % size
         batch = self.batch
         if padding:
