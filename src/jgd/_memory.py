@@ -53,7 +53,7 @@ def choice_within(
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
     again = strategy == "auto" and goes_again(program) and pieces_of(batch, sizes[0]) == 1
-    strategies = [strategy, AGAIN] if again else [strategy]
+    strategies: list[Strategy] = [strategy, AGAIN] if again else [strategy]
     for each in strategies:
         for size in sizes:
             if size == 0 or needs(Choice(each, size)) <= max_memory:
