@@ -3,10 +3,12 @@
 `python benchmarks/calibrate.py` prints the row to paste, and how the one that is stored differs. The programs take
 turns, and each counts by its median run: the fastest of many small products is one that happened to spread over all
 cores, which they seldom do inside of a larger program. What plans move is blocks of gradients, so the bandwidth is
-that of blocks: the time of gradients of few positions and of their squares, less that of the operations.
+that of blocks: the time of gradients of few positions and of their squares, less that of the operations. The cache is
+what the examples of one pass leave where a batch goes quickest, some of them at a time.
 """
 
 import argparse
+import functools
 import statistics
 from collections.abc import Callable
 from typing import Any
@@ -22,6 +24,9 @@ from jgd._engine.devices import DEVICES, Device
 SIDE = 1024  # of the large product
 PAIRS = Sizes(64, 64, 64, 64)  # n is the number of the examples
 BLOCKS = Sizes(256, 8, 128, 128)  # so few positions that the blocks take longer to move than to make
+LAYERS, POSITIONS, WIDTH, EXAMPLES = 8, 128, 256, 96  # of the net whose examples go some at a time
+LEFT = 3  # arrays of each layer, for its backward pass: the product, and what goes into tanh and comes out
+AT_A_TIME = (2, 4, 8, 16, 32, 96)
 
 
 def pairs(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -34,6 +39,18 @@ def pairs(left: jax.Array, right: jax.Array) -> jax.Array:
 def blocks(left: jax.Array, right: jax.Array) -> jax.Array:
     """The same from the gradients themselves."""
     return jnp.sum(jnp.square(jnp.einsum("ntp,ntq->npq", left, right)), axis=(1, 2))
+
+
+def scales(examples: jax.Array, weights: jax.Array, *, at_a_time: int) -> jax.Array:
+    """The gradients of a net's few scales, made so many examples at a time."""
+
+    def loss(scales: jax.Array, x: jax.Array) -> jax.Array:
+        for weight, scale in zip(weights, scales, strict=True):
+            x = jnp.tanh(scale * (x @ weight))
+        return jnp.sum(x)
+
+    gradient = lambda x: jax.grad(loss)(jnp.full(LAYERS, 0.1), x)
+    return jax.lax.map(gradient, examples, batch_size=at_a_time)
 
 
 def _program(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[[], Any]:
@@ -51,6 +68,9 @@ def measure(repeats: int, seconds: float) -> Device:
         "small": _program(pairs, *factors(PAIRS)),
         "moved": _program(blocks, *factors(BLOCKS)),
     }
+    for number in AT_A_TIME:
+        shapes = (EXAMPLES, POSITIONS, WIDTH), (LAYERS, WIDTH, WIDTH)
+        programs[f"{number} at a time"] = _program(functools.partial(scales, at_a_time=number), *shapes)
     times = time_interleaved(programs, repeats=repeats, seconds=seconds)
     usual = {name: statistics.median(each) for name, each in times.items()}
     large = 2 * SIDE**3 / usual["large"]
@@ -58,7 +78,8 @@ def measure(repeats: int, seconds: float) -> Device:
     block = costs.block(one(BLOCKS))
     bandwidth = 4 * BLOCKS.n * block.moved / (usual["moved"] - BLOCKS.n * block.flops / large)
     small = PAIRS.n * costs.pairs(one(PAIRS), lookups=0).flops / usual["small"]
-    return Device(large, small, bandwidth)
+    best = min(AT_A_TIME, key=lambda number: usual[f"{number} at a time"])
+    return Device(large, small, bandwidth, LEFT * 4 * LAYERS * POSITIONS * WIDTH * best)
 
 
 def main() -> None:
@@ -72,13 +93,18 @@ def main() -> None:
     options = parser.parse_args()
     device = jax.devices()[0]
     row = measure(options.repeats, options.seconds)
-    numbers = ", ".join(f"{name}={value / 1e9:.3g}e9" for name, value in row._asdict().items())
+    rates = {name: value for name, value in row._asdict().items() if name != "cache"}
+    numbers = ", ".join(f"{name}={value / 1e9:.3g}e9" for name, value in rates.items())
+    numbers += f", cache={(row.cache or 0) >> 20} << 20"
     print(f'    "{device.platform}": Device({numbers}),  # {device.device_kind}')
     stored = DEVICES.get(device.platform)
     if stored is None:
         print(f"There is no row for {device.platform!r}.")
         return
     for name, value, other in zip(row._fields, row, stored, strict=True):
+        if not value or not other:
+            print(f"{name:9}  measured {value}  stored {other}")
+            continue
         print(f"{name:9}  measured {value / 1e9:10.4g}e9  stored {other / 1e9:10.4g}e9  {value / other:.2f}×")
 
 

@@ -367,8 +367,8 @@ def test_the_calibration_prints_a_row(monkeypatch, capsys):
     calibrate = importlib.import_module("calibrate")
     row = calibrate.measure(repeats=2, seconds=0.1)
     assert all(0 < value < 1e16 for value in row)
-    monkeypatch.setattr(calibrate, "measure", lambda *_: Device(4e11, 2e11, 1e10))
+    monkeypatch.setattr(calibrate, "measure", lambda *_: Device(4e11, 2e11, 1e10, 16 << 20))
     monkeypatch.setattr("sys.argv", ["calibrate.py"])
     calibrate.main()
     out = capsys.readouterr().out
-    assert '"cpu": Device(large=400e9, small=200e9, bandwidth=10e9)' in out and "×" in out
+    assert '"cpu": Device(large=400e9, small=200e9, bandwidth=10e9, cache=16 << 20)' in out and "×" in out

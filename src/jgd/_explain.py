@@ -9,13 +9,15 @@ import jax.numpy as jnp
 
 from jgd._clipping import clipped_sum, root, total
 from jgd._clock import time_interleaved
+from jgd._engine.blocks import blocks_at_once
 from jgd._engine.costs import Cost, weight_gradient
 from jgd._engine.examples import Model
 from jgd._engine.parts import Part
-from jgd._engine.plan import MATERIALIZED_BELOW, PLANNED, Plan, plan_of
+from jgd._engine.plan import PLANNED, Plan, plan_of
 from jgd._engine.program import Program, trace
 from jgd._engine.regions import Site, sites_of
 from jgd._engine.shares import DeviceShare, share_of
+from jgd._engine.tiles import pieces_of
 from jgd._engine.uses import Use
 from jgd._errors import describe, is_concrete
 from jgd._loss import Call, Loss, bind
@@ -60,7 +62,10 @@ class Explanation:
         rows: one `ExplainRow` for each place where a parameter meets data, and for each leaf that meets none.
         examples: B.
         parameters: P.
-        strategy: what `strategy="auto"` does with this loss and batch: "factored" or "materialized".
+        strategy: what `strategy="auto"` does with this loss and batch: "factored" or "materialized". The rows are what
+            "factored" does.
+        at_once: how many examples go through one pass; fewer than B where their gradients are materialized one part
+            of the batch after the other, what a pass over all leaves being much more.
         norms: the predicted time of `jgd.norms`, in units of the plain gradient's.
         clipped_sum: the same of `jgd.clipped_sum` and the norms in one program.
         share: what one device holds and sends, where the batch given lies over several; else None.
@@ -74,6 +79,7 @@ class Explanation:
     strategy: str
     norms: float
     clipped_sum: float
+    at_once: int
     share: DeviceShare | None = None
     measured_norms: float | None = None
     measured_clipped_sum: float | None = None
@@ -84,10 +90,11 @@ class Explanation:
         widths = [max(len(line[k]) for line in cells) for k in range(len(names))]
         lines = ["  ".join(x.ljust(w) for x, w in zip(line, widths, strict=True)).rstrip() for line in cells]
         lines.insert(1, "─" * max(map(len, lines)))
+        some = f", {self.at_once} examples at a time" if self.at_once < self.examples else ""
         total = (
-            f'{self.examples} examples, {self.parameters:,} parameters; "auto" is {self.strategy!r}. Predicted from '
-            f"the products and the numbers moved, against the plain gradient's time: norms {self.norms:.2f}×, clipped "
-            f"sum {self.clipped_sum:.2f}×."
+            f'{self.examples} examples, {self.parameters:,} parameters; "auto" is {self.strategy!r}{some}. Predicted '
+            f"from the products and the numbers moved, against the plain gradient's time: norms {self.norms:.2f}×, "
+            f"clipped sum {self.clipped_sum:.2f}×."
         )
         if self.measured_norms is not None:
             total += f" Measured: {self.measured_norms:.2f}×, {self.measured_clipped_sum:.2f}×."
@@ -129,6 +136,7 @@ def explain(
     """
     call = bind(loss, (params, *batch), argnums=argnums, in_axes=in_axes, has_aux=has_aux)
     plan = plan_of(trace(call), PLANNED)
+    at_once = blocks_at_once(plan.program, call.size, pieces_of(call.batch_leaves, call.size))
     predicted = _predicted(plan, call.size)
     measured = _measured(plan.program, call) if measure else (None, None)
     total = sum(x.size for x in plan.program.param_avals)
@@ -136,9 +144,10 @@ def explain(
         (*_rows(plan), *_unmet(plan)),
         examples=call.size,
         parameters=total,
-        strategy="materialized" if call.size * total <= MATERIALIZED_BELOW else "factored",
+        strategy="materialized" if at_once else "factored",
         norms=predicted[0],
         clipped_sum=predicted[1],
+        at_once=at_once or call.size,
         share=share_of(plan, call.size, call.param_leaves, call.batch_leaves),
         measured_norms=measured[0],
         measured_clipped_sum=measured[1],

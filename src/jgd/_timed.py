@@ -11,8 +11,9 @@ import jax.numpy as jnp
 
 from jgd._clipping import clipped_sum
 from jgd._clock import time_interleaved
+from jgd._engine.blocks import MATERIALIZED_BELOW, blocks_at_once
 from jgd._engine.examples import Model
-from jgd._engine.plan import AGAIN, MATERIALIZED_BELOW, PLANNED, Variant, goes_again, plan_of
+from jgd._engine.plan import AGAIN, PLANNED, Variant, goes_again, plan_of
 from jgd._engine.program import Program
 from jgd._engine.shares import factor_bytes
 from jgd._errors import is_concrete
@@ -145,12 +146,15 @@ def _candidates(program: Program, size: int, *, divide: bool) -> list[Choice]:
     parameters = sum(x.size for x in program.param_avals)
     if size * parameters <= MATERIALIZED_BELOW:
         return []
+    as_factors = blocks_at_once(program, size, 1) == 0
     different: dict[Any, Variant] = {}
     for variant in (PLANNED, Variant(near="block"), Variant(near="pairs"), Variant(keeps=False)):
         plan = plan_of(program, variant)
         different.setdefault((tuple(part.method for part in plan.parts), plan.kept), variant)
-    choices = [Choice(variant, size) for variant in different.values() if variant != PLANNED]
-    by_name: list[Strategy] = ["auto"]
+    choices = [
+        Choice(variant, size) for variant in different.values() if variant != PLANNED or not as_factors
+    ]
+    by_name: list[Strategy] = ["auto"] if as_factors else []
     if 4 * parameters <= _MATERIALIZED_ABOVE * factor_bytes(plan_of(program, PLANNED)):
         by_name.append("materialized")
         choices.append(Choice("materialized", size))

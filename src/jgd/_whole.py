@@ -7,9 +7,10 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
+from jgd._engine.blocks import blocks_at_once
 from jgd._engine.examples import Model, axes_of, pass_over
 from jgd._engine.factored import Factored
-from jgd._engine.plan import MATERIALIZED_BELOW, PLANNED, Variant, plan_of
+from jgd._engine.plan import PLANNED, Variant, plan_of
 from jgd._engine.program import Program
 from jgd._engine.tiles import pieces_of
 from jgd._materialized import Materialized
@@ -46,12 +47,11 @@ def gradients_of(
     """The losses, the auxiliary leaves and the gradients of a batch, by one pass."""
     if batch[0].shape[0] == 0:
         return _no_examples(program, params, constants, batch)
-    total = batch[0].shape[0] * sum(p.size for p in program.param_avals)
-    pieces = pieces_of(batch, batch[0].shape[0])
-    variant = strategy if isinstance(strategy, Variant) else None
-    large = strategy == "auto" and (total > MATERIALIZED_BELOW or pieces > 1)
-    if variant or strategy == "factored" or large:
-        plan = plan_of(program, variant or PLANNED)
+    size = batch[0].shape[0]
+    pieces = pieces_of(batch, size)
+    at_once = blocks_at_once(program, size, pieces) if strategy == "auto" else size
+    if isinstance(strategy, Variant) or strategy == "factored" or at_once == 0:
+        plan = plan_of(program, strategy if isinstance(strategy, Variant) else PLANNED)
         model = Model(params, constants)
         values, aux, examples = pass_over(plan, model, batch, fuse=pieces == 1)
         return values, aux, Factored(model, examples, plan, pieces)
@@ -59,7 +59,10 @@ def gradients_of(
     def value_and_grad(example: list[Any]) -> Any:
         return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)
 
-    (values, aux), blocks = jax.vmap(value_and_grad)(batch)
+    if at_once < size:
+        (values, aux), blocks = jax.lax.map(value_and_grad, batch, batch_size=at_once)
+    else:
+        (values, aux), blocks = jax.vmap(value_and_grad)(batch)
     return values, aux, Materialized(blocks)
 
 

@@ -15,11 +15,14 @@ class Device(NamedTuple):
         large: operations of one large product.
         small: operations of many products of one example's positions by its positions.
         bandwidth: bytes written by one operation and read by the next.
+        cache: bytes that some examples may leave for their backward pass and find there sooner than what a whole batch
+            leaves; None where a pass over few examples leaves most of the device idle.
     """
 
     large: float
     small: float
     bandwidth: float
+    cache: int | None = None
 
     def seconds(self, *, large: int = 0, small: int = 0, moved: int = 0) -> float:
         """The time of so many operations of either kind, and of so many float32 numbers read or written."""
@@ -31,7 +34,7 @@ class Device(NamedTuple):
 # take there by default (NVIDIA A100 Tensor Core GPU datasheet), and of one chip of a TPU v4, bfloat16, for the same
 # reason (Google Cloud, "TPU v4"). That small products reach half of the peak is an assumption.
 DEVICES = {
-    "cpu": Device(large=205e9, small=101e9, bandwidth=14e9),
+    "cpu": Device(large=205e9, small=101e9, bandwidth=14e9, cache=24 << 20),
     "gpu": Device(large=156e12, small=78e12, bandwidth=2039e9),
     "tpu": Device(large=275e12, small=137e12, bandwidth=1228e9),
 }

@@ -20,9 +20,6 @@ from jgd._engine.rules import use_of
 from jgd._engine.uses import Use
 from jgd._engine.views import Axis, overlap, whole
 
-# Gradients of this many numbers in all are held as they are: less than one tile, and quicker to compile.
-MATERIALIZED_BELOW = 1 << 13
-
 # A block that is kept wins where pairs are not quicker by this factor: it also saves the sum's product.
 _TIE = 0.95
 
