@@ -104,9 +104,10 @@ def per_example_grad(
         Array([1., 2.], dtype=float32)
 
     Cost: one forward and one backward pass without the products that make the weights' gradients; those are
-    done by the reductions. The reference makes B gradients and holds them all. In microbatches each reduction
-    makes its own pass, the losses' values take a forward pass more where they are used, and a Gram one of both for
-    each pair of microbatches.
+    done by the reductions. Gradients that are small, all in all or beside what their examples leave for a backward
+    pass, are made by the pass itself, the latter on a CPU some examples at a time. The reference makes B
+    gradients and holds them all. In microbatches each reduction makes its own pass, the losses' values take a
+    forward pass more where they are used, and a Gram one of both for each pair of microbatches.
     """
     if strategy not in get_args(Named) and not isinstance(strategy, Variant):  # which measurements force
         raise ValueError(

@@ -83,9 +83,9 @@ def pieces_of(arrays: Any, size: int) -> int:
     return math.gcd(size, max((pieces(x, 0) for x in jax.tree.leaves(arrays)), default=1))
 
 
-def tile_of(size: int, elements: int, room: int = TILE) -> int:
+def tile_of(size: int, elements: int, room: int | None = None) -> int:
     """How many examples to take at once, of so many elements each; a divisor of their number where one is near."""
-    most = max(1, min(size, room // max(elements, 1)))
+    most = max(1, min(size, (room or TILE) // max(elements, 1)))
     return next((k for k in range(most, most // 2, -1) if size % k == 0), most)
 
 
