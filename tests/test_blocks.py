@@ -87,6 +87,16 @@ def test_what_the_loss_returns_beside_its_value_comes_along():
 
 
 @pytest.mark.usefixtures("small_cache")
+def test_leaves_without_elements():
+    adapters, *others = arguments(13)
+    loss = lambda p, f, x: new_loss()(p[0], f, x) + jnp.sum(p[1])
+    grads = jgd.per_example_grad(loss, in_axes=AXES)((adapters, jnp.ones((0, 4))), *others)
+    assert isinstance(grads.form, Materialized) and jgd.materialize(grads)[1].shape == (13, 0, 4)
+    alone = jgd.norms(jgd.per_example_grad(new_loss(), in_axes=AXES)(adapters, *others))
+    np.testing.assert_allclose(jgd.norms(grads), alone, rtol=1e-5)
+
+
+@pytest.mark.usefixtures("small_cache")
 def test_absent_examples_and_second_derivatives():
     adapters, frozen, x = arguments(12)
     loss = new_loss()

@@ -12,7 +12,7 @@ from jgd._engine.examples import Model, axes_of, pass_over
 from jgd._engine.factored import Factored
 from jgd._engine.plan import PLANNED, Variant, plan_of
 from jgd._engine.program import Program
-from jgd._engine.tiles import pieces_of
+from jgd._engine.tiles import map_tiles, pieces_of
 from jgd._materialized import Materialized
 from jgd._mesh import placed_by, spec_of, with_examples
 
@@ -59,10 +59,10 @@ def gradients_of(
     def value_and_grad(example: list[Any]) -> Any:
         return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)
 
-    if at_once < size:
-        (values, aux), blocks = jax.lax.map(value_and_grad, batch, batch_size=at_once)
-    else:
-        (values, aux), blocks = jax.vmap(value_and_grad)(batch)
+    some = lambda batch, _: jax.vmap(value_and_grad)(batch)
+    # Not by `jax.lax.map(..., batch_size=at_once)`, which refuses arrays without elements.
+    made = some(batch, size) if at_once == size else map_tiles(some, batch, [0] * len(batch), size, at_once)
+    (values, aux), blocks = made
     return values, aux, Materialized(blocks)
 
 

@@ -89,13 +89,16 @@ def tile_of(size: int, elements: int, room: int | None = None) -> int:
     return next((k for k in range(most, most // 2, -1) if size % k == 0), most)
 
 
-def map_tiles(fun: Fun, arrays: Any, axes: Any, size: int, tile: int) -> jax.Array:
-    """`fun` of one tile after the other, joined along the leading axis."""
+def map_tiles(fun: Fun, arrays: Any, axes: Any, size: int, tile: int) -> Any:
+    """`fun` of one tile after the other, a tree of arrays that are joined along their leading axis."""
     whole = size - size % tile
     some = functools.partial(_cut, arrays, axes)
     made = jax.lax.map(lambda start: fun(some(start, tile), tile), jnp.arange(0, whole, tile))
-    made = made.reshape(whole, *made.shape[2:])
-    return made if whole == size else jnp.concatenate([made, fun(some(whole, size - whole), size - whole)])
+    made = jax.tree.map(lambda x: x.reshape(whole, *x.shape[2:]), made)
+    if whole == size:
+        return made
+    rest = fun(some(whole, size - whole), size - whole)
+    return jax.tree.map(lambda x, more: jnp.concatenate([x, more]), made, rest)
 
 
 def fold_tiles(
