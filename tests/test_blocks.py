@@ -143,3 +143,10 @@ def test_what_all_stays_in_the_cache_goes_at_once(monkeypatch):
     for cache in (60_000, None):  # no two examples stay; and no cache to speak of
         monkeypatch.setitem(devices.DEVICES, "cpu", devices.DEVICES["cpu"]._replace(cache=cache))
         assert is_whole(new_loss(), 12)
+
+
+def test_no_examples_are_held_as_they_are():
+    explanation = explained(new_loss(), 0)
+    assert (explanation.strategy, explanation.at_once) == ("materialized", 0)
+    grads = jgd.per_example_grad(new_loss(), in_axes=AXES)(*arguments(0))
+    assert isinstance(grads.form, Materialized)

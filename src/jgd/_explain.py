@@ -64,8 +64,8 @@ class Explanation:
         parameters: P.
         strategy: what `strategy="auto"` does with this loss and batch: "factored" or "materialized". The rows are what
             "factored" does.
-        at_once: how many examples go through one pass; fewer than B where their gradients are materialized one part
-            of the batch after the other, what a pass over all leaves being much more.
+        at_once: how many examples go through one pass: fewer than B where gradients are materialized that are small
+            beside what the examples leave for it.
         norms: the predicted time of `jgd.norms`, in units of the plain gradient's.
         clipped_sum: the same of `jgd.clipped_sum` and the norms in one program.
         share: what one device holds and sends, where the batch given lies over several; else None.
@@ -144,10 +144,10 @@ def explain(
         (*_rows(plan), *_unmet(plan)),
         examples=call.size,
         parameters=total,
-        strategy="materialized" if at_once else "factored",
+        strategy="factored" if at_once is None else "materialized",
         norms=predicted[0],
         clipped_sum=predicted[1],
-        at_once=at_once or call.size,
+        at_once=call.size if at_once is None else at_once,
         share=share_of(plan, call.size, call.param_leaves, call.batch_leaves),
         measured_norms=measured[0],
         measured_clipped_sum=measured[1],

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 
 from jgd._clipping import clipped_sum
 from jgd._clock import time_interleaved
-from jgd._engine.blocks import MATERIALIZED_BELOW, blocks_at_once
+from jgd._engine.blocks import blocks_at_once
 from jgd._engine.examples import Model
 from jgd._engine.plan import AGAIN, PLANNED, Variant, goes_again, plan_of
 from jgd._engine.program import Program
@@ -143,10 +143,11 @@ def _on_one_device(arrays: list[Any]) -> bool:
 
 def _candidates(program: Program, size: int, *, divide: bool) -> list[Choice]:
     """What may be quicker than the planner's choice."""
-    parameters = sum(x.size for x in program.param_avals)
-    if size * parameters <= MATERIALIZED_BELOW:
+    at_once = blocks_at_once(program, size, 1)
+    if at_once == size:
         return []
-    as_factors = blocks_at_once(program, size, 1) == 0
+    as_factors = at_once is None
+    parameters = sum(x.size for x in program.param_avals)
     different: dict[Any, Variant] = {}
     for variant in (PLANNED, Variant(near="block"), Variant(near="pairs"), Variant(keeps=False)):
         plan = plan_of(program, variant)

@@ -49,8 +49,11 @@ def gradients_of(
         return _no_examples(program, params, constants, batch)
     size = batch[0].shape[0]
     pieces = pieces_of(batch, size)
-    at_once = blocks_at_once(program, size, pieces) if strategy == "auto" else size
-    if isinstance(strategy, Variant) or strategy == "factored" or at_once == 0:
+    if strategy == "auto":
+        at_once = blocks_at_once(program, size, pieces)
+    else:
+        at_once = size if strategy == "materialized" else None
+    if at_once is None:
         plan = plan_of(program, strategy if isinstance(strategy, Variant) else PLANNED)
         model = Model(params, constants)
         values, aux, examples = pass_over(plan, model, batch, fuse=pieces == 1)

@@ -14,11 +14,11 @@ from jgd._engine.devices import device_of
 from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.plan import PLANNED, plan_of
 from jgd._engine.program import Program
-from jgd._engine.shares import factor_bytes
+from jgd._engine.shares import bytes_of, factor_bytes
 from jgd._engine.tiles import tile_of
 
 # Gradients of this many numbers in all are held as they are: less than one tile, and quicker to compile.
-MATERIALIZED_BELOW = 1 << 13
+_MATERIALIZED_BELOW = 1 << 13
 
 # How many times larger than its gradient the factors of one example must be.
 _FACTORS = 4
@@ -27,42 +27,33 @@ _FACTORS = 4
 _SHARED = 4
 
 
-def blocks_at_once(program: Program, size: int, pieces: int) -> int:
-    """How many of `size` gradients "auto" makes at a time, to hold all as they are; 0 where it holds factors.
+def blocks_at_once(program: Program, size: int, pieces: int) -> int | None:
+    """How many of `size` gradients "auto" makes at a time, to hold all as they are; None where it holds factors.
 
     Args:
         program: the traced loss.
-        size: the number of the examples, B.
+        size: the number of the examples, B. It is returned itself only where all gradients are few numbers.
         pieces: how many devices may share them; with several, factors are held.
     """
     if pieces > 1:
-        return 0
-    if size * sum(x.size for x in program.param_avals) <= MATERIALIZED_BELOW:
+        return None
+    if size * sum(x.size for x in program.param_avals) <= _MATERIALIZED_BELOW:
         return size
     cache = device_of(program.platform).cache
     if cache is None or not jax.sharding.get_abstract_mesh().empty:
-        return 0
+        return None
     left = program.once("left by an example", lambda: _left_by_an_example(program, _SHARED * cache))
-    return tile_of(size, left, cache) if 2 * left <= cache < size * left else 0
+    return tile_of(size, left, cache) if 2 * left <= cache < size * left else None
 
 
 def _left_by_an_example(program: Program, most_shared: int) -> int:
     """The bytes that one example leaves for its backward pass; 0 where its gradient is no small part of them."""
-    jaxpr, n = program.jaxpr, len(program.param_avals)
-    params, constants, example = (
-        [jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype) for v in some]
-        for some in (
-            jaxpr.invars[:n],
-            [*jaxpr.invars[n : n + program.num_shared], *jaxpr.constvars],
-            jaxpr.invars[n + program.num_shared :],
-        )
-    )
-    convolves = any(mentions(eqn, prim.conv_general_dilated_p) for eqn in jaxpr.eqns)
-    if (
-        convolves or _bytes(params) + _bytes(constants) > most_shared
-    ):  # inside of a loop XLA has slower convolutions
+    params, constants, example = program.avals()
+    if bytes_of((params, constants)) > most_shared:
         return 0
-    if _FACTORS * _bytes(params) > factor_bytes(plan_of(program, PLANNED)):
+    if any(mentions(eqn, prim.conv_general_dilated_p) for eqn in program.jaxpr.eqns):
+        return 0  # inside of a loop XLA has slower convolutions on a CPU
+    if _FACTORS * bytes_of(params) > factor_bytes(plan_of(program, PLANNED)):
         return 0
 
     def pullback(batch: list[Any], params: list[Any], constants: list[Any]) -> Any:
@@ -70,9 +61,5 @@ def _left_by_an_example(program: Program, most_shared: int) -> int:
         return jax.vjp(lambda params: jax.vmap(loss, in_axes=(None, 0))(params, batch), params)[1]
 
     several = lambda size: [x.update(shape=(size, *x.shape)) for x in example]
-    one, two = (_bytes(jax.eval_shape(pullback, several(size), params, constants)) for size in (1, 2))
+    one, two = (bytes_of(jax.eval_shape(pullback, several(size), params, constants)) for size in (1, 2))
     return two - one  # what all examples share is left once
-
-
-def _bytes(tree: Any) -> int:
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))

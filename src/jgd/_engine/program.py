@@ -37,6 +37,14 @@ class Program:
         """The values that no example changes: shared arguments, then what the loss closes over."""
         return [*shared, *self.captured]
 
+    def avals(self) -> tuple[list[Any], list[Any], list[Any]]:
+        """Shapes and dtypes of what `run` takes: parameters, constants and one example."""
+        inputs, captured = (
+            [jaxprs.aval_of(v) for v in some] for some in (self.jaxpr.invars, self.jaxpr.constvars)
+        )
+        first, last = len(self.param_avals), len(self.param_avals) + self.num_shared
+        return inputs[:first], inputs[first:last] + captured, inputs[last:]
+
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
         """What is worked out about the program once for each key, and goes with it."""
         if key not in self.found:

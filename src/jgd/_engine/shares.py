@@ -61,7 +61,12 @@ def factor_bytes(plan: Plan) -> int:
     """What one example leaves."""
     one = jax.eval_shape(lambda: [zeros(plan.region, of) for of in (records_of, taps_of)])
     blocks = [plan.program.param_avals[leaf] for leaf in {part.leaf for part in plan.beside}]
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves((one, blocks)))
+    return bytes_of((one, blocks))
+
+
+def bytes_of(tree: Any) -> int:
+    """What a tree of arrays or shapes takes."""
+    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def _sharding(x: Any) -> NamedSharding | None:
