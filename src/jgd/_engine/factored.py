@@ -170,7 +170,7 @@ class Factored(Held, AllAtOnce):
             if weights is None and part.leaf in self.plan.direct and self.plan.program.platform == "cpu":
                 # What a sum of the gradients is beside this; elsewhere its products may be of fewer bits.
                 total = part.shape.unflatten(sums.direct_sum(self, part, self.examples, None))
-            return part.shape.flatten(moments.spread_of_outer(outer, weights, total)) * scale
+            return part.shape.flatten(moments.spread_of_outer(outer, weights, scale, total))
         if part.leaf in self.plan.kept:
             spread = moments.spread_of(self.blocks(part), weights, one_device=self.pieces == 1)
         else:

@@ -4,7 +4,7 @@
 """
 
 import math
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -100,8 +100,10 @@ def _sides(made: Outer) -> tuple[jax.Array, jax.Array]:
     return left, right
 
 
-def spread_of_outer(made: Outer, weights: jax.Array | None, total: jax.Array | None = None) -> jax.Array:
-    """Σ w_i (l_i r_iᵀ − mean)² for one position, `(n, p, q)`.
+def spread_of_outer(
+    made: Outer, weights: jax.Array | None, scale: Any = 1, total: jax.Array | None = None
+) -> jax.Array:
+    """scale · Σ w_i (l_i r_iᵀ − mean)² for one position, `(n, p, q)`.
 
     It is the difference of two sums or, where too much of them cancels, taken from one gradient after the other.
     The `total`, Σ w_i l_i r_iᵀ, may be at hand.
@@ -113,26 +115,52 @@ def spread_of_outer(made: Outer, weights: jax.Array | None, total: jax.Array | N
     each = jnp.ones(left.shape[0], left.dtype) if weights is None else weights
     each = each.astype(jnp.promote_types(each.dtype, left.dtype))
     spread = square - jnp.square(total) * inverse(jnp.sum(each))
-
     trusted = jnp.all(spread >= _CANCELLED * square)
-    return jax.lax.cond(trusted, lambda: spread, lambda: _spread_one_by_one(left, right, each))
+    if left.shape[2] == 1:  # the same places, along an axis that can be cut
+        turned = lambda x: x.reshape(x.shape[0], x.shape[2], x.shape[1])
+        return turned(_unless(trusted, turned(spread) * scale, right, left, each * scale))
+    return _unless(trusted, spread * scale, left, right, each * scale)
+
+
+@jax.custom_jvp
+def _unless(
+    trusted: jax.Array, made: jax.Array, left: jax.Array, right: jax.Array, weights: jax.Array
+) -> jax.Array:
+    """What is `made` where it is `trusted`, else the spread from one gradient after the other."""
+    # A loop of all steps or none: XLA keeps what a loop carries in one place, and a branch would copy it. Of several
+    # steps, some places of p each: the work of a single one would not depend on its number, and be done before it.
+    n, p, q = made.shape
+    width = math.ceil(p / max(2, math.ceil(n * p * q / _TILE)))
+    steps = jnp.where(trusted, 0, math.ceil(p / width))
+
+    def redo(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        step, made = state
+        first = jnp.minimum(step * width, p - width)
+        some = jax.lax.dynamic_slice_in_dim(left, first, width, axis=2)
+        piece = _spread_one_by_one(some, right, weights).astype(made.dtype)
+        return step + 1, jax.lax.dynamic_update_slice_in_dim(made, piece, first, axis=1)
+
+    start = varying((jnp.zeros_like(steps), made), (trusted, left, right, weights))
+    return jax.lax.while_loop(lambda state: state[0] < steps, redo, start)[1]
+
+
+@_unless.defjvp
+def _unless_jvp(primals, tangents):
+    def branched(trusted, made, *factors):
+        return jax.lax.cond(trusted, lambda: made, lambda: _spread_one_by_one(*factors).astype(made.dtype))
+
+    return jax.jvp(branched, primals, tangents)
 
 
 def _spread_one_by_one(left: jax.Array, right: jax.Array, weights: jax.Array) -> jax.Array:
-    """Σ w_i (l_i r_iᵀ − mean)², from one gradient after the other, a few places of p at a time."""
+    """Σ w_i (l_i r_iᵀ − mean)², from one gradient after the other."""
 
     def add(so_far: Spread, example: tuple[jax.Array, jax.Array, jax.Array]) -> tuple[Spread, None]:
         left, right, weight = example
         gradient = left[:, :, None] * right[:, None, :]
         return joined(so_far, Spread(weight, gradient, jnp.zeros_like(gradient))), None
 
-    def of_piece(left: jax.Array) -> jax.Array:
-        start = jnp.zeros((), weights.dtype), *[jnp.zeros((n, width, q), weights.dtype)] * 2
-        spread = varying(Spread(*start), (left, right, weights))
-        return square_around_mean(jax.lax.scan(add, spread, (left, right, weights))[0])
-
-    (_, n, p), q = left.shape, right.shape[2]
-    width = math.ceil(p / math.ceil(n * p * q / _TILE))
-    left = jnp.pad(left, ((0, 0), (0, 0), (0, -p % width)))
-    pieces = jnp.moveaxis(left.reshape(*left.shape[:2], -1, width), 2, 0)
-    return jnp.moveaxis(jax.lax.map(of_piece, pieces), 0, 1).reshape(n, -1, q)[:, :p]
+    shape = (*left.shape[1:], right.shape[2])
+    start = jnp.zeros((), weights.dtype), *[jnp.zeros(shape, weights.dtype)] * 2
+    spread = varying(Spread(*start), (left, right, weights))
+    return square_around_mean(jax.lax.scan(add, spread, (left, right, weights))[0])
