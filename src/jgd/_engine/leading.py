@@ -11,6 +11,10 @@ import jax.numpy as jnp
 # Where there are so few examples, of so many numbers each, a sum takes them one by one.
 _FEW, _LONG = 16, 1 << 13
 
+# So few rows, if they are short, are added up as they lie: it takes no longer, where each product would be one more
+# kernel to compile.
+_FEW_SHORT = 32
+
 
 def wide(x: jax.Array) -> Any:
     """The dtype that sums over `x` are kept in."""
@@ -39,11 +43,15 @@ def scale_rows(weights: jax.Array, x: jax.Array) -> jax.Array:
 
 
 def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
-    """Σ_i w_i x_i over the leading axis, in at least float32, as a product: a plain reduction
-    would read across memory."""
+    """Σ_i w_i x_i over the leading axis, in at least float32.
+
+    As a product where there are many rows or long ones: a plain reduction would read across memory.
+    """
     if weights is None:
         weights = jnp.ones(x.shape[0], x.dtype)
     dtype = jnp.promote_types(wide(x), weights.dtype)
+    if x.shape[0] <= _FEW_SHORT and math.prod(x.shape[1:]) < _LONG:
+        return jnp.sum(x.astype(dtype) * along(weights, 0, x.ndim).astype(dtype), axis=0)
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     exact = jax.lax.Precision.HIGHEST  # some devices multiply in fewer bits than float32 has
     total = jnp.einsum("i,is->s", weights, flat, precision=exact, preferred_element_type=dtype)
@@ -85,10 +93,14 @@ def sum_present(
     dtype = wide(x) if weights is None else jnp.promote_types(wide(x), weights.dtype)
     if not one_device or not few_and_long(x):
         return sum_leading(term(x, weights), weights)
-    rows = jax.lax.split(x, [1] * size, axis=0)
-    if weights is None:
-        terms = [term(row, None).astype(dtype) for row in rows]
-    else:
-        each = zip(rows, jax.lax.split(weights, [1] * size), strict=True)
-        terms = [term(row, w).astype(dtype) * along(w, 0, x.ndim).astype(dtype) for row, w in each]
+
+    def weighted(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
+        made = term(rows, weights).astype(dtype)
+        return made if weights is None else made * along(weights, 0, x.ndim).astype(dtype)
+
+    split = lambda x: jax.lax.split(x, [1] * size)
+    if fun is None:
+        terms = split(weighted(x, weights))
+    else:  # row by row, or XLA would store what `fun` makes of them
+        terms = map(weighted, split(x), [None] * size if weights is None else split(weights))
     return functools.reduce(jnp.add, terms)[0]
