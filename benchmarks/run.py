@@ -50,7 +50,7 @@ def measure(model: str, args: argparse.Namespace) -> dict[str, Any]:
 def is_too_slow(model: str, method: str, args: argparse.Namespace) -> bool:
     """Whether a method is to be given up. It is tried apart: a program that runs cannot be stopped from inside."""
     quantity = "clipped_sum" if "clipped_sum" in args.quantities else args.quantities[0]
-    once = argparse.Namespace(repeats=1, seconds=0, small=args.small)
+    once = argparse.Namespace(repeats=1, seconds=0, builds=1, small=args.small)
     return bench(model, [quantity], [method], once, limit=args.patience) == TOO_LONG
 
 
@@ -63,6 +63,7 @@ def bench(
         command = [sys.executable, "-m", "jgd", "bench", "--models", model, "--json", file]
         command += ["--quantities", *quantities, "--methods", *methods]
         command += ["--repeats", args.repeats, "--seconds", args.seconds, *["--small"] * args.small]
+        command += ["--builds", args.builds]
         try:
             done = subprocess.run(list(map(str, command)), capture_output=True, text=True, timeout=limit)
         except subprocess.TimeoutExpired:
@@ -134,6 +135,9 @@ def main() -> int:
     parser.add_argument("--repeats", type=int, default=10, help="runs of each program, at most (default: 10)")
     parser.add_argument(
         "--seconds", type=float, default=2.5, help="a program rests after these (default: 2.5)"
+    )
+    parser.add_argument(
+        "--builds", type=int, default=3, help="how often jgd's programs are built (default: 3)"
     )
     parser.add_argument(
         "--patience", type=float, default=60.0, help="seconds after which a method is given up (default: 60)"

@@ -15,6 +15,7 @@ import pytest
 
 from jgd import _clock as clock
 from jgd._bench import command
+from jgd._bench import measure as measuring
 from jgd._bench.measure import BASELINE, Measurement, compile_program, measure
 from jgd._bench.models import MODELS, build
 from jgd._bench.quantities import METHODS, QUANTITIES, Absent, by_jgd, by_vmap, plain
@@ -218,10 +219,22 @@ def test_a_measurement_from_scratch_traces_what_was_traced_before():
         return original.loss(*args)
 
     model = dataclasses.replace(original, loss=loss)
-    for from_scratch, times in ((False, 2), (True, 3)):
+    for from_scratch, builds, times in ((False, 1, 2), (True, 1, 3), (True, 3, 9)):
         traced.clear()
-        measure(model, ["norms", "sum"], ["jgd"], repeats=1, from_scratch=from_scratch)
+        measure(model, ["norms", "sum"], ["jgd"], repeats=1, from_scratch=from_scratch, builds=builds)
         assert len(traced) == times
+
+
+def test_of_several_builds_the_least_times_count(monkeypatch):
+    original, taken = measuring.compile_program, iter([3.0, 2.0, 1.0, 4.0])
+
+    def timed(function, *args):
+        seconds = next(taken)
+        return dataclasses.replace(original(function, *args), trace_seconds=seconds, compile_seconds=-seconds)
+
+    monkeypatch.setattr(measuring, "compile_program", timed)
+    found, _ = measure(build("mlp", small=True), ["norms"], ["jgd"], repeats=1, builds=2)
+    assert [(m.trace_seconds, m.compile_seconds) for m in found] == [(1, -3), (2, -4)]
 
 
 def _measurement(model, quantity, method, time_ratio, memory_ratio):
@@ -254,7 +267,7 @@ def test_the_command_prints_a_table_and_writes_what_it_measured(tmp_path, capsys
     assert "bag" in printed and "plain gradient" in printed and "norms" in printed
     record = json.loads(file.read_text())
     assert record["environment"]["jax"] == jax.__version__
-    assert record["settings"] == {"repeats": 2, "seconds": 5.0, "small": True}
+    assert record["settings"] == {"repeats": 2, "seconds": 5.0, "builds": 1, "small": True}
     fields = {field.name for field in dataclasses.fields(Measurement)}
     assert [set(m) == fields for m in record["measurements"]] == [True, True]
 

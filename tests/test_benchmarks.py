@@ -139,7 +139,7 @@ def asked(script):
     """What the command line would ask `run.py` for."""
     return script("run").argparse.Namespace(
         quantities=["norms", "gram"], methods=["jgd", "jax_privacy"], models=["mlp"],
-        repeats=1, seconds=1.0, small=True, no_peers=True, patience=7,
+        repeats=1, seconds=1.0, builds=1, small=True, no_peers=True, patience=7,
     )  # fmt: skip
 
 

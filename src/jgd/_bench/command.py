@@ -34,6 +34,12 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
         "--seconds", type=float, default=5.0, help="a program that took this long in all rests (default: 5)"
     )
     parser.add_argument(
+        "--builds",
+        type=int,
+        default=1,
+        help="how often jgd's programs are built, for the least time (default: 1)",
+    )
+    parser.add_argument(
         "--small", action="store_true", help="tiny sizes: to see that it works, not to compare"
     )
     parser.add_argument("--markdown", action="store_true", help="print the table in Markdown")
@@ -42,9 +48,10 @@ def add_arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measures, prints a table, writes the JSON where asked to; the exit status is 0."""
-    if args.repeats < 1:
-        print(f"jgd bench: `--repeats` must be at least 1, got {args.repeats}", file=sys.stderr)
-        return 2
+    for option in ("repeats", "builds"):
+        if vars(args)[option] < 1:
+            print(f"jgd bench: `--{option}` must be at least 1, got {vars(args)[option]}", file=sys.stderr)
+            return 2
     if args.json and not args.json.parent.is_dir():
         print(f"jgd bench: `--json` names a folder that is not there: {args.json.parent}", file=sys.stderr)
         return 2
@@ -53,13 +60,14 @@ def run(args: argparse.Namespace) -> int:
     for name in args.models:
         measured = measure(
             build(name, small=args.small), args.quantities, args.methods,
-            repeats=args.repeats, seconds=args.seconds, from_scratch=True, say=_say,
+            repeats=args.repeats, seconds=args.seconds, from_scratch=True, builds=args.builds, say=_say,
         )  # fmt: skip
         found += measured[0]
         missing += measured[1]
     _say("")
     if args.json:
-        settings = {"repeats": args.repeats, "seconds": args.seconds, "small": args.small}
+        asked = ("repeats", "seconds", "builds", "small")
+        settings = {option: vars(args)[option] for option in asked}
         args.json.write_text(to_json(found, missing, **settings))
     rows = table(found)
     _print_table(rows, markdown=args.markdown)
