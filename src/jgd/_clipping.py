@@ -23,10 +23,11 @@ def clipped_sum(form: Any, max_norm: Any, weights: jax.Array | None) -> tuple[li
 
     A gradient that is not finite adds nothing.
     """
+    form = form.for_norms_and_sums()
     norm = root(total(form.squared_norms(), form.size))
     inside = norm <= max_norm
     factor = jnp.where(inside, 1, max_norm / jnp.where(inside, 1, norm))
     factor = jnp.where(jnp.isfinite(norm), factor, 0)
     if weights is not None:
         factor = jnp.where(weights != 0, factor * weights, 0)
-    return form.weighted_sum(factor, keep_wide=True, after_norms=True), norm
+    return form.weighted_sum(factor, keep_wide=True), norm

@@ -23,8 +23,7 @@ def accumulator(dtype: Any) -> Any:
 class AllAtOnce:
     """A form that holds all its gradients at the same time."""
 
-    squared_norms: Callable[[], list[jax.Array]]
-    squared_sum: Callable[[], jax.Array]
+    for_norms_and_sums: Callable[[], Any]
 
     def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> Any:
         """`fun` of the gradients and weights: of what they make, what adds up over examples and what each has."""
@@ -32,7 +31,8 @@ class AllAtOnce:
 
     def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
         """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
-        return self.squared_norms(), self.squared_sum()
+        form = self.for_norms_and_sums()
+        return form.squared_norms(), form.squared_sum()
 
 
 @jax.tree_util.register_dataclass
@@ -62,11 +62,12 @@ class Materialized(AllAtOnce):
         """The blocks themselves."""
         return self.blocks
 
-    def weighted_sum(
-        self, weights: jax.Array | None, *, keep_wide: bool = False, after_norms: bool = False
-    ) -> list[jax.Array]:
+    def for_norms_and_sums(self) -> "Materialized":
+        """Itself: it has the gradients."""
+        return self
+
+    def weighted_sum(self, weights: jax.Array | None, *, keep_wide: bool = False) -> list[jax.Array]:
         """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'."""
-        del after_norms  # the gradients are there either way
         one_device = pieces_of(self.blocks, self.size) == 1
         sums = [sum_present(b, weights, one_device=one_device) for b in self.blocks]
         return sums if keep_wide else [s.astype(b.dtype) for s, b in zip(sums, self.blocks, strict=True)]

@@ -37,7 +37,9 @@ def _specs_of_pass(out: Any, program: Any, strategy: Any, params: Any, constants
         blocks: list[Any] = [with_examples(examples, leaf) for leaf in leaves]
         return along(0), along(0), Materialized(blocks)
     model = Model(leaves, [spec_of(x) for x in constants])
-    return along(0), along(0), replace(form, model=model, examples=jax.tree.map(along, axes_of(form.plan)))
+    lie = jax.tree.map(along, axes_of(form.plan))
+    sums = dict.fromkeys(form.sums, PartitionSpec())
+    return along(0), along(0), replace(form, model=model, examples=lie, sums=sums)
 
 
 @placed_by(_specs_of_pass)
@@ -56,8 +58,8 @@ def gradients_of(
     if at_once is None:
         plan = plan_of(program, strategy if isinstance(strategy, Variant) else PLANNED)
         model = Model(params, constants)
-        values, aux, examples = pass_over(plan, model, batch, fuse=pieces == 1)
-        return values, aux, Factored(model, examples, plan, pieces)
+        values, aux, examples, sums = pass_over(plan, model, batch, fuse=pieces == 1)
+        return values, aux, Factored(model, examples, plan, pieces, sums)
 
     def value_and_grad(example: list[Any]) -> Any:
         return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)

@@ -7,7 +7,7 @@ Linear questions replay the sites: one `vjp` with the examples inside, so that t
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -33,14 +33,14 @@ class Factored(Held, AllAtOnce):
         """g_i, every leaf with a leading axis B."""
         return self.each(lambda one: self.gradient(one, self.leaves))
 
-    def weighted_sum(
-        self, weights: jax.Array | None, *, keep_wide: bool = False, after_norms: bool = False
-    ) -> list[jax.Array]:
-        """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'.
+    def for_norms_and_sums(self) -> "Factored":
+        """The same, to be asked for both: what they have in common is made once."""
+        kept = {k: self.blocks(part) for k, part in enumerate(self.plan.parts) if part.leaf in self.plan.kept}
+        return replace(self, made=kept)
 
-        `after_norms`: the norms were asked for in the same program, so what they built can be used again.
-        """
-        made = sums.weighted_sum(self, weights, after_norms=after_norms)
+    def weighted_sum(self, weights: jax.Array | None, *, keep_wide: bool = False) -> list[jax.Array]:
+        """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'."""
+        made = sums.weighted_sum(self, weights)
         return made if keep_wide else [x.astype(like.dtype) for x, like in zip(made, self.like, strict=True)]
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
@@ -91,6 +91,7 @@ class Factored(Held, AllAtOnce):
             frozenset(self.leaves if self.pieces == 1 else ())
             - self.plan.whole_leaves
             - self.plan.backward_only
+            - self.summed
         )
         short -= {part.leaf for part in self.plan.parts if not part.short_sum(self.size, self.plan.device)}
         total = jnp.zeros((), jnp.float32)
@@ -101,7 +102,7 @@ class Factored(Held, AllAtOnce):
             elif part.leaf in short:
                 data = batch_data(self.plan, self.model, self.examples, part)
                 total = total + factors.square(part.factors(data, batch=True))
-        sums = self.weighted_sum(None, keep_wide=True, after_norms=True)
+        sums = self.weighted_sum(None, keep_wide=True)
         return total + sum(factors.sum_squares(x) for leaf, x in enumerate(sums) if leaf not in short)
 
     def gram(self, other: Any) -> jax.Array:

@@ -4,40 +4,60 @@ Where a scan steps through a stacked parameter, as through layers, each step has
 their squares add up over the steps, without products between them. So each step's square can be taken as soon as
 its δ is there, and where no more is asked than the norms, nothing of a step outlives it.
 
-A *probe* stands beside the tap of a site's output: a number, whose derivative is defined to be the square.
+A *probe* stands beside the tap of a site's output: a number, whose derivative is defined to be the square, and a
+bump of the parameter operand, whose derivative is that of all examples' losses together: the step's part of the sum.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 
+from jgd._engine.jaxprs import bind
 from jgd._engine.parts import Part
-from jgd._engine.regions import Nested, Region, Site, Value, recorded
+from jgd._engine.regions import Nested, Region, Site, Value
 from jgd._engine.rules import use_of
-from jgd._engine.uses import SiteData
+from jgd._engine.trees import Tree, bumped
+from jgd._engine.uses import SiteData, opaque
 from jgd._engine.views import View
+
+EXAMPLES = "jgd examples"  # the axis that they lie along in the pass
 
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """The squared norm of one step's gradient in a part `of` a leaf; `part` and `site` are a step's own."""
+    """What is asked of one step's gradient in a part `of` a leaf; `part` and `site`, of two operands, are its own."""
 
     of: Part
     part: Part
     site: Site
 
     @property
-    def operands(self) -> tuple[Value, ...]:
-        """The values of a step that it needs, beside the δ."""
-        return recorded(self.site)
+    def operand(self) -> tuple[int, int]:
+        """The parameter operand: the site's identity and the position."""
+        return id(self.of.uses[0].site), self.own
 
-    def square(self, operands: Sequence[jax.Array], delta: jax.Array) -> jax.Array:
-        """‖G‖²."""
-        values = {id(x): array for x, array in zip(self.operands, operands, strict=True)}
-        data = {i: values[id(x)] for i, x in enumerate(self.site.inputs) if id(x) in values}
-        return self.part.square({id(self.site): SiteData(data, [delta], {})})
+    @property
+    def own(self) -> int:
+        """Which operand is the parameter; the other is data."""
+        return self.part.uses[0].position
+
+    def square(self, data: jax.Array, delta: jax.Array) -> jax.Array:
+        """‖G‖² of one example."""
+        return self.part.square({id(self.site): SiteData({1 - self.own: data}, [delta], {})})
+
+    def total(self, data: jax.Array, delta: jax.Array, like: jax.Array) -> jax.Array:
+        """Σ G of all examples, from one of them, as the operand lies: an array `like` it."""
+
+        def output(parameter: jax.Array, data: jax.Array) -> jax.Array:
+            operands = (parameter, data) if self.own == 0 else (data, parameter)
+            return bind(self.site.eqn, operands)[0]
+
+        data, delta = (jax.lax.all_gather(x, EXAMPLES) for x in (data, delta))
+        outputs = lambda parameter: jax.vmap(functools.partial(output, parameter))(data)
+        return jax.linear_transpose(outputs, like)(delta)[0]
 
 
 Probes = dict[int, tuple[Probe, ...]]  # by the identity of the value that is tapped
@@ -82,28 +102,48 @@ def _unbranched(region: Region) -> list[Region]:
 
 
 def watching(probes: Probes, numbers: dict[int, jax.Array]) -> Callable[..., jax.Array]:
-    """What sets the probes beside the values that are tapped, in a pass: the leaves' `numbers` receive the squares."""
+    """What sets the probes beside the values that are tapped, in a pass along the axis `EXAMPLES`.
 
-    def watch(value: Value, x: jax.Array, look: Callable[[Value], Any]) -> jax.Array:
+    The leaves' `numbers` receive the squares, and the bumps the sums.
+    """
+
+    def watch(value: Value, x: jax.Array, look: Callable[[Value], Any], bumps: dict[Any, Any]) -> jax.Array:
         for probe in probes.get(id(value), ()):
-            x = _watched(x, probe, [look(operand) for operand in probe.operands], numbers[probe.of.leaf])
+            data = look(probe.site.inputs[1 - probe.own])
+            x = _watched(x, probe, data, numbers[probe.of.leaf], bumps[probe.operand])
         return x
 
     return watch
 
 
-def _watched(x: jax.Array, probe: Probe, operands: Sequence[jax.Array], number: jax.Array) -> jax.Array:
+def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: jax.Array, bump: Any) -> jax.Array:
     @jax.custom_vjp
-    def watch(x: jax.Array, operands: Sequence[jax.Array], number: jax.Array) -> jax.Array:
-        del operands, number
+    def watch(x: jax.Array, data: jax.Array, number: jax.Array, bump: Any) -> jax.Array:
+        del data, number, bump
         return x
 
-    def forward(x: jax.Array, operands: Sequence[jax.Array], number: jax.Array) -> Any:
-        return x, (operands, number)
+    def forward(x: jax.Array, *beside: Any) -> Any:
+        return x, beside
 
     def backward(kept: Any, delta: jax.Array) -> Any:
-        operands, number = kept
-        return delta, None, probe.square(operands, delta).astype(number.dtype)
+        data, number, bump = kept
+        total = None if bump is None else probe.total(data, delta, bump)
+        return delta, None, probe.square(data, delta).astype(number.dtype), total
 
     watch.defvjp(forward, backward)
-    return watch(x, operands, number)
+    return watch(x, data, number, bump)
+
+
+def sums_of(region: Region, bumps: Tree, parts: Sequence[Part]) -> dict[int, jax.Array]:
+    """Σ g_i of those parts whose operand has received it, flat in the order of memory, by the part's number."""
+    found = {(id(site), position): made for site, position, made in bumped(region, bumps)}
+    sums = {}
+    for number, part in enumerate(parts):
+        use, *others = part.uses
+        made = None if others else found.get((id(use.site), use.position))
+        if made is not None:
+            view = use.site.inputs[use.position].view
+            assert view is not None
+            whole = opaque(use.site, use.position, view)
+            sums[number] = whole.gradient(SiteData({}, [], {use.position: made}))
+    return sums

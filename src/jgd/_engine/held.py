@@ -18,12 +18,18 @@ from jgd._mesh import Placement, spec_of
 
 @dataclass(frozen=True)
 class Held:
-    """B gradients, as what each example left at each site."""
+    """B gradients, as what each example left at each site.
+
+    Beside it may be the parts' `sums`, Σ g_i flat in the order of memory, where the pass has made them, and `made`,
+    the blocks that are at hand; both by the number of the part.
+    """
 
     model: Model
     examples: Example  # with the batch axis where `axes_of` says
     plan: Plan = field(metadata={"static": True})
     pieces: int = field(default=1, metadata={"static": True})  # the devices that may share the batch axis
+    sums: dict[int, jax.Array] = field(default_factory=dict)
+    made: dict[int, jax.Array] = field(default_factory=dict)
 
     @property
     def size(self) -> int:
@@ -45,6 +51,11 @@ class Held:
         """The numbers of the leaves."""
         return range(len(self.like))
 
+    @property
+    def summed(self) -> frozenset[int]:
+        """The leaves whose sum the pass has made."""
+        return self.plan.summed if self.sums else frozenset()
+
     def gradient(self, example: Example, leaves: Leaves) -> list[jax.Array]:
         """One example's gradient with respect to some leaves."""
         pulled = [leaf for leaf in leaves if leaf not in self.grouped(groups=1)]
@@ -59,7 +70,8 @@ class Held:
 
     def blocks(self, part: Part) -> jax.Array:
         """The examples' gradients in one part, each in the order in which it comes."""
-        return self.only(part).each(lambda one: self.unordered(one, part))
+        at_hand = self.made.get(self.plan.parts.index(part))
+        return self.only(part).each(lambda one: self.unordered(one, part)) if at_hand is None else at_hand
 
     def leaf_blocks(self, leaf: int) -> jax.Array:
         """The examples' gradients with respect to one leaf."""

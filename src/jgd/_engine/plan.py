@@ -63,6 +63,7 @@ class Plan:
     # Leaves whose gradient is taken for each example apart: those beside, those that pass through a `custom_vjp`,
     # which has no forward derivative, and those without rule in a `cond`, whose other branch may have no derivative.
     backward_only: frozenset[int]
+    summed: frozenset[int]  # leaves whose sum the probes make
     direct: tuple[int, ...]  # leaves all of whose uses can sum over a batch by themselves
     kept: frozenset[int]  # leaves whose blocks, built for the norms, also make the clipped sum
     probes: Probes  # of those parts whose squared norms the backward pass can take as it goes
@@ -114,12 +115,23 @@ def _plan(program: Program, variant: Variant) -> Plan:
         beside,
         whole_leaves | spread,
         backward_only | spread,
+        _summed(parts, probes),
         direct,
         kept,
         probes,
         frozenset(guarded),
         variant.again,
     )
+
+
+def _summed(parts: Sequence[Part], probes: Probes) -> frozenset[int]:
+    """The leaves that have probes in all their parts, which see all of their sum."""
+    probed = {id(probe.of) for some in probes.values() for probe in some if _is_wide(probe.part.uses[0])}
+    return frozenset(part.leaf for part in parts) - {part.leaf for part in parts if id(part) not in probed}
+
+
+def _is_wide(use: Use) -> bool:
+    return use.site.inputs[use.position].aval.dtype.itemsize >= 4
 
 
 def _read(program: Program, beside: frozenset[int]) -> Region:

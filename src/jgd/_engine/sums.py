@@ -17,18 +17,15 @@ from jgd._engine.parts import Part
 from jgd._materialized import Materialized, accumulator
 
 
-def weighted_sum(held: Held, weights: jax.Array | None, *, after_norms: bool = False) -> list[jax.Array]:
-    """Σ w_i g_i, in the accumulators' dtypes.
-
-    `after_norms`: the norms were asked for in the same program, so what they built can be used again.
-    """
+def weighted_sum(held: Held, weights: jax.Array | None) -> list[jax.Array]:
+    """Σ w_i g_i, in the accumulators' dtypes."""
     if held.plan.again:
         return _second_pass(held, weights)
     held.refuse(held.unruled(batch_groups=2))  # XLA aborts on their sum
     one_device = held.pieces == 1
     examples = held.examples
-    kept = [part for part in held.plan.parts if after_norms and part.leaf in held.plan.kept]
-    made = [held.blocks(part) for part in kept]
+    kept = [held.plan.parts[k] for k in held.made]
+    made = list(held.made.values())
     if weights is None:
         totals = [sum_present(x, None, one_device=one_device) for x in made]
         # Not as a product: XLA makes the sum along with the block, if that is a sum or an outer product.
@@ -36,6 +33,9 @@ def weighted_sum(held: Held, weights: jax.Array | None, *, after_norms: bool = F
     else:
         examples, totals = _sums_of_blocks(held, [*made, *examples.blocks.values()], weights)
     sums = dict(zip(examples.blocks, totals[len(kept) :], strict=True))
+    if weights is None:
+        of_pass = lambda part: held.sums[held.plan.parts.index(part)]
+        sums.update({leaf: held.assembled(leaf, of_pass) for leaf in held.summed})
     of_part = {id(part): x for part, x in zip(kept, totals, strict=False)}
     from_blocks = lambda part: part.in_memory(of_part[id(part)])
     for leaf in {part.leaf for part in kept}:

@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.jaxprs import bind, prim, scan_of
-from jgd._engine.regions import Nested, Region, Value
+from jgd._engine.regions import Nested, Region, Site, Value
 from jgd._engine.trees import Tree, records_of, zeros
 from jgd._mesh import varying
 
@@ -27,28 +27,31 @@ def _tap_jvp(primals: Any, tangents: Any) -> Any:
     return primals[0], tangents[0] + tangents[1]
 
 
-Watch = Callable[[Value, jax.Array, Callable[[Value], Any]], jax.Array]
+Watch = Callable[[Value, jax.Array, Callable[[Value], Any], dict[tuple[int, int], Any]], jax.Array]
 
 
 def run(
-    region: Region, inputs: Sequence[Any], taps: Tree, watch: Watch = lambda value, x, look: x
+    region: Region, inputs: Sequence[Any], taps: Tree, bumps: Tree, watch: Watch
 ) -> tuple[list[Any], Tree]:
     """One example's forward pass: the region's outputs and its records.
 
-    Each value that is tapped goes through `watch`, with the way to look at the others at hand there.
+    Each value that is tapped goes through `watch`, with the way to look at the others at hand there, and with what
+    the `bumps` have for each parameter operand, by the site's identity and the position: a tree as of `bumps_of`.
     """
-    env, inner_taps = Environment(region.inputs, inputs), iter(taps[1])
+    env, inner_taps = Environment(region.inputs, inputs), iter(zip(taps[1], bumps[1], strict=True))
+    operands_at = [(id(op), i) for op in region.ops if isinstance(op, Site) for i in op.params]
+    bump = dict(zip(operands_at, bumps[0], strict=True))
     tap = {id(value): array for value, array in zip(region.taps, taps[0], strict=True)}
     inner_records = []
     for op in region.ops:
         operands = [env[x] for x in op.inputs]
         if isinstance(op, Nested):
-            outputs, records = _run_nested(op, operands, next(inner_taps), watch)
+            outputs, records = _run_nested(op, operands, *next(inner_taps), watch)
             inner_records.append(records)
         else:
             outputs = operands if op.eqn is None else bind(op.eqn, operands)
         values = zip(op.outputs, outputs, strict=True)
-        tapped = lambda v, x: _tap(watch(v, x, env.__getitem__), tap[id(v)])
+        tapped = lambda v, x: _tap(watch(v, x, env.__getitem__, bump), tap[id(v)])
         env.set(op.outputs, [tapped(v, x) if id(v) in tap else x for v, x in values])
     return [env[x] for x in region.outputs], (tuple(env[x] for x in region.records), tuple(inner_records))
 
@@ -67,41 +70,45 @@ class Environment:
         return self._arrays[id(value)] if value.literal is None else value.literal
 
 
-def _run_nested(op: Nested, operands: list[Any], taps: Any, watch: Watch) -> tuple[Sequence[Any], Any]:
+def _run_nested(
+    op: Nested, operands: list[Any], taps: Any, bumps: Any, watch: Watch
+) -> tuple[Sequence[Any], Any]:
     if op.eqn.primitive is prim.scan_p:
-        return _run_scan(op, operands, taps[0], watch)
+        return _run_scan(op, operands, taps[0], bumps[0], watch)
     if op.eqn.primitive is prim.remat_p:
         again = jax.checkpoint(
-            lambda inputs, taps: run(op.regions[0], inputs, taps, watch),
+            lambda inputs, taps, bumps: run(op.regions[0], inputs, taps, bumps, watch),
             policy=op.eqn.params["policy"],
             prevent_cse=op.eqn.params["prevent_cse"],
         )
-        outputs, records = again(operands, taps[0])
+        outputs, records = again(operands, taps[0], bumps[0])
         return outputs, (records,)
 
     def branch(number: int) -> Callable[..., Any]:
-        def run_branch(inputs: list[Any], taps: Any) -> Any:
-            outputs, own = run(op.regions[number], inputs, taps[number], watch)
+        def run_branch(inputs: list[Any], taps: Any, bumps: Any) -> Any:
+            outputs, own = run(op.regions[number], inputs, taps[number], bumps[number], watch)
             blank = [zeros(region, records_of) for region in op.regions]
             return varying((outputs, (*blank[:number], own, *blank[number + 1 :])), operands)
 
         return run_branch
 
-    return jax.lax.switch(operands[0], [branch(k) for k in range(len(op.regions))], operands[1:], taps)
+    return jax.lax.switch(operands[0], [branch(k) for k in range(len(op.regions))], operands[1:], taps, bumps)
 
 
-def _run_scan(op: Nested, operands: list[Any], taps: Tree, watch: Watch) -> tuple[Sequence[Any], Any]:
+def _run_scan(
+    op: Nested, operands: list[Any], taps: Tree, bumps: Tree, watch: Watch
+) -> tuple[Sequence[Any], Any]:
     scan = scan_of(op.eqn)
     ends = scan.num_consts, scan.num_consts + scan.num_carry
     consts, xs = operands[: ends[0]], operands[ends[1] :]
     carry = [jnp.asarray(x, v.aval.dtype) for x, v in _arrays(operands, op.inputs)[ends[0] : ends[1]]]
 
     def body(carry: list[Any], step: Any) -> Any:
-        outputs, records = run(op.regions[0], [*consts, *carry, *step[0]], step[1], watch)
+        outputs, records = run(op.regions[0], [*consts, *carry, *step[0]], step[1], step[2], watch)
         return outputs[: scan.num_carry], (outputs[scan.num_carry :], records)
 
     carry, (ys, records) = jax.lax.scan(
-        body, carry, (xs, taps), length=scan.length, reverse=scan.reverse, unroll=scan.unroll
+        body, carry, (xs, taps, bumps), length=scan.length, reverse=scan.reverse, unroll=scan.unroll
     )
     return [*carry, *ys], (records,)
 

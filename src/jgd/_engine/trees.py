@@ -4,7 +4,7 @@ A tree is what a region has, then, for each of its nested operations, a tree for
 inside a scan has the steps as a leading axis.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
@@ -68,6 +68,18 @@ def bumps_of(region: Region, chosen: Callable[[Site, int], bool], lead: tuple[in
         if isinstance(op, Nested)
     )
     return own, inner
+
+
+def bumped(region: Region, tree: Tree) -> Iterator[tuple[Site, int, Any]]:
+    """The chosen operands of a tree like that of `bumps_of`: site, position, and what the tree has of it."""
+    own, inner = iter(tree[0]), iter(tree[1])
+    for op in region.ops:
+        if isinstance(op, Nested):
+            for r, part in zip(op.regions, next(inner), strict=True):
+                yield from bumped(r, part)
+        elif isinstance(op, Site):
+            each = [(op, i, next(own)) for i in op.params]
+            yield from (found for found in each if found[2] is not None)
 
 
 def picked(region: Region, tree: Tree, wanted: Callable[[Op], bool]) -> list[Any]:
