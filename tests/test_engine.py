@@ -184,19 +184,22 @@ def test_norms_that_the_backward_pass_takes(checkpointed, method, x64):
     assert probed == {"['layers']['w']", "['layers']['v']", "['layers']['skip']"}
     plan = dataclasses.replace(plan, probes=forced)
     *_, examples, sums = pass_over(plan, form.model, form.examples.inputs, fuse=True)
-    assert len(examples.squares) == len(sums) == 3
+    assert len(examples.squares) == len(sums.parts) == len(sums.squares) == 3
     squares = Factored(form.model, examples, plan).squared_norms()
     blocks = jax.tree.leaves(oracle.vmap_of_grad(problem))
     want = [np.square(np.reshape(x, (B, -1))).sum(1) for x in blocks]
     oracle.assert_close(squares, want, 1e-9)
     whole = [np.sum(x, axis=0) for x in blocks]
-    oracle.assert_close(Factored(form.model, examples, plan, sums=sums).weighted_sum(None), whole, 1e-9)
+    held = Factored(form.model, examples, plan, sums=sums)
+    oracle.assert_close(held.weighted_sum(None), whole, 1e-9)
+    oracle.assert_close(held.squared_sum(), sum(np.square(x).sum() for x in whole), 1e-9)
     # It is these that are used, and for these leaves alone.
-    twice = Factored(form.model, examples, plan, sums={k: 2 * x for k, x in sums.items()})
-    summed = {plan.parts[k].leaf for k in sums}
-    want = [(2 if leaf in summed else 1) * x for leaf, x in enumerate(whole)]
+    assert plan.summed == {plan.parts[k].leaf for k in sums.parts} == sums.squares.keys()
+    twice = dataclasses.replace(held, sums=jax.tree.map(lambda x: 2 * x, sums))
+    want = [(2 if leaf in plan.summed else 1) * x for leaf, x in enumerate(whole)]
     oracle.assert_close(twice.weighted_sum(None), want, 1e-9)
-    assert plan.summed == summed
+    more = sum(sums.squares.values())
+    oracle.assert_close(twice.squared_sum(), held.squared_sum() + more, 1e-9)
 
 
 def test_the_planner_takes_either_method(x64):

@@ -19,6 +19,7 @@ from jgd._engine.regions import Site, sites_of
 from jgd._engine.shares import DeviceShare, share_of
 from jgd._engine.tiles import pieces_of
 from jgd._engine.uses import Use
+from jgd._engine.work import work_of
 from jgd._errors import describe, is_concrete
 from jgd._loss import Call, Loss, bind
 from jgd._timed import ready
@@ -137,7 +138,7 @@ def explain(
     call = bind(loss, (params, *batch), argnums=argnums, in_axes=in_axes, has_aux=has_aux)
     plan = plan_of(trace(call), PLANNED)
     at_once = blocks_at_once(plan.program, call.size, pieces_of(call.batch_leaves, call.size))
-    predicted = _predicted(plan, call.size)
+    predicted = _predicted(plan, call.size, factored=at_once is None)
     measured = _measured(plan.program, call) if measure else (None, None)
     total = sum(x.size for x in plan.program.param_avals)
     return Explanation(
@@ -154,23 +155,33 @@ def explain(
     )
 
 
-def _predicted(plan: Plan, size: int) -> tuple[float, float]:
+def _predicted(plan: Plan, size: int, *, factored: bool) -> tuple[float, float]:
     """The times of norms and of the clipped sum, in units of the plain gradient's, for one of `size` examples."""
     avals, device = plan.program.param_avals, plan.device
-    product = again = 0.0
+    seconds = {"lookup": 0.0, "product": 0.0}  # of the plain gradient's own, backward to the parameters
+    again = 0.0  # what a weighted sum takes after the norms
     for part in plan.parts:
-        made = [weight_gradient(use.sizes, lookup=use.rule == "lookup").seconds(device) for use in part.uses]
-        product += sum(made)
-        again += device.seconds(moved=part.size) if part.leaf in plan.kept else sum(made)
-    blocks = [
+        for use in part.uses:
+            made = weight_gradient(use.sizes, lookup=use.rule == "lookup").seconds(device)
+            seconds["lookup" if use.rule == "lookup" else "product"] += made
+            again += 0 if part.leaf in plan.kept else made
+        again += device.seconds(moved=part.size) if part.leaf in plan.kept else 0
+    blocks = sum(
         Cost(2 * avals[leaf].size, 0, 2 * avals[leaf].size).seconds(device) for leaf in plan.whole_leaves
-    ]
-    product, again = product + sum(blocks), again + sum(blocks)
-    squares = sum(part.cost.seconds(device) for part in plan.parts) + sum(blocks)
-    # A layer is three such products: forward, backward to its input, and that of the gradient, which is written.
-    written = device.seconds(moved=sum(x.size for x in avals)) / max(size, 1)
-    plain = max(3 * product + written, 1e-30)
-    return (2 * product + squares) / plain, (2 * product + squares + again + written) / plain
+    )
+    squares = sum(part.cost.seconds(device) for part in plan.parts) + blocks
+    numbers = sum(x.size for x in avals)
+    written = device.seconds(moved=numbers) / max(size, 1)
+    # Rows are looked up on the way forward and added to on the way back.
+    gradient = device.seconds(large=sum(work_of(plan.program))) + 2 * seconds["lookup"] + blocks
+    plain = max(gradient + written, 1e-30)
+    if factored:
+        norms = max(gradient - sum(seconds.values()) - blocks, 0) + squares
+        clipped = norms + again + blocks + written
+    else:
+        norms = gradient + device.seconds(moved=numbers)
+        clipped = norms + device.seconds(moved=numbers) + written
+    return norms / plain, clipped / plain
 
 
 def _measured(program: Program, call: Call) -> tuple[float, float]:

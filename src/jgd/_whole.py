@@ -38,7 +38,7 @@ def _specs_of_pass(out: Any, program: Any, strategy: Any, params: Any, constants
         return along(0), along(0), Materialized(blocks)
     model = Model(leaves, [spec_of(x) for x in constants])
     lie = jax.tree.map(along, axes_of(form.plan))
-    sums = dict.fromkeys(form.sums, PartitionSpec())
+    sums = jax.tree.map(lambda _: PartitionSpec(), form.sums)
     return along(0), along(0), replace(form, model=model, examples=lie, sums=sums)
 
 

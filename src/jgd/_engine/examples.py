@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.fused import EXAMPLES, sums_of, watching
+from jgd._engine.fused import EXAMPLES, Sums, sums_of_parts, watching
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
 from jgd._engine.regions import Nested, Op, Region, Site, recorded
@@ -50,8 +50,8 @@ def axes_of(plan: Plan) -> Example:
 
 def pass_over(
     plan: Plan, model: Model, batch: list[Any], *, fuse: bool = False
-) -> tuple[jax.Array, list[Any], Example, dict[int, jax.Array]]:
-    """One forward and one backward pass: values, auxiliary leaves, what the examples leave, and the parts' sums.
+) -> tuple[jax.Array, list[Any], Example, Sums]:
+    """One forward and one backward pass: values, auxiliary leaves, what the examples leave, and sums over them.
 
     Told to `fuse`, it takes what has probes, squared norms and sums: no work, where nobody asks for them in its
     program.
@@ -59,29 +59,31 @@ def pass_over(
     beside = sorted({part.leaf for part in plan.beside})
     probes = [probe for some in plan.probes.values() for probe in some] if fuse else []
     probed = sorted({probe.of.leaf for probe in probes})
-    summed = {probe.operand for probe in probes if probe.of.leaf in plan.summed}
+    summed = {probe.operand: probe.of.leaf for probe in probes if probe.of.leaf in plan.summed}
+    zero = lambda leaf: jnp.zeros((), jnp.promote_types(model.params[leaf].dtype, jnp.float32))
 
     def one(inputs: list[Any]) -> Any:
-        def forward(taps: Any, values: list[Any], numbers: dict[int, Any], bumps: Any) -> Any:
+        def forward(taps: Any, values: list[Any], numbers: dict[int, Any], sums: tuple[Any, Any]) -> Any:
             known = _inputs(plan, _with(model, beside, values), inputs)
-            watch = watching(plan.probes if fuse else {}, numbers)
+            bumps, together = sums
+            watch = watching(plan.probes if fuse else {}, numbers, together)
             (value, *aux), records = run(plan.region, known, taps, bumps, watch)
             return value, (aux, records)
 
         taps = varying(zeros(plan.region, taps_of), inputs)
         values = varying([model.params[leaf] for leaf in beside], inputs)
-        wide = lambda leaf: jnp.promote_types(model.params[leaf].dtype, jnp.float32)
-        numbers = varying({leaf: jnp.zeros((), wide(leaf)) for leaf in probed}, inputs)
-        bumps = varying(bumps_of(plan.region, lambda site, i: (id(site), i) in summed), inputs)
-        value, pull, (aux, records) = jax.vjp(forward, taps, values, numbers, bumps, has_aux=True)
+        numbers = varying({leaf: zero(leaf) for leaf in probed}, inputs)
+        bumps = bumps_of(plan.region, lambda site, i: (id(site), i) in summed)
+        sums = varying((bumps, {leaf: zero(leaf) for leaf in summed.values()}), inputs)
+        value, pull, (aux, records) = jax.vjp(forward, taps, values, numbers, sums, has_aux=True)
         deltas, blocks, squares, sums = pull(jnp.ones_like(value))
         return value, aux, records, deltas, dict(zip(beside, blocks, strict=True)), squares, sums
 
     axes = axes_of(plan)
     each = jax.vmap(one, out_axes=(0, 0, axes.records, axes.deltas, 0, 0, None), axis_name=EXAMPLES)
-    values, aux, records, deltas, blocks, squares, sums = each(batch)
+    values, aux, records, deltas, blocks, squares, (bumps, together) = each(batch)
     examples = Example(batch, records, deltas, blocks, squares)
-    return values, aux, examples, sums_of(plan.region, sums, plan.parts)
+    return values, aux, examples, Sums(sums_of_parts(plan.region, bumps, plan.parts), together)
 
 
 def _with(model: Model, leaves: Leaves, values: Sequence[Any]) -> Model:

@@ -94,7 +94,7 @@ class Factored(Held, AllAtOnce):
             - self.summed
         )
         short -= {part.leaf for part in self.plan.parts if not part.short_sum(self.size, self.plan.device)}
-        total = jnp.zeros((), jnp.float32)
+        total = sum(self.sums.squares.values(), start=jnp.zeros((), jnp.float32))
         for part in self.plan.parts:
             if part.leaf in short and part.shape is not None and part.looks_up:
                 (rows,) = self.only(part).each(lambda one, part=part: self.factors(one, part))
@@ -103,7 +103,8 @@ class Factored(Held, AllAtOnce):
                 data = batch_data(self.plan, self.model, self.examples, part)
                 total = total + factors.square(part.factors(data, batch=True))
         sums = self.weighted_sum(None, keep_wide=True)
-        return total + sum(factors.sum_squares(x) for leaf, x in enumerate(sums) if leaf not in short)
+        rest = [x for leaf, x in enumerate(sums) if leaf not in short | self.summed]
+        return total + sum(map(factors.sum_squares, rest))
 
     def gram(self, other: Any) -> jax.Array:
         """⟨g_i, g'_j⟩."""

@@ -6,15 +6,17 @@ its δ is there, and where no more is asked than the norms, nothing of a step ou
 
 A *probe* stands beside the tap of a site's output: a number, whose derivative is defined to be the square, and a
 bump of the parameter operand, whose derivative is that of all examples' losses together: the step's part of the sum.
+The sum's own square is a number again.
 """
 
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 
+from jgd._engine.factors import sum_squares
 from jgd._engine.jaxprs import bind
 from jgd._engine.parts import Part
 from jgd._engine.regions import Nested, Region, Site, Value
@@ -24,6 +26,18 @@ from jgd._engine.uses import SiteData, opaque
 from jgd._engine.views import View
 
 EXAMPLES = "jgd examples"  # the axis that they lie along in the pass
+
+
+class Sums(NamedTuple):
+    """What the pass has made of the sum over all examples.
+
+    Attributes:
+        parts: Σ g_i of a part, flat in the order of memory, by the part's number.
+        squares: ‖Σ g_i‖² of each leaf whose parts are all there.
+    """
+
+    parts: dict[int, jax.Array]
+    squares: dict[int, jax.Array]
 
 
 @dataclass(frozen=True, eq=False)
@@ -101,40 +115,49 @@ def _unbranched(region: Region) -> list[Region]:
     return [region, *(inner for op in nested for inner in _unbranched(op.regions[0]))]
 
 
-def watching(probes: Probes, numbers: dict[int, jax.Array]) -> Callable[..., jax.Array]:
+def watching(
+    probes: Probes, numbers: dict[int, jax.Array], together: dict[int, jax.Array]
+) -> Callable[..., jax.Array]:
     """What sets the probes beside the values that are tapped, in a pass along the axis `EXAMPLES`.
 
-    The leaves' `numbers` receive the squares, and the bumps the sums.
+    The leaves' `numbers` receive the squares, the bumps the sums, and the numbers of all examples `together` the
+    sums' squares.
     """
 
     def watch(value: Value, x: jax.Array, look: Callable[[Value], Any], bumps: dict[Any, Any]) -> jax.Array:
         for probe in probes.get(id(value), ()):
             data = look(probe.site.inputs[1 - probe.own])
-            x = _watched(x, probe, data, numbers[probe.of.leaf], bumps[probe.operand])
+            leaf = probe.of.leaf
+            x = _watched(x, probe, data, numbers[leaf], together.get(leaf), bumps[probe.operand])
         return x
 
     return watch
 
 
-def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: jax.Array, bump: Any) -> jax.Array:
+def _watched(
+    x: jax.Array, probe: Probe, data: jax.Array, number: jax.Array, together: Any, bump: Any
+) -> jax.Array:
     @jax.custom_vjp
-    def watch(x: jax.Array, data: jax.Array, number: jax.Array, bump: Any) -> jax.Array:
-        del data, number, bump
+    def watch(x: jax.Array, *beside: Any) -> jax.Array:
+        del beside
         return x
 
     def forward(x: jax.Array, *beside: Any) -> Any:
         return x, beside
 
     def backward(kept: Any, delta: jax.Array) -> Any:
-        data, number, bump = kept
-        total = None if bump is None else probe.total(data, delta, bump)
-        return delta, None, probe.square(data, delta).astype(number.dtype), total
+        data, number, together, bump = kept
+        square = probe.square(data, delta).astype(number.dtype)
+        if together is None:
+            return delta, None, square, None, None
+        total = probe.total(data, delta, bump)
+        return delta, None, square, sum_squares(total).astype(together.dtype), total
 
     watch.defvjp(forward, backward)
-    return watch(x, data, number, bump)
+    return watch(x, data, number, together, bump)
 
 
-def sums_of(region: Region, bumps: Tree, parts: Sequence[Part]) -> dict[int, jax.Array]:
+def sums_of_parts(region: Region, bumps: Tree, parts: Sequence[Part]) -> dict[int, jax.Array]:
     """Σ g_i of those parts whose operand has received it, flat in the order of memory, by the part's number."""
     found = {(id(site), position): made for site, position, made in bumped(region, bumps)}
     sums = {}

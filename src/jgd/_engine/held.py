@@ -9,6 +9,7 @@ import jax
 from jgd._engine import factors, partitioned
 from jgd._engine.examples import Example, Leaves, Model, axes_of, gradient, only_for, part_data
 from jgd._engine.factors import Factor
+from jgd._engine.fused import Sums
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
 from jgd._engine.tiles import Batch
@@ -20,15 +21,14 @@ from jgd._mesh import Placement, spec_of
 class Held:
     """B gradients, as what each example left at each site.
 
-    Beside it may be the parts' `sums`, Σ g_i flat in the order of memory, where the pass has made them, and `made`,
-    the blocks that are at hand; both by the number of the part.
+    Beside it may be the `sums` that the pass has made, and `made`, the blocks that are at hand, by the part's number.
     """
 
     model: Model
     examples: Example  # with the batch axis where `axes_of` says
     plan: Plan = field(metadata={"static": True})
     pieces: int = field(default=1, metadata={"static": True})  # the devices that may share the batch axis
-    sums: dict[int, jax.Array] = field(default_factory=dict)
+    sums: Sums = field(default_factory=lambda: Sums({}, {}))
     made: dict[int, jax.Array] = field(default_factory=dict)
 
     @property
@@ -54,7 +54,7 @@ class Held:
     @property
     def summed(self) -> frozenset[int]:
         """The leaves whose sum the pass has made."""
-        return self.plan.summed if self.sums else frozenset()
+        return frozenset(self.sums.squares)
 
     def gradient(self, example: Example, leaves: Leaves) -> list[jax.Array]:
         """One example's gradient with respect to some leaves."""

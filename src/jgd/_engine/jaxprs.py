@@ -69,8 +69,13 @@ def mentions(eqn: Any, primitive: Any) -> bool:
     """Whether an equation is an application of `primitive`, or has one inside."""
     if eqn.primitive is primitive:
         return True
+    return any(mentions(e, primitive) for jaxpr in inner_jaxprs(eqn) for e in jaxpr.eqns)
+
+
+def inner_jaxprs(eqn: Any) -> list[Any]:
+    """All jaxprs, open, that are among an equation's parameters."""
     inner = [open_jaxpr(x) for value in eqn.params.values() for x in _listed(value)]
-    return any(mentions(e, primitive) for jaxpr in inner if hasattr(jaxpr, "eqns") for e in jaxpr.eqns)
+    return [jaxpr for jaxpr in inner if hasattr(jaxpr, "eqns")]
 
 
 def _listed(value: Any) -> Sequence[Any]:

@@ -34,7 +34,7 @@ def weighted_sum(held: Held, weights: jax.Array | None) -> list[jax.Array]:
         examples, totals = _sums_of_blocks(held, [*made, *examples.blocks.values()], weights)
     sums = dict(zip(examples.blocks, totals[len(kept) :], strict=True))
     if weights is None:
-        of_pass = lambda part: held.sums[held.plan.parts.index(part)]
+        of_pass = lambda part: held.sums.parts[held.plan.parts.index(part)]
         sums.update({leaf: held.assembled(leaf, of_pass) for leaf in held.summed})
     of_part = {id(part): x for part, x in zip(kept, totals, strict=False)}
     from_blocks = lambda part: part.in_memory(of_part[id(part)])
