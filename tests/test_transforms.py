@@ -544,3 +544,26 @@ def test_thresholds_at_the_ends(strategy, example, x64):
     close(jgd.clipped_sum(grads, 0.0), jax.tree.map(np.zeros_like, example[0]))
     close(jgd.clipped_sum(grads, np.inf), jgd.sum(grads))
     close(jgd.clipped_sum(grads, 1e300), jgd.sum(grads))
+
+
+def test_a_loss_that_asks_for_gradients_of_scanned_layers_itself(x64):
+    """The pass has an axis of its own for the examples, and so has the one inside of it."""
+    w, x = (jax.random.normal(jax.random.key(k), shape) for k, shape in enumerate([(3, 4, 4), (5, 6, 4)]))
+
+    def inner(w, x):
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0] ** 2)
+
+    def outer(w, xs):
+        grads = jgd.per_example_grad(inner, strategy="factored")(w, xs[:, None])
+        return inner(w - 0.1 * jgd.sum(grads), xs) + jnp.sum(jgd.norms(grads))
+
+    def by_hand(w, xs):
+        grads = jax.vmap(jax.grad(inner), (None, 0))(w, xs[:, None])
+        return inner(w - 0.1 * grads.sum(0), xs) + jnp.sum(
+            jnp.linalg.norm(grads.reshape(len(xs), -1), axis=1)
+        )
+
+    grads = jgd.per_example_grad(outer, strategy="factored")(w, x)
+    want = jax.vmap(jax.grad(by_hand), (None, 0))(w, x)
+    np.testing.assert_allclose(jgd.materialize(grads), want, rtol=1e-9, atol=1e-12)
+    np.testing.assert_allclose(jgd.sum(grads), want.sum(0), rtol=1e-9, atol=1e-12)
