@@ -158,14 +158,17 @@ def explain(
 def _predicted(plan: Plan, size: int, *, factored: bool) -> tuple[float, float]:
     """The times of norms and of the clipped sum, in units of the plain gradient's, for one of `size` examples."""
     avals, device = plan.program.param_avals, plan.device
-    seconds = {"lookup": 0.0, "product": 0.0}  # of the plain gradient's own, backward to the parameters
-    again = 0.0  # what a weighted sum takes after the norms
+    own = lookups = again = (
+        0.0  # backward to the parameters; what of it is lookups; a weighted sum after the norms
+    )
     for part in plan.parts:
+        products = 0.0
         for use in part.uses:
-            made = weight_gradient(use.sizes, lookup=use.rule == "lookup").seconds(device)
-            seconds["lookup" if use.rule == "lookup" else "product"] += made
-            again += 0 if part.leaf in plan.kept else made
-        again += device.seconds(moved=part.size) if part.leaf in plan.kept else 0
+            seconds = weight_gradient(use.sizes, lookup=use.rule == "lookup").seconds(device)
+            products += seconds
+            lookups += seconds if use.rule == "lookup" else 0
+        own += products
+        again += device.seconds(moved=part.size) if part.leaf in plan.kept else products
     blocks = sum(
         Cost(2 * avals[leaf].size, 0, 2 * avals[leaf].size).seconds(device) for leaf in plan.whole_leaves
     )
@@ -173,10 +176,10 @@ def _predicted(plan: Plan, size: int, *, factored: bool) -> tuple[float, float]:
     numbers = sum(x.size for x in avals)
     written = device.seconds(moved=numbers) / max(size, 1)
     # Rows are looked up on the way forward and added to on the way back.
-    gradient = device.seconds(large=sum(work_of(plan.program))) + 2 * seconds["lookup"] + blocks
+    gradient = device.seconds(large=sum(work_of(plan.program))) + 2 * lookups + blocks
     plain = max(gradient + written, 1e-30)
     if factored:
-        norms = max(gradient - sum(seconds.values()) - blocks, 0) + squares
+        norms = max(gradient - own - blocks, 0) + squares
         clipped = norms + again + blocks + written
     else:
         norms = gradient + device.seconds(moved=numbers)

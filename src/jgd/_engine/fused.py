@@ -162,8 +162,8 @@ def sums_of_parts(region: Region, bumps: Tree, parts: Sequence[Part]) -> dict[in
     found = {(id(site), position): made for site, position, made in bumped(region, bumps)}
     sums = {}
     for number, part in enumerate(parts):
-        use, *others = part.uses
-        made = None if others else found.get((id(use.site), use.position))
+        use = part.uses[0]  # a part with probes has no other
+        made = found.get((id(use.site), use.position))
         if made is not None:
             view = use.site.inputs[use.position].view
             assert view is not None

@@ -197,9 +197,8 @@ def _is_spread(use: Use) -> bool:
     steps, _ = factors.split_axes(view, site.loops)
     if any(stride == 0 and length > 1 for length, stride in steps):
         return False  # a loop would carry the block from step to step
-    operand, made = site.inputs[use.position].aval, site.outputs[0].aval
-    spread = math.prod(made.shape) * math.prod(length for _, length in site.loops)
-    return operand.dtype.itemsize >= 4 and spread >= _SPREAD * factors.product(use.axes)
+    spread = math.prod(site.outputs[0].aval.shape) * math.prod(length for _, length in site.loops)
+    return _is_wide(use) and spread >= _SPREAD * factors.product(use.axes)
 
 
 def _backward_only(region: Region) -> frozenset[int]:
