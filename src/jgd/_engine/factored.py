@@ -6,7 +6,7 @@ Linear questions replay the sites: one `vjp` with the examples inside, so that t
 
 import functools
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import Any
 
@@ -35,7 +35,11 @@ class Factored(Held, AllAtOnce):
 
     def for_norms_and_sums(self) -> "Factored":
         """The same, to be asked for both: what they have in common is made once."""
-        kept = {k: self.blocks(part) for k, part in enumerate(self.plan.parts) if part.leaf in self.plan.kept}
+        kept = {
+            k: self.gathered(part).made_blocks()
+            for k, part in enumerate(self.plan.parts)
+            if part.leaf in self.plan.kept
+        }
         return replace(self, made=kept)
 
     def weighted_sum(self, weights: jax.Array | None, *, keep_wide: bool = False) -> list[jax.Array]:
@@ -71,12 +75,7 @@ class Factored(Held, AllAtOnce):
         for part in self.plan.parts:
             if told and self.plan.is_probed(part):
                 continue
-            if part.leaf in self.plan.kept:
-                squares = jax.vmap(factors.sum_squares)(self.blocks(part))
-            else:
-                square = lambda one, part=part: part.square(part_data(self.plan, self.model, one, part))
-                squares = self.only(part).tiled(part.cost.numbers, square)
-            totals[part.leaf] = totals[part.leaf] + squares
+            totals[part.leaf] = totals[part.leaf] + self.gathered(part).squares()
         for leaf, block in self.examples.blocks.items():
             totals[leaf] = totals[leaf] + jax.vmap(factors.sum_squares)(block)
         for leaf in sorted(self.plan.whole_leaves - self.examples.blocks.keys()):
@@ -97,7 +96,7 @@ class Factored(Held, AllAtOnce):
         total = sum(self.sums.squares.values(), start=jnp.zeros((), jnp.float32))
         for part in self.plan.parts:
             if part.leaf in short and part.shape is not None and part.looks_up:
-                (rows,) = self.only(part).each(lambda one, part=part: self.factors(one, part))
+                (rows,) = self.gathered(part).factors()
                 total = total + lookups.squared_sum(rows, part.shape.sizes()[1])
             elif part.leaf in short:
                 data = batch_data(self.plan, self.model, self.examples, part)
@@ -121,12 +120,9 @@ class Factored(Held, AllAtOnce):
         total = jnp.zeros((self.size, forms[-1].size), jnp.float32)
         pieces = math.gcd(forms[-1].size, max(form.pieces for form in forms))
         for part in self.plan.parts:
-            if part.shape is None or part.leaf in self.plan.kept:
-                flat = lambda form, part=part: form.blocks(part).reshape(form.size, part.size)
-                total = total + grams.of_blocks(*map(flat, forms), pieces=pieces)
-            else:
-                own = lambda form, part=part: form.only(part).each(lambda one: form.factors(one, part))
-                total = total + grams.of_factors(*map(own, forms), rows=part.shape.sizes()[1])
+            total = total + self.gathered(part).gram(
+                *(form.gathered(part) for form in forms[1:]), pieces=pieces
+            )
         for leaf in sorted(self.plan.whole_leaves):
             flat = lambda form, leaf=leaf: form.leaf_blocks(leaf).reshape(form.size, self.like[leaf].size)
             total = total + grams.of_blocks(*map(flat, forms), pieces=pieces)
@@ -150,46 +146,22 @@ class Factored(Held, AllAtOnce):
                 spread = moments.spread_of(blocks, weights, one_device=self.pieces == 1)
             else:
                 block = lambda one, leaf=leaf: self.gradient(one, [leaf])[0].reshape(-1)
-                spread = self._spread(block, self.like[leaf].size, weights)
+                blocks = lambda some, size, block=block: self.each(block, some, size)
+                spread = moments.spread_of_tiles(self.batch(), blocks, self.like[leaf].size, weights)
             around = moments.square_around_mean if centred else moments.square_around_zero
             totals[leaf] = around(spread).reshape(self.like[leaf].shape) * scale
         unmet = lambda x: jnp.zeros(x.shape, accumulator(x.dtype))
         return [totals[leaf] if leaf in totals else unmet(x) for leaf, x in enumerate(self.like)]
 
     def _part_moment(self, part: Part, weights: jax.Array | None, scale: Any, *, centred: bool) -> jax.Array:
-        """One part's moment, flat: from its factors where they give it, else from the gradients, a tile at a time."""
-        if part.shape is not None and part.looks_up:
-            (rows,) = self.only(part).each(lambda one: self.factors(one, part))
-            moment = lookups.spread if centred else lookups.second_moment
-            each = jnp.ones(self.size) if weights is None else weights
-            table = moment(rows, each, scale, part.shape.sizes()[1], one_device=self.pieces == 1)
-            return part.shape.flatten(table[None])
-        if part.shape is not None and part.positions == 1 and part.uses[0].rule == "dot_general":
-            (outer,) = self.only(part).each(lambda one: self.factors(one, part))
-            if not centred:
-                return part.shape.flatten(moments.square_of_outer(outer, weights)) * scale
-            total = None
-            if weights is None and part.leaf in self.plan.direct and self.plan.program.platform == "cpu":
-                # What a sum of the gradients is beside this; elsewhere its products may be of fewer bits.
-                total = part.shape.unflatten(sums.direct_sum(self, part, self.examples, None))
-            return part.shape.flatten(moments.spread_of_outer(outer, weights, scale, total))
-        if part.leaf in self.plan.kept:
-            spread = moments.spread_of(self.blocks(part), weights, one_device=self.pieces == 1)
-        else:
-            spread = self.only(part)._spread(lambda one: self.unordered(one, part), part.size, weights)
-        around = moments.square_around_mean if centred else moments.square_around_zero
-        return part.in_memory(around(spread)) * scale
-
-    def _spread(
-        self, block: Callable[[Example], jax.Array], size: int, weights: jax.Array | None
-    ) -> moments.Spread:
-        """The spread of what `block` makes of each example, a tile of them at a time."""
-
-        def of_tile(batch: Any, number: int) -> moments.Spread:
-            examples, own = (batch, None) if weights is None else batch
-            return moments.spread_of(self.each(block, examples, number), own, one_device=self.pieces == 1)
-
-        return self.batch(weights).folded(of_tile, size, moments.joined, moments.joined_all)
+        """One part's moment, flat."""
+        gathered, total = self.gathered(part), None
+        on_cpu = self.plan.program.platform == "cpu"  # elsewhere the sum's products may be of fewer bits
+        if centred and gathered.is_outer and weights is None and part.leaf in self.plan.direct and on_cpu:
+            total = sums.direct_sum(
+                self, part, self.examples, None
+            )  # which a sum of the gradients is beside this
+        return gathered.moment(weights, scale, centred=centred, total=total)
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
@@ -198,7 +170,7 @@ class Factored(Held, AllAtOnce):
         for part in apart:
             rows, columns = directions(key, part.leaf, self.like[part.leaf].shape, dim)
             one = lambda example, part=part, r=rows, c=columns: part.projected(
-                self.factors(example, part), r, c
+                part.factors(part_data(self.plan, self.model, example, part)), r, c
             )
             total = total + self.tiled(2 * part.positions * dim, one)
         rest = [leaf for leaf in self.leaves if leaf not in {part.leaf for part in apart}]

@@ -2,14 +2,14 @@
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Self
+from typing import Any
 
 import jax
 
 from jgd._engine import factors, partitioned
 from jgd._engine.examples import Example, Leaves, Model, axes_of, gradient, only_for, part_data
-from jgd._engine.factors import Factor
 from jgd._engine.fused import Sums
+from jgd._engine.gathered import Gathered
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
 from jgd._engine.tiles import Batch
@@ -65,28 +65,25 @@ class Held:
 
     def _leaf_gradient(self, example: Example, leaf: int) -> jax.Array:
         """The gradient with respect to one leaf, by the rules of its parts."""
-        flat = lambda part: part.in_memory(self.unordered(example, part))
+        self.refuse(self.unruled().intersection([leaf]))
+        flat = lambda part: part.in_memory(part.unordered(part_data(self.plan, self.model, example, part)))
         return self.assembled(leaf, flat).astype(self.like[leaf].dtype)
 
-    def blocks(self, part: Part) -> jax.Array:
-        """The examples' gradients in one part, each in the order in which it comes."""
-        at_hand = self.made.get(self.plan.parts.index(part))
-        return self.only(part).each(lambda one: self.unordered(one, part)) if at_hand is None else at_hand
+    def gathered(self, part: Part) -> Gathered:
+        """What the examples left for one part, and no more: the rest would be traced for nothing."""
+        self.refuse(self.unruled().intersection([part.leaf]))
+        only = replace(self, examples=only_for(self.plan, self.examples, part)).batch()
+        data = lambda example: part_data(self.plan, self.model, example, part)
+        gathered = Gathered(part, only, data, self.made.get(self.plan.parts.index(part)))
+        if part.leaf in self.plan.kept and gathered.blocks is None:
+            return replace(gathered, blocks=gathered.made_blocks())
+        return gathered
 
     def leaf_blocks(self, leaf: int) -> jax.Array:
         """The examples' gradients with respect to one leaf."""
         if leaf in self.examples.blocks:
             return self.examples.blocks[leaf]
         return self.each(lambda one: self.gradient(one, [leaf])[0])
-
-    def unordered(self, example: Example, part: Part) -> jax.Array:
-        """One example's gradient in one part, in the order in which it comes."""
-        self.refuse(self.unruled().intersection([part.leaf]))
-        return part.unordered(part_data(self.plan, self.model, example, part))
-
-    def factors(self, example: Example, part: Part) -> list[Factor]:
-        """One example's factors in one part."""
-        return part.factors(part_data(self.plan, self.model, example, part))
 
     def assembled(self, leaf: int, flat: Callable[..., jax.Array], *args: Any) -> jax.Array:
         """One leaf, from what `flat` says of each of its parts."""
@@ -96,10 +93,6 @@ class Held:
                 total = factors.place(flat(part, *args), part.offset, part.axes, self.like[leaf], total)
         assert total is not None
         return total
-
-    def only(self, part: Part) -> Self:
-        """The same, of what the examples left no more than a part asks for."""
-        return replace(self, examples=only_for(self.plan, self.examples, part))
 
     def each(
         self, fun: Callable[[Example], Any], examples: Example | None = None, size: int | None = None
@@ -112,12 +105,9 @@ class Held:
         """`fun` of each example, as many at once as there is room for at this many elements for each."""
         return self.batch().mapped(lambda some, size: self.each(fun, some, size), workspace)
 
-    def batch(self, weights: jax.Array | None = None) -> Batch:
-        """The examples, by themselves or paired with their weights."""
-        axes = axes_of(self.plan)
-        if weights is None:
-            return Batch(self.examples, axes, self.size, self.pieces)
-        return Batch((self.examples, weights), (axes, 0), self.size, self.pieces)
+    def batch(self) -> Batch:
+        """The examples, to go through a tile at a time."""
+        return Batch(self.examples, axes_of(self.plan), self.size, self.pieces)
 
     def silenced(
         self, weights: jax.Array, blocks: Sequence[jax.Array] = (), *, stand_in: bool, in_place: bool

@@ -4,6 +4,7 @@
 """
 
 import math
+from collections.abc import Callable
 from typing import Any, NamedTuple
 
 import jax
@@ -11,6 +12,7 @@ import jax.numpy as jnp
 
 from jgd._engine.factors import Outer
 from jgd._engine.leading import mask_rows, scale_rows, sum_leading, sum_present, wide
+from jgd._engine.tiles import Batch
 from jgd._mesh import varying
 
 # A spread below this share of the second moment is not taken from the difference of two sums: six bits are lost
@@ -38,6 +40,19 @@ def spread_of(blocks: jax.Array, weights: jax.Array | None, *, one_device: bool)
     mean = sum_present(blocks, weights, one_device=one_device) * inverse(weight)
     from_mean = lambda rows: jnp.square(rows - mean[None])
     return Spread(weight, mean, sum_present(blocks, weights, from_mean, one_device=one_device))
+
+
+def spread_of_tiles(
+    batch: Batch, blocks: Callable[[Any, int], jax.Array], size: int, weights: jax.Array | None
+) -> Spread:
+    """The spread of the gradients, of so many elements each, that `blocks` makes of some examples and their number."""
+    one_device = batch.pieces == 1
+    if weights is None:
+        of_tile = lambda some, number: spread_of(blocks(some, number), None, one_device=one_device)
+    else:
+        batch = batch.with_each(weights)
+        of_tile = lambda some, number: spread_of(blocks(some[0], number), some[1], one_device=one_device)
+    return batch.folded(of_tile, size, joined, joined_all)
 
 
 def _present(x: jax.Array, weights: jax.Array | None) -> jax.Array:

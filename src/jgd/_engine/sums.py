@@ -107,7 +107,7 @@ def _apart_sum(held: Held, leaves: Sequence[int], weights: jax.Array | None) -> 
         return Materialized(blocks).weighted_sum(batch[1], keep_wide=True)
 
     ones = jnp.ones(held.size) if weights is None else weights
-    return held.batch(ones).folded(of_tile, sum(held.like[leaf].size for leaf in leaves))
+    return held.batch().with_each(ones).folded(of_tile, sum(held.like[leaf].size for leaf in leaves))
 
 
 def direct_sum(held: Held, part: Part, examples: Example, weights: jax.Array | None) -> jax.Array:
@@ -126,7 +126,7 @@ def direct_sum(held: Held, part: Part, examples: Example, weights: jax.Array | N
 def _lookup_sum(held: Held, part: Part, examples: Example, weights: jax.Array) -> jax.Array:
     """Σ w_i g_i in one part whose rows were looked up, flat, on one device."""
     assert part.shape is not None
-    (rows,) = replace(held, examples=examples).only(part).each(lambda one: held.factors(one, part))
+    (rows,) = replace(held, examples=examples).gathered(part).factors()
     return part.shape.flatten(lookups.weighted_sum(rows, weights, part.shape.sizes()[1])[None])
 
 
@@ -181,6 +181,7 @@ def _guarded_sum(held: Held, leaves: Sequence[int], weights: jax.Array | None) -
 
 def _sum_by_piece(held: Held, fun: Callable[..., Any], examples: Example, weights: jax.Array | None) -> Any:
     """`fun` of each device's examples, and of their weights where there are any, added up."""
-    batch = replace(held, examples=examples).batch(weights)
+    batch = replace(held, examples=examples).batch()
+    batch = batch if weights is None else batch.with_each(weights)
     of_piece = fun if weights is None else (lambda both: fun(*both))
     return tiles.total(batch.by_piece(of_piece))

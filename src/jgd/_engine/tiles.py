@@ -42,6 +42,10 @@ class Batch:
     size: int
     pieces: int
 
+    def with_each(self, numbers: jax.Array) -> "Batch":
+        """Pairs of the examples and a number for each."""
+        return Batch((self.arrays, numbers), (self.axes, 0), self.size, self.pieces)
+
     def mapped(self, fun: Fun, elements: int) -> jax.Array:
         """`fun` of all examples, which are its leading axis, with room for so many `elements` for each."""
         tile = tile_of(self.size // self.pieces, elements)

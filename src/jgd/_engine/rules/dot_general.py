@@ -104,7 +104,7 @@ class _Axes:
         def batch_factor(data: SiteData, weights: jax.Array | None) -> Outer:
             a, delta = both(data)
             if weights is not None:  # they scale the smaller side: it has to be copied
-                if a.size <= delta.size:
+                if 2 * a.size <= delta.size:
                     a = scaled(a, self.depth, weights)
                 else:
                     delta = scaled(delta, self.depth, weights)
