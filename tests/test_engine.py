@@ -159,7 +159,7 @@ def test_each_method_of_each_rule(rule, build, t, x64):
 
 @pytest.mark.parametrize("method", ["pairs", "block"])
 @pytest.mark.parametrize("checkpointed", [False, True])
-def test_norms_that_the_backward_pass_takes(checkpointed, method, x64):
+def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, method, x64):
     """Where a scan steps through a leaf, each step's square is taken in the pass; others are left to be asked for."""
 
     def loss(p, x):
@@ -183,8 +183,8 @@ def test_norms_that_the_backward_pass_takes(checkpointed, method, x64):
     probed = {plan.program.param_paths[probe.of.leaf] for some in plan.probes.values() for probe in some}
     assert probed == {"['layers']['w']", "['layers']['v']", "['layers']['skip']"}
     plan = dataclasses.replace(plan, probes=forced)
-    *_, examples, sums = pass_over(plan, form.model, form.examples.inputs, fuse=True)
-    assert len(examples.squares) == len(sums.parts) == len(sums.squares) == 3
+    *_, examples, sums = pass_over(plan, form.model, form.examples.inputs, fuse=True, together=True)
+    assert {len(examples.squares), *map(len, sums[:4])} == {3}
     squares = Factored(form.model, examples, plan).squared_norms()
     blocks = jax.tree.leaves(oracle.vmap_of_grad(problem))
     want = [np.square(np.reshape(x, (B, -1))).sum(1) for x in blocks]
@@ -193,13 +193,26 @@ def test_norms_that_the_backward_pass_takes(checkpointed, method, x64):
     held = Factored(form.model, examples, plan, sums=sums)
     oracle.assert_close(held.weighted_sum(None), whole, 1e-9)
     oracle.assert_close(held.squared_sum(), sum(np.square(x).sum() for x in whole), 1e-9)
+    flat = oracle.matrix(blocks)
+    seconds = [np.sum(np.square(x), axis=0) for x in blocks]
+    spreads = [B * np.var(x, axis=0) for x in blocks]
+    oracle.assert_close(held.self_gram(), flat @ flat.T, 1e-9)
+    oracle.assert_close(held.second_moments(None), seconds, 1e-9)
+    oracle.assert_close(held.spreads(None), spreads, 1e-9)
     # It is these that are used, and for these leaves alone.
     assert plan.summed == {plan.parts[k].leaf for k in sums.parts} == sums.squares.keys()
     twice = dataclasses.replace(held, sums=jax.tree.map(lambda x: 2 * x, sums))
-    want = [(2 if leaf in plan.summed else 1) * x for leaf, x in enumerate(whole)]
-    oracle.assert_close(twice.weighted_sum(None), want, 1e-9)
+    doubled = lambda leaves: [(2 if leaf in plan.summed else 1) * x for leaf, x in enumerate(leaves)]
+    oracle.assert_close(twice.weighted_sum(None), doubled(whole), 1e-9)
+    oracle.assert_close(twice.second_moments(None), doubled(seconds), 1e-9)
+    oracle.assert_close(twice.spreads(None), doubled(spreads), 1e-9)
+    oracle.assert_close(twice.self_gram(), held.self_gram() + sums.gram, 1e-9)
     more = sum(sums.squares.values())
     oracle.assert_close(twice.squared_sum(), held.squared_sum() + more, 1e-9)
+    # With weights they are of no use.
+    for ask in (Factored.weighted_sum, Factored.second_moments, Factored.spreads):
+        oracle.assert_close(ask(twice, jnp.asarray(WEIGHTS)), ask(held, jnp.asarray(WEIGHTS)), 1e-15)
+    oracle.assert_close(twice.gram(held), flat @ flat.T, 1e-9)
 
 
 def test_the_planner_takes_either_method(x64):

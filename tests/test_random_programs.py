@@ -26,6 +26,7 @@ def ask(grads, names, weights, max_norm, direction):
         "norms": lambda: jgd.norms(grads),
         "weighted_clipped_sum": lambda: jgd.clipped_sum(grads, max_norm, weights=weights),
         "weighted_variance": lambda: jgd.variance(grads, weights),
+        "variance": lambda: jgd.variance(grads),
         "materialize": lambda: jgd.materialize(grads),
         "leaf_norms": lambda: jgd.norms(grads, per_leaf=True),
         "dot": lambda: jgd.dot(grads, direction),
@@ -39,7 +40,7 @@ def ask(grads, names, weights, max_norm, direction):
 
 QUARTERS = (
     ("sum", "norms", "weighted_clipped_sum"),
-    ("weighted_sum", "weighted_variance"),
+    ("weighted_sum", "weighted_variance", "variance"),
     ("materialize", "leaf_norms", "dot"),
     ("clipped_sum", "gram", "second_moment"),
 )

@@ -190,6 +190,33 @@ def test_every_reduction_outside_of_jit(name, strategy, key, x64):
     np.testing.assert_allclose(scale.noise_scale, scale.trace_covariance / scale.squared_norm, rtol=1e-12)
 
 
+STEPPED = (
+    "stacked_layers", "stacked_layers_on_positions", "stacked_layers_reversed", "scan_of_a_transposed_stack",
+    "scan_over_pairs_of_layers", "tied_checkpointed_transformer",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("name", STEPPED)
+def test_what_a_scan_makes_of_its_steps_in_one_program(name, x64):
+    """Without weights, and with the gradients in the same program, it is the pass that makes it."""
+    it = solved(name)
+
+    @jax.jit
+    def answers(params, batch):
+        grads = jgd.per_example_grad(it.case.loss, strategy="factored", **it.case.options)(params, *batch)
+        assert grads.sums.parts  # or this test tests nothing
+        scale = jgd.noise_scale(grads)
+        return ask_without_weights(grads) | {
+            "sum": jgd.sum(grads),
+            "norms": jgd.norms(grads),
+            "gram": jgd.gram(grads),
+            "noise_scale": (scale.trace_covariance, scale.squared_norm),
+        }
+
+    got = answers(it.case.params, it.case.batch)
+    check(got, it.want, 1e-9)
+
+
 @pytest.mark.parametrize("name", FEW)
 def test_a_plain_pytree_gives_the_same_answers(name, key, x64):
     it = solved(name)

@@ -307,6 +307,31 @@ def test_derivatives_of_the_other_reductions(strategy, example, x64):
     close(got, want, 1e-9)
 
 
+@pytest.mark.parametrize("positions", [1, 6])
+def test_derivatives_of_what_the_pass_makes_of_a_scan(positions, x64):
+    """First and second, in both directions: of sums, moments and inner products that one program asks for."""
+    params = 0.5 * jax.random.normal(jax.random.key(0), (3, 4, 4))
+    x = jax.random.normal(jax.random.key(1), (5, positions, 4))
+
+    def loss(w, x):
+        return jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0] ** 2)
+
+    def total(grads):
+        asked = jgd.mean(grads), jgd.second_moment(grads), jgd.variance(grads), jgd.gram(grads)
+        tree = jax.tree.map(lambda x: jnp.sum(jnp.sin(x)), asked)
+        return sum(tree) + jgd.noise_scale(grads).trace_covariance
+
+    def ours(p):
+        grads = jgd.per_example_grad(loss, strategy="factored")(p, x)
+        assert grads.sums.parts
+        return total(grads)
+
+    theirs = lambda p: total(jax.vmap(jax.grad(loss), (None, 0))(p, x))
+    close(jax.jit(jax.grad(ours))(params), jax.jit(jax.grad(theirs))(params), 1e-9)
+    along = lambda f: jax.jit(lambda p: jax.jvp(jax.grad(f), (p,), (jnp.cos(p),)))
+    close(along(ours)(params), along(theirs)(params), 1e-9)
+
+
 @every_strategy
 def test_a_zero_gradient_gives_no_nan(strategy, x64):
     x = jnp.array([[0.0, 0.0, 0.0], [1.0, 2.0, 3.0]])

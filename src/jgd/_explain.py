@@ -201,7 +201,7 @@ def _measured(program: Program, call: Call) -> tuple[float, float]:
         summed = lambda params: jnp.sum(values_of(program, model._replace(params=params), batch)[0])
         return jax.grad(summed)(model.params)
 
-    held = lambda model, batch: gradients_of(program, "auto", *model, batch)[2]
+    held = lambda model, batch: gradients_of(program, "auto", True, *model, batch)[2]
     norms_of = lambda form: root(total(form.squared_norms(), form.size))
     asked = (
         plain_gradient,

@@ -2,16 +2,18 @@
 
 import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
 
 from jgd._engine.examples import Model
+from jgd._engine.factored import Factored
+from jgd._engine.fused import NOTHING, Sums
 from jgd._engine.plan import AGAIN, Variant
 from jgd._engine.program import Program, trace
-from jgd._errors import common_length, describe, leaf_name
+from jgd._errors import common_length, describe, is_concrete, leaf_name
 from jgd._loss import Loss, bind
 from jgd._materialized import Materialized
 from jgd._memory import checked_sizes, choice_within
@@ -21,7 +23,12 @@ from jgd._timed import Question, clipped_sum_with_norms, quickest
 from jgd._whole import Choice, Named, gradients_of
 
 
-@jax.tree_util.register_dataclass
+@functools.partial(
+    jax.tree_util.register_dataclass,
+    data_fields=["values", "aux", "form"],
+    meta_fields=["treedef"],
+    drop_fields=["sums"],
+)
 @dataclass(frozen=True)
 class PerExampleGrads:
     """B gradients, one for each example, without the `(B, P)` block of them.
@@ -37,7 +44,10 @@ class PerExampleGrads:
     values: jax.Array
     aux: Any
     form: Any = field(repr=False)  # how the gradients are held: `Materialized`, or the engine's factors
-    treedef: Any = field(metadata={"static": True}, repr=False)  # of the parameters
+    treedef: Any = field(repr=False)  # of the parameters
+    # What the pass has made of all examples together: no part of the pytree, and so not computed for one that leaves
+    # its program, where nobody may ask for it.
+    sums: Sums = field(default=NOTHING, repr=False)
 
     def __len__(self) -> int:
         return self.values.shape[0]
@@ -149,14 +159,18 @@ def _held(
 ) -> PerExampleGrads:
     """The gradients of a batch, made as chosen."""
     if choice.microbatch_size == batch[0].shape[0] and choice.strategy != AGAIN:
-        values, aux, form = _compiled(program, choice.strategy, *model, batch)
+        asked_within = not all(map(is_concrete, jax.tree.leaves((model, batch))))
+        values, aux, form = _compiled(program, choice.strategy, asked_within, *model, batch)
     else:
         form = Microbatched(model, batch, program, *choice)
         values, aux = _compiled_values(form)
-    return PerExampleGrads(values, jax.tree.unflatten(program.aux_treedef, aux), form, treedef)
+    sums = NOTHING
+    if isinstance(form, Factored):
+        sums, form = form.sums, replace(form, sums=NOTHING)
+    return PerExampleGrads(values, jax.tree.unflatten(program.aux_treedef, aux), form, treedef, sums)
 
 
-_compiled = jax.jit(gradients_of, static_argnums=(0, 1))
+_compiled = jax.jit(gradients_of, static_argnums=(0, 1, 2))
 _compiled_values = jax.jit(placed_by(like_examples)(Microbatched.values))
 
 
@@ -168,7 +182,8 @@ def held_form(grads: Any) -> tuple[Any, Any]:
         ValueError: its leaves disagree in their leading axis, or there are none.
     """
     if isinstance(grads, PerExampleGrads):
-        return grads.form, grads.treedef
+        form = grads.form
+        return (replace(form, sums=grads.sums) if isinstance(form, Factored) else form), grads.treedef
     paths, treedef = jax.tree_util.tree_flatten_with_path(grads)
     if not paths:
         raise ValueError("`grads` is a pytree without leaves: it holds no gradients")

@@ -68,7 +68,7 @@ def _temporary_bytes(
     program: Program, strategy: Strategy, params: Shapes, constants: Shapes, batch: Shapes, size: int
 ) -> int:
     def clipped(params: list[Any], constants: list[Any], batch: list[Any]) -> list[jax.Array]:
-        *_, form = gradients_of(program, strategy, params, constants, batch)
+        *_, form = gradients_of(program, strategy, True, params, constants, batch)
         return clipped_sum(form, 1.0, None)[0]
 
     some = [x.update(shape=(size, *x.shape[1:])) for x in batch]

@@ -68,7 +68,7 @@ class Microbatched:
 
         def of_batch(batch: list[jax.Array], weights: jax.Array | None) -> Any:
             params, constants = self.model.params, self.model.constants
-            *_, form = gradients_of(self.program, self.strategy, params, constants, batch)
+            *_, form = gradients_of(self.program, self.strategy, True, params, constants, batch)
             return fun(form, weights)
 
         return self._walk(of_batch, weights)

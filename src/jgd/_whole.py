@@ -27,9 +27,11 @@ class Choice(NamedTuple):
     microbatch_size: int
 
 
-def _specs_of_pass(out: Any, program: Any, strategy: Any, params: Any, constants: Any, batch: Any) -> Any:
+def _specs_of_pass(
+    out: Any, program: Any, strategy: Any, together: Any, params: Any, constants: Any, batch: Any
+) -> Any:
     """Over which explicit axes of a mesh everything lies that the pass returns."""
-    del program, strategy
+    del program, strategy, together
     examples = spec_of(batch[0])[0]
     along = lambda axis: PartitionSpec(*(None,) * axis, examples)
     leaves, form = [spec_of(p) for p in params], out[2]
@@ -44,9 +46,18 @@ def _specs_of_pass(out: Any, program: Any, strategy: Any, params: Any, constants
 
 @placed_by(_specs_of_pass)
 def gradients_of(
-    program: Program, strategy: Strategy, params: list[Any], constants: list[Any], batch: list[Any]
+    program: Program,
+    strategy: Strategy,
+    together: bool,
+    params: list[Any],
+    constants: list[Any],
+    batch: list[Any],
 ) -> tuple[jax.Array, list[Any], Any]:
-    """The losses, the auxiliary leaves and the gradients of a batch, by one pass."""
+    """The losses, the auxiliary leaves and the gradients of a batch, by one pass.
+
+    That may make sums, moments and inner products of examples `together`, of leaves that a scan steps through: for
+    programs in which it is also asked, for else it is work that nobody may ask for.
+    """
     if batch[0].shape[0] == 0:
         return _no_examples(program, params, constants, batch)
     size = batch[0].shape[0]
@@ -58,7 +69,9 @@ def gradients_of(
     if at_once is None:
         plan = plan_of(program, strategy if isinstance(strategy, Variant) else PLANNED)
         model = Model(params, constants)
-        values, aux, examples, sums = pass_over(plan, model, batch, fuse=pieces == 1)
+        values, aux, examples, sums = pass_over(
+            plan, model, batch, fuse=pieces == 1, together=together and pieces == 1
+        )
         return values, aux, Factored(model, examples, plan, pieces, sums)
 
     def value_and_grad(example: list[Any]) -> Any:

@@ -12,7 +12,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.fused import EXAMPLES, Sums, sums_of_parts, watching
+from jgd._engine.fused import EXAMPLES, NOTHING, Bumps, Sums, Together, sums_of, watching
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
 from jgd._engine.regions import Nested, Op, Region, Site, recorded
@@ -49,41 +49,53 @@ def axes_of(plan: Plan) -> Example:
 
 
 def pass_over(
-    plan: Plan, model: Model, batch: list[Any], *, fuse: bool = False
+    plan: Plan, model: Model, batch: list[Any], *, fuse: bool = False, together: bool = False
 ) -> tuple[jax.Array, list[Any], Example, Sums]:
     """One forward and one backward pass: values, auxiliary leaves, what the examples leave, and sums over them.
 
-    Told to `fuse`, it takes what has probes, squared norms and sums: no work, where nobody asks for them in its
-    program.
+    Told to `fuse`, it takes the squared norms that have probes, and what these see of all examples `together`: no
+    work, where nobody asks for it in its program.
     """
     beside = sorted({part.leaf for part in plan.beside})
     probes = [probe for some in plan.probes.values() for probe in some] if fuse else []
     probed = sorted({probe.of.leaf for probe in probes})
-    summed = {probe.operand: probe.of.leaf for probe in probes if probe.of.leaf in plan.summed}
+    summed = {probe.operand: probe.of.leaf for probe in probes if together and probe.of.leaf in plan.summed}
     zero = lambda leaf: jnp.zeros((), jnp.promote_types(model.params[leaf].dtype, jnp.float32))
+    size = batch[0].shape[0]
+
+    def asked() -> Together | None:
+        if not summed:
+            return None
+        bumps = bumps_of(plan.region, lambda site, i: (id(site), i) in summed)
+        squares = {leaf: zero(leaf) for leaf in summed.values()}
+        dtype = jnp.result_type(*squares.values())
+        return Together(
+            jax.tree.map(lambda x: Bumps(x, x, x), bumps), squares, jnp.zeros((size, size), dtype)
+        )
 
     def one(inputs: list[Any]) -> Any:
-        def forward(taps: Any, values: list[Any], numbers: dict[int, Any], sums: tuple[Any, Any]) -> Any:
+        def forward(taps: Any, values: list[Any], numbers: dict[int, Any], together: Together | None) -> Any:
             known = _inputs(plan, _with(model, beside, values), inputs)
-            bumps, together = sums
+            bumps = no_bumps if together is None else together.bumps
             watch = watching(plan.probes if fuse else {}, numbers, together)
             (value, *aux), records = run(plan.region, known, taps, bumps, watch)
             return value, (aux, records)
 
+        no_bumps = bumps_of(plan.region, lambda site, i: False)
         taps = varying(zeros(plan.region, taps_of), inputs)
         values = varying([model.params[leaf] for leaf in beside], inputs)
         numbers = varying({leaf: zero(leaf) for leaf in probed}, inputs)
-        bumps = bumps_of(plan.region, lambda site, i: (id(site), i) in summed)
-        sums = varying((bumps, {leaf: zero(leaf) for leaf in summed.values()}), inputs)
-        value, pull, (aux, records) = jax.vjp(forward, taps, values, numbers, sums, has_aux=True)
-        deltas, blocks, squares, sums = pull(jnp.ones_like(value))
-        return value, aux, records, deltas, dict(zip(beside, blocks, strict=True)), squares, sums
+        value, pull, (aux, records) = jax.vjp(
+            forward, taps, values, numbers, varying(asked(), inputs), has_aux=True
+        )
+        deltas, blocks, squares, made = pull(jnp.ones_like(value))
+        return value, aux, records, deltas, dict(zip(beside, blocks, strict=True)), squares, made
 
     axes = axes_of(plan)
     each = jax.vmap(one, out_axes=(0, 0, axes.records, axes.deltas, 0, 0, None), axis_name=EXAMPLES)
-    values, aux, records, deltas, blocks, squares, (bumps, together) = each(batch)
+    values, aux, records, deltas, blocks, squares, made = each(batch)
     examples = Example(batch, records, deltas, blocks, squares)
-    return values, aux, examples, Sums(sums_of_parts(plan.region, bumps, plan.parts), together)
+    return values, aux, examples, NOTHING if made is None else sums_of(plan.region, made, plan.parts)
 
 
 def _with(model: Model, leaves: Leaves, values: Sequence[Any]) -> Model:

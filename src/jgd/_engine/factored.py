@@ -119,7 +119,10 @@ class Factored(Held, AllAtOnce):
     def _gram(self, forms: Sequence["Factored"]) -> jax.Array:
         total = jnp.zeros((self.size, forms[-1].size), jnp.float32)
         pieces = math.gcd(forms[-1].size, max(form.pieces for form in forms))
-        for part in self.plan.parts:
+        summed = self.summed if len(forms) == 1 else frozenset()
+        if summed and self.sums.gram is not None:
+            total = total + self.sums.gram
+        for part in (part for part in self.plan.parts if part.leaf not in summed):
             total = total + self.gathered(part).gram(
                 *(form.gathered(part) for form in forms[1:]), pieces=pieces
             )
@@ -155,6 +158,9 @@ class Factored(Held, AllAtOnce):
 
     def _part_moment(self, part: Part, weights: jax.Array | None, scale: Any, *, centred: bool) -> jax.Array:
         """One part's moment, flat."""
+        if weights is None and part.leaf in self.summed:
+            made = self.sums.spreads if centred else self.sums.seconds
+            return made[self.plan.parts.index(part)] * scale
         gathered, total = self.gathered(part), None
         on_cpu = self.plan.program.platform == "cpu"  # elsewhere the sum's products may be of fewer bits
         if centred and gathered.is_outer and weights is None and part.leaf in self.plan.direct and on_cpu:

@@ -82,6 +82,14 @@ class Gathered:
         around = moments.square_around_mean if centred else moments.square_around_zero
         return self.part.in_memory(around(self._spread(weights))) * scale
 
+    def both_moments(self) -> tuple[jax.Array, jax.Array]:
+        """Σ G_i², and Σ (G_i − Ḡ)²: flat in the order of memory, by one way through the gradients."""
+        if self.is_outer:
+            return self.moment(None, 1, centred=False), self.moment(None, 1, centred=True)
+        spread = self._spread(None)
+        around_zero, around_mean = moments.square_around_zero(spread), moments.square_around_mean(spread)
+        return self.part.in_memory(around_zero), self.part.in_memory(around_mean)
+
     def _spread(self, weights: jax.Array | None) -> moments.Spread:
         if self.blocks is not None:
             return moments.spread_of(self.blocks, weights, one_device=self.batch.pieces == 1)

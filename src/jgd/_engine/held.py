@@ -8,7 +8,7 @@ import jax
 
 from jgd._engine import factors, partitioned
 from jgd._engine.examples import Example, Leaves, Model, axes_of, gradient, only_for, part_data
-from jgd._engine.fused import Sums
+from jgd._engine.fused import NOTHING, Sums
 from jgd._engine.gathered import Gathered
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
@@ -28,7 +28,7 @@ class Held:
     examples: Example  # with the batch axis where `axes_of` says
     plan: Plan = field(metadata={"static": True})
     pieces: int = field(default=1, metadata={"static": True})  # the devices that may share the batch axis
-    sums: Sums = field(default_factory=lambda: Sums({}, {}))
+    sums: Sums = NOTHING
     made: dict[int, jax.Array] = field(default_factory=dict)
 
     @property

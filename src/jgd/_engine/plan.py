@@ -126,12 +126,8 @@ def _plan(program: Program, variant: Variant) -> Plan:
 
 def _summed(parts: Sequence[Part], probes: Probes) -> frozenset[int]:
     """The leaves that have probes in all their parts, which see all of their sum."""
-    probed = {id(probe.of) for some in probes.values() for probe in some if _is_wide(probe.part.uses[0])}
+    probed = {id(probe.of) for some in probes.values() for probe in some if probe.is_summed}
     return frozenset(part.leaf for part in parts) - {part.leaf for part in parts if id(part) not in probed}
-
-
-def _is_wide(use: Use) -> bool:
-    return use.site.inputs[use.position].aval.dtype.itemsize >= 4
 
 
 def _read(program: Program, beside: frozenset[int]) -> Region:
@@ -198,7 +194,8 @@ def _is_spread(use: Use) -> bool:
     if any(stride == 0 and length > 1 for length, stride in steps):
         return False  # a loop would carry the block from step to step
     spread = math.prod(site.outputs[0].aval.shape) * math.prod(length for _, length in site.loops)
-    return _is_wide(use) and spread >= _SPREAD * factors.product(use.axes)
+    wide = site.inputs[use.position].aval.dtype.itemsize >= 4
+    return wide and spread >= _SPREAD * factors.product(use.axes)
 
 
 def _backward_only(region: Region) -> frozenset[int]:
