@@ -18,7 +18,7 @@ from cases import B, Draw, Problem
 from jax import lax
 
 import jgd
-from jgd._engine import leading, moments, tiles, views
+from jgd._engine import leading, lookups, moments, tiles, views
 from jgd._engine.examples import pass_over
 from jgd._engine.factored import Factored
 from jgd._engine.jaxprs import trace_jaxpr
@@ -332,6 +332,18 @@ def test_rows_one_by_one_have_the_same_derivative(fun, monkeypatch, forget, x64)
         made.append((total(rows, weights), slope))
     oracle.assert_close(made[0], made[1], 1e-12)
     assert np.all(made[0][1][0][1] == 0)  # the absent example's, which is not a number itself
+
+
+@pytest.mark.parametrize("width", [1, 2, 3])
+@pytest.mark.parametrize("build", [looked_up, tied])
+def test_the_sum_of_looked_up_rows_is_squared_some_columns_at_a_time(build, width, monkeypatch, x64):
+    monkeypatch.setattr(lookups, "_CACHED", 1)
+    monkeypatch.setattr(lookups, "_NARROW", width)
+    problem = build(Draw(0), 7)
+    blocks = oracle.vmap_of_grad(problem)
+    got = jgd.noise_scale(gradients(problem))
+    want = oracle.answers(blocks, blocks, WEIGHTS, 1.0, problem.params)["noise_scale"]
+    oracle.assert_close((got.trace_covariance, got.squared_norm), want, 1e-9)
 
 
 @pytest.mark.parametrize("elements", [1, 40, 100])

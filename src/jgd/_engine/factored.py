@@ -97,7 +97,8 @@ class Factored(Held, AllAtOnce):
         for part in self.plan.parts:
             if part.leaf in short and part.shape is not None and part.looks_up:
                 (rows,) = self.gathered(part).factors()
-                total = total + lookups.squared_sum(rows, part.shape.sizes()[1])
+                in_cache = self.plan.device.cache is not None
+                total = total + lookups.squared_sum(rows, part.shape.sizes()[1], in_cache=in_cache)
             elif part.leaf in short:
                 data = batch_data(self.plan, self.model, self.examples, part)
                 total = total + factors.square(part.factors(data, batch=True))

@@ -10,20 +10,23 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.factors import Rows, contract
-from jgd._engine.leading import mask_rows, wide
+from jgd._engine.factors import Rows, contract, sum_squares
+from jgd._engine.leading import mask_rows, scale_rows, wide
 from jgd._engine.moments import inverse
+from jgd._engine.tiles import fold_tiles, tile_of
 from jgd._mesh import everywhere, varying
 
 _DISTANCES = 16  # of partners in the sorted lookups that are looked at before asking whether any are left
 
+# Numbers that stay in a core's cache while rows are added to them in any order; and columns that fill one line of it.
+_CACHED, _NARROW = 1 << 16, 16
+
 
 def weighted_sum(made: Rows, weights: jax.Array, rows: int) -> jax.Array:
     """Σ w_i g_i, `(rows, Q)`, on one device."""
-    share = jnp.where((made.index < rows) & (weights != 0)[:, None], weights[:, None], 0)
     table = _empty(made, rows, 0, one_device=True)
-    right = made.right[:, 0].astype(table.dtype)
-    return table.at[made.index].add(share[:, :, None].astype(table.dtype) * right, mode="drop")
+    right = scale_rows(weights, made.right)[:, 0].astype(table.dtype)
+    return table.at[made.index].add(right, mode="drop")
 
 
 def _empty(made: Rows, rows: int, number: int, *, one_device: bool) -> jax.Array:
@@ -67,12 +70,18 @@ def spread(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device:
     return _empty(made, rows, 2, one_device=one_device).at[places].set(made_of, mode="drop")
 
 
-def squared_sum(made: Rows, rows: int) -> jax.Array:
-    """‖Σ g_i‖²."""
+def squared_sum(made: Rows, rows: int, *, in_cache: bool) -> jax.Array:
+    """‖Σ g_i‖²; a few columns at a time, where what rows are added to is then `in_cache`."""
     number, places = _numbered(made.index, rows)
-    right = made.right.astype(wide(made.right)).reshape(number.size, -1)
-    total = jnp.zeros((places.size, right.shape[1]), right.dtype).at[number].add(right, mode="drop")
-    return jnp.sum(jnp.square(mask_rows(places < rows, total)))
+
+    def of_columns(some: jax.Array, count: int) -> jax.Array:
+        some = some.reshape(number.size, count).astype(wide(some))
+        total = jnp.zeros((places.size, count), some.dtype).at[number].add(some, mode="drop")
+        return sum_squares(mask_rows(places < rows, total))
+
+    columns = made.right.shape[3]
+    width = tile_of(columns, places.size, _CACHED if in_cache else None)
+    return fold_tiles(of_columns, made.right, 3, columns, max(width, min(columns, _NARROW)))
 
 
 def gram(ours: Rows, theirs: Rows | None, rows: int) -> jax.Array:

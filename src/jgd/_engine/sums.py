@@ -56,7 +56,7 @@ def weighted_sum(held: Held, weights: jax.Array | None) -> list[jax.Array]:
         others = {part.leaf for part in held.plan.parts if not part.looks_up or part.shape is None}
         met = {part.leaf for part in held.plan.parts} - others
         for leaf in met.intersection(rest):
-            sums[leaf] = held.assembled(leaf, functools.partial(_lookup_sum, held), examples, weights)
+            sums[leaf] = held.assembled(leaf, functools.partial(_lookup_sum, held), weights)
         rest = [leaf for leaf in rest if leaf not in sums]
     sums.update(zip(rest, _pull_sum(held, rest, examples, weights), strict=True))
     return [sums[leaf] for leaf in held.leaves]
@@ -123,10 +123,10 @@ def direct_sum(held: Held, part: Part, examples: Example, weights: jax.Array | N
     return _sum_by_piece(held, summed, examples, weights)
 
 
-def _lookup_sum(held: Held, part: Part, examples: Example, weights: jax.Array) -> jax.Array:
+def _lookup_sum(held: Held, part: Part, weights: jax.Array) -> jax.Array:
     """Σ w_i g_i in one part whose rows were looked up, flat, on one device."""
     assert part.shape is not None
-    (rows,) = replace(held, examples=examples).gathered(part).factors()
+    (rows,) = held.gathered(part).factors()
     return part.shape.flatten(lookups.weighted_sum(rows, weights, part.shape.sizes()[1])[None])
 
 
