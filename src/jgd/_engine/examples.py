@@ -5,7 +5,7 @@ gradients of those leaves that are so small that they are taken at once. All
 functions here but the pass see ONE example; `Factored` maps them over the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -141,44 +141,14 @@ def gradient(plan: Plan, model: Model, example: Example, leaves: Leaves) -> list
     return [made[leaf] for leaf in leaves]
 
 
-def batch_data(plan: Plan, model: Model, examples: Example, part: Part) -> dict[int, SiteData]:
-    """What all examples left at the sites of a part; in each array the batch axis is behind the loops'."""
-    return _site_data(plan, model, examples, part, None, batch=True)
-
-
-def only_for(plan: Plan, example: Example, part: Part) -> Example:
-    """The example, of what it left at the sites no more than a part asks for: the rest would be traced for nothing."""
-    if any(use.needs_operand_grad for use in part.uses):
-        return example
-    records, deltas, _ = _only_at(
-        plan.region, (example.records, example.deltas), {id(u.site) for u in part.uses}
+def batch_data(plan: Plan, model: Model, examples: Example, sites: Collection[Site]) -> dict[int, SiteData]:
+    """What all examples left at some sites, by identity; in each array the batch axis is behind the loops'."""
+    # What is taken beside the sites is data, which has the batch axis like all other data.
+    size, beside = examples.inputs[0].shape[0], sorted({part.leaf for part in plan.beside})
+    rows = [jnp.broadcast_to(model.params[leaf], (size, *model.params[leaf].shape)) for leaf in beside]
+    return _site_data(
+        plan, _with(model, beside, rows), examples, {id(site) for site in sites}, None, batch=True
     )
-    return example._replace(records=records, deltas=deltas, blocks={}, squares={})
-
-
-def _only_at(region: Region, trees: tuple[Any, Any], sites: set[int]) -> tuple[Any, Any, set[int]]:
-    """Records and δ's with None for what some sites do not need, and the values that they need."""
-    needed: set[int] = set()
-    taps: set[int] = set()
-    within, inner = [], zip(*(tree[1] for tree in trees), strict=True)
-    for op in region.ops:
-        if isinstance(op, Nested):
-            kept = []
-            for own, *parts in zip(op.regions, *next(inner), strict=True):
-                *trimmed, asked = _only_at(own, (parts[0], parts[1]), sites)
-                first = len(op.inputs) - len(own.inputs)
-                behind = zip(op.inputs[first:], own.inputs, strict=True)
-                needed |= {id(outer) for outer, x in behind if id(x) in asked}
-                needed |= {id(x) for x in op.inputs[:first]}
-                kept.append(trimmed)
-            within.append(tuple(zip(*kept, strict=True)))
-        elif id(op) in sites and isinstance(op, Site):
-            needed |= {id(x) for x in recorded(op)}
-            taps |= {region.delta_at(op.outputs[i]) for i in op.tapped}
-    own_records, own_deltas = (tree[0] for tree in trees)
-    records = tuple(x if id(v) in needed else None for v, x in zip(region.records, own_records, strict=True))
-    deltas = tuple(x if k in taps else None for k, x in enumerate(own_deltas))
-    return (records, tuple(w[0] for w in within)), (deltas, tuple(w[1] for w in within)), needed
 
 
 def part_data(plan: Plan, model: Model, example: Example, part: Part) -> dict[int, SiteData]:
@@ -191,17 +161,13 @@ def part_data(plan: Plan, model: Model, example: Example, part: Part) -> dict[in
         values = [model.params[part.leaf]]
         outputs = lambda bumps: site_outputs(plan, model, example, [part.leaf], values, bumps)
         bumps = jax.vjp(outputs, zero)[1](deltas_of(plan, example, [part.leaf]))[0]
-    return _site_data(plan, model, example, part, bumps, batch=False)
+    return _site_data(plan, model, example, {id(use.site) for use in part.uses}, bumps, batch=False)
 
 
 def _site_data(
-    plan: Plan, model: Model, example: Example, part: Part, bumps: Any, *, batch: bool
+    plan: Plan, model: Model, example: Example, sites: set[int], bumps: Any, *, batch: bool
 ) -> dict[int, SiteData]:
-    collector = _Collector({id(use.site) for use in part.uses}, batch, {})
-    if batch:  # what is taken beside the sites is data, which has the batch axis like all other data
-        size, beside = example.inputs[0].shape[0], sorted({part.leaf for part in plan.beside})
-        rows = [jnp.broadcast_to(model.params[leaf], (size, *model.params[leaf].shape)) for leaf in beside]
-        model = _with(model, beside, rows)
+    collector = _Collector(sites, batch, {})
     given = dict(zip(map(id, plan.region.inputs), _inputs(plan, model, example.inputs), strict=True))
     collector.collect(plan.region, given, (example.records, example.deltas, bumps), 0)
     return collector.found
@@ -247,9 +213,7 @@ class _Collector:
         given = {}
         for i in region.asks:
             outer, own = op.inputs[first + i], region.inputs[i]
-            array = values.get(id(outer))
-            if array is None:  # nobody needs it, see `only_for`
-                continue
+            array = values[id(outer)]
             if op.loop is not None and outer.aval.shape == own.aval.shape:  # the same at each step
                 shape = (*array.shape[:depth], op.loop[1], *array.shape[depth:])
                 array = jnp.broadcast_to(jnp.expand_dims(array, depth), shape)

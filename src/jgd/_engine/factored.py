@@ -14,7 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import factors, grams, lookups, moments, sums
-from jgd._engine.examples import Example, batch_data, deltas_of, part_data, site_outputs
+from jgd._engine.examples import Example, deltas_of, part_data, site_outputs
+from jgd._engine.gathered import Asked, Gathered
 from jgd._engine.held import Held
 from jgd._engine.parts import Part
 from jgd._materialized import AllAtOnce, Materialized, accumulator
@@ -72,10 +73,10 @@ class Factored(Held, AllAtOnce):
         self.refuse(self.unruled())
         told = self.examples.squares
         totals = [told.get(leaf, jnp.zeros(self.size, jnp.float32)) for leaf in self.leaves]
+        squares = Asked(Gathered.squares)
         for part in self.plan.parts:
-            if told and self.plan.is_probed(part):
-                continue
-            totals[part.leaf] = totals[part.leaf] + self.gathered(part).squares()
+            if not (told and self.plan.is_probed(part)):
+                totals[part.leaf] = totals[part.leaf] + squares(self.gathered(part))
         for leaf, block in self.examples.blocks.items():
             totals[leaf] = totals[leaf] + jax.vmap(factors.sum_squares)(block)
         for leaf in sorted(self.plan.whole_leaves - self.examples.blocks.keys()):
@@ -100,8 +101,7 @@ class Factored(Held, AllAtOnce):
                 in_cache = self.plan.device.cache is not None
                 total = total + lookups.squared_sum(rows, part.shape.sizes()[1], in_cache=in_cache)
             elif part.leaf in short:
-                data = batch_data(self.plan, self.model, self.examples, part)
-                total = total + factors.square(part.factors(data, batch=True))
+                total = total + factors.square(part.factors(self.data, batch=True))
         sums = self.weighted_sum(None, keep_wide=True)
         rest = [x for leaf, x in enumerate(sums) if leaf not in short | self.summed]
         return total + sum(map(factors.sum_squares, rest))
@@ -142,7 +142,8 @@ class Factored(Held, AllAtOnce):
 
     def _moments(self, weights: jax.Array | None, scale: Any, *, centred: bool) -> list[jax.Array]:
         self.refuse(self.unruled())
-        of_part = functools.partial(self._part_moment, weights=weights, scale=scale, centred=centred)
+        moment = Asked(functools.partial(Gathered.moment, centred=centred))
+        of_part = functools.partial(self._part_moment, moment, weights=weights, scale=scale, centred=centred)
         totals = {leaf: self.assembled(leaf, of_part) for leaf in {part.leaf for part in self.plan.parts}}
         for leaf in self.plan.whole_leaves:
             if leaf in self.examples.blocks:
@@ -157,7 +158,9 @@ class Factored(Held, AllAtOnce):
         unmet = lambda x: jnp.zeros(x.shape, accumulator(x.dtype))
         return [totals[leaf] if leaf in totals else unmet(x) for leaf, x in enumerate(self.like)]
 
-    def _part_moment(self, part: Part, weights: jax.Array | None, scale: Any, *, centred: bool) -> jax.Array:
+    def _part_moment(
+        self, moment: Asked, part: Part, weights: jax.Array | None, scale: Any, *, centred: bool
+    ) -> jax.Array:
         """One part's moment, flat."""
         if weights is None and part.leaf in self.summed:
             made = self.sums.spreads if centred else self.sums.seconds
@@ -165,10 +168,8 @@ class Factored(Held, AllAtOnce):
         gathered, total = self.gathered(part), None
         on_cpu = self.plan.program.platform == "cpu"  # elsewhere the sum's products may be of fewer bits
         if centred and gathered.is_outer and weights is None and part.leaf in self.plan.direct and on_cpu:
-            total = sums.direct_sum(
-                self, part, self.examples, None
-            )  # which a sum of the gradients is beside this
-        return gathered.moment(weights, scale, centred=centred, total=total)
+            total = sums.direct_sum(self, part, None)  # what a sum of the gradients is beside this
+        return moment(gathered, weights, scale, total)
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""

@@ -4,7 +4,7 @@ It is all the same here whether the examples left it in a pass that is over, or 
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,13 +20,19 @@ from jgd._engine.uses import SiteData
 class Gathered:
     """A batch of examples, and what one of them left at the sites of a part.
 
-    The `blocks` may be at hand: the gradients, each in the order in which it comes.
+    Where gradients are `kept`, all may be there at once, and as `blocks` they may be at hand: each in the order in
+    which it comes.
     """
 
     part: Part
     batch: Batch
     data: Callable[[Any], dict[int, SiteData]]
+    kept: bool = False
     blocks: jax.Array | None = None
+
+    def of(self, arrays: Any, blocks: jax.Array | None = None) -> "Gathered":
+        """What was gathered of other examples, or of a part of the same kind."""
+        return replace(self, batch=replace(self.batch, arrays=arrays), blocks=blocks)
 
     def made_blocks(self) -> jax.Array:
         """The gradients in the part, `(B, ...)`, each in the order in which it comes."""
@@ -36,17 +42,22 @@ class Gathered:
         """The factors in the part, the examples leading."""
         return self._each(self.part.factors)
 
+    def sum(self, weights: jax.Array | None) -> jax.Array:
+        """Σ w_i G_i, flat in the order of memory, by one product for each use, the examples among its positions."""
+        data = self.data(self.batch.arrays)
+        return factors.add([use.batch_gradient(data[id(use.site)], weights) for use in self.part.uses])
+
     def squares(self) -> jax.Array:
         """‖G_i‖², `(B,)`, by the part's method."""
-        if self.blocks is not None:
-            return jax.vmap(factors.sum_squares)(self.blocks)
+        if self.kept:
+            return jax.vmap(factors.sum_squares)(self.made_blocks())
         square = lambda some, size: self._each(self.part.square, some, size)
         return self.batch.mapped(square, self.part.cost.numbers)
 
     def gram(self, other: "Gathered | None" = None, *, pieces: int = 1) -> jax.Array:
         """⟨G_i, G'_j⟩, `(B, B')`; other None means the gradients themselves once more."""
         both = [self] if other is None else [self, other]
-        if self.part.shape is None or self.blocks is not None:
+        if self.part.shape is None or self.kept:
             flat = [one.made_blocks().reshape(one.batch.size, self.part.size) for one in both]
             return grams.of_blocks(*flat, pieces=pieces)
         return grams.of_factors(*(one.factors() for one in both), rows=self.part.shape.sizes()[1])
@@ -58,7 +69,7 @@ class Gathered:
         return part.shape is not None and part.positions == 1 and part.uses[0].rule == "dot_general"
 
     def moment(
-        self, weights: jax.Array | None, scale: Any, *, centred: bool, total: jax.Array | None = None
+        self, weights: jax.Array | None, scale: Any, total: jax.Array | None = None, *, centred: bool
     ) -> jax.Array:
         """scale · Σ w_i G_i², or of what deviates from the weighted mean: flat in the order of memory.
 
@@ -91,8 +102,8 @@ class Gathered:
         return self.part.in_memory(around_zero), self.part.in_memory(around_mean)
 
     def _spread(self, weights: jax.Array | None) -> moments.Spread:
-        if self.blocks is not None:
-            return moments.spread_of(self.blocks, weights, one_device=self.batch.pieces == 1)
+        if self.kept:
+            return moments.spread_of(self.made_blocks(), weights, one_device=self.batch.pieces == 1)
         blocks = lambda some, size: self._each(self.part.unordered, some, size)
         return moments.spread_of_tiles(self.batch, blocks, self.part.size, weights)
 
@@ -103,3 +114,23 @@ class Gathered:
             lambda one: fun(self.data(one)), in_axes=(self.batch.axes,), axis_size=size or self.batch.size
         )
         return of_one(self.batch.arrays if some is None else some)
+
+
+class Asked:
+    """A question to what was gathered for a part, traced for the first of all parts that are of a kind."""
+
+    def __init__(self, question: Callable[..., jax.Array]):
+        self._question = question
+        self._traced: dict[Any, Callable[..., jax.Array]] = {}
+
+    def __call__(self, gathered: Gathered, *args: Any) -> jax.Array:
+        kind = gathered.part.kind
+        if kind is None:
+            return self._question(gathered, *args)
+
+        def question(arrays: Any, blocks: Any, *args: Any) -> jax.Array:
+            return self._question(gathered.of(arrays, blocks), *args)
+
+        key = kind, gathered.kept, gathered.batch.size
+        traced = self._traced.setdefault(key, jax.jit(question))
+        return traced(gathered.batch.arrays, gathered.blocks, *args)

@@ -1,18 +1,21 @@
 """What the pass left of B examples, and the ways to go through it: one example, all of them, or a tile."""
 
+import functools
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 
 from jgd._engine import factors, partitioned
-from jgd._engine.examples import Example, Leaves, Model, axes_of, gradient, only_for, part_data
+from jgd._engine.examples import Example, Leaves, Model, axes_of, batch_data, gradient, part_data
 from jgd._engine.fused import NOTHING, Sums
 from jgd._engine.gathered import Gathered
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
+from jgd._engine.regions import sites_of
 from jgd._engine.tiles import Batch
+from jgd._engine.uses import SiteData
 from jgd._engine.weighting import silenced
 from jgd._mesh import Placement, spec_of
 
@@ -69,15 +72,24 @@ class Held:
         flat = lambda part: part.in_memory(part.unordered(part_data(self.plan, self.model, example, part)))
         return self.assembled(leaf, flat).astype(self.like[leaf].dtype)
 
+    @functools.cached_property
+    def data(self) -> dict[int, SiteData]:
+        """What the examples left at the sites, by identity; in each array the batch axis is behind the loops'."""
+        return batch_data(self.plan, self.model, self.examples, sites_of(self.plan.region))
+
     def gathered(self, part: Part) -> Gathered:
-        """What the examples left for one part, and no more: the rest would be traced for nothing."""
+        """What the examples left for one part."""
         self.refuse(self.unruled().intersection([part.leaf]))
-        only = replace(self, examples=only_for(self.plan, self.examples, part)).batch()
-        data = lambda example: part_data(self.plan, self.model, example, part)
-        gathered = Gathered(part, only, data, self.made.get(self.plan.parts.index(part)))
-        if part.leaf in self.plan.kept and gathered.blocks is None:
-            return replace(gathered, blocks=gathered.made_blocks())
-        return gathered
+        sites = [use.site for use in part.uses]
+        if any(use.needs_operand_grad for use in part.uses):
+            batch = self.batch()
+            data = lambda example: part_data(self.plan, self.model, example, part)
+        else:
+            left = [self.data[id(site)] for site in sites]
+            batch = Batch(left, [len(site.loops) for site in sites], self.size, self.pieces)
+            data = lambda left: dict(zip(map(id, sites), left, strict=True))
+        blocks = self.made.get(self.plan.parts.index(part))
+        return Gathered(part, batch, data, part.leaf in self.plan.kept, blocks)
 
     def leaf_blocks(self, leaf: int) -> jax.Array:
         """The examples' gradients with respect to one leaf."""

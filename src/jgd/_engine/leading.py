@@ -50,12 +50,17 @@ def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     if weights is None:
         weights = jnp.ones(x.shape[0], x.dtype)
     dtype = jnp.promote_types(wide(x), weights.dtype)
-    if x.shape[0] <= _FEW_SHORT and math.prod(x.shape[1:]) < _LONG:
+    if few_and_short(x):
         return jnp.sum(x.astype(dtype) * along(weights, 0, x.ndim).astype(dtype), axis=0)
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     exact = jax.lax.Precision.HIGHEST  # some devices multiply in fewer bits than float32 has
     total = jnp.einsum("i,is->s", weights, flat, precision=exact, preferred_element_type=dtype)
     return total.reshape(x.shape[1:])
+
+
+def few_and_short(x: jax.Array) -> bool:
+    """Whether `sum_leading` would add up the rows of `x` as they lie."""
+    return x.shape[0] <= _FEW_SHORT and math.prod(x.shape[1:]) < _LONG
 
 
 def few_and_long(x: jax.Array) -> bool:

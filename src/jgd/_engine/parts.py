@@ -1,7 +1,8 @@
 """Parts of leaves: the elements that the same uses meet, and how their gradients' norms and sums are made."""
 
+import functools
 import math
-from collections.abc import Sequence
+from collections.abc import Hashable, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
@@ -46,6 +47,15 @@ class Part:
     def positions(self) -> int:
         """T, over all uses."""
         return sum(use.positions for use in self.uses)
+
+    @functools.cached_property
+    def kind(self) -> Hashable:
+        """What parts have in common whose gradients are made alike, from arrays of the same shapes.
+
+        None where that cannot be said: of an operand whose gradient takes the whole loss to compute.
+        """
+        kinds = [use.kind for use in self.uses]
+        return None if None in kinds else (self.axes, self.shape, self.swaps, self.method, *kinds)
 
     def factors(self, data: dict[int, SiteData], *, batch: bool = False) -> list[Factor]:
         """One example's factors, or those of the sum over a `batch`; those of a kind joined into one; needs `shape`."""

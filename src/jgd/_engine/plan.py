@@ -15,7 +15,7 @@ from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.parts import Method, Part, common_shape
 from jgd._engine.program import Program
 from jgd._engine.reading import read_regions
-from jgd._engine.regions import Nested, Region, Side, Value, sites_of
+from jgd._engine.regions import Nested, Region, Side, Value, recorded, sites_of
 from jgd._engine.rules import use_of
 from jgd._engine.uses import Use
 from jgd._engine.views import Axis, overlap, whole
@@ -67,7 +67,8 @@ class Plan:
     direct: tuple[int, ...]  # leaves all of whose uses can sum over a batch by themselves
     kept: frozenset[int]  # leaves whose blocks, built for the norms, also make the clipped sum
     probes: Probes  # of those parts whose squared norms the backward pass can take as it goes
-    guarded: frozenset[int]  # leaves with a site that may have no derivative where its data is 0
+    guarded: frozenset[int]  # leaves with a site without rule
+    fragile: bool  # whether one of these sites may have no derivative where its data is 0
     again: bool  # whether a weighted sum is a second backward pass
 
     def is_probed(self, part: Part) -> bool:
@@ -101,7 +102,8 @@ def _plan(program: Program, variant: Variant) -> Plan:
     met = {part.leaf for part in parts}
     indirect = {part.leaf for part in parts for use in part.uses if use.batch_factor is None}
     spread = frozenset(part.leaf for part in beside)
-    guarded = whole_leaves | {part.leaf for part in parts for use in part.uses if use.rule == "opaque"}
+    without_rule = [use for part in parts for use in part.uses if use.rule == "opaque"]
+    guarded = whole_leaves | {use.leaf for use in without_rule}
     backward_only = _backward_only(region) | (guarded & _branched(region))
     kept = met - backward_only - {part.leaf for part in parts if not part.keeps(device)}
     direct = tuple(sorted(met - indirect - backward_only))
@@ -120,6 +122,7 @@ def _plan(program: Program, variant: Variant) -> Plan:
         kept,
         probes,
         frozenset(guarded),
+        bool(whole_leaves) or any(recorded(use.site) for use in without_rule),
         variant.again,
     )
 

@@ -9,11 +9,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors, lookups, tiles
-from jgd._engine.examples import Example, axes_of, batch_data, deltas_of, site_outputs
+from jgd._engine import lookups, tiles
+from jgd._engine.examples import Example, axes_of, deltas_of, site_outputs
+from jgd._engine.gathered import Asked, Gathered
 from jgd._engine.held import Held
-from jgd._engine.leading import few_and_long, scaled, sum_leading, sum_present, wide
+from jgd._engine.leading import few_and_long, few_and_short, scaled, sum_leading, sum_present, wide
 from jgd._engine.parts import Part
+from jgd._engine.tiles import Batch
 from jgd._materialized import Materialized, accumulator
 
 
@@ -40,9 +42,10 @@ def weighted_sum(held: Held, weights: jax.Array | None) -> list[jax.Array]:
     from_blocks = lambda part: part.in_memory(of_part[id(part)])
     for leaf in {part.leaf for part in kept}:
         sums[leaf] = held.assembled(leaf, from_blocks)
+    silent, ask = replace(held, examples=examples), Asked(Gathered.sum)
     for leaf in held.plan.direct:
         if leaf not in sums:
-            sums[leaf] = held.assembled(leaf, functools.partial(direct_sum, held), examples, weights)
+            sums[leaf] = held.assembled(leaf, functools.partial(direct_sum, silent), weights, ask)
     # A custom derivative need not be linear in what it is given: it gets each example's own.
     apart = sorted((held.plan.backward_only | held.grouped(groups=2)) - sums.keys())
     if apart:
@@ -89,12 +92,14 @@ def _sums_of_blocks(
     one_device = held.pieces == 1
     # Flat: an axis of length 1 would be one more way to lie in memory, and a copy between the two.
     flat = [x.reshape(held.size, math.prod(x.shape[1:])) for x in blocks]
-    others = [k for k, x in enumerate(flat) if not (one_device and few_and_long(x))]
+    # Sums that are elementwise programs take the look at the weights in; products would need what it makes stored.
+    others = [k for k, x in enumerate(flat) if not (few_and_short(x) or (one_device and few_and_long(x)))]
     some = [flat[k] for k in others]
-    examples, silent = held.silenced(weights, some, stand_in=one_device, in_place=one_device)
+    stand_in = one_device and held.plan.fragile
+    examples, silent = held.silenced(weights, some, stand_in=stand_in, in_place=one_device)
     sums = dict(zip(others, (sum_leading(x, weights) for x in silent), strict=True))
     for k, x in enumerate(flat):
-        total = sums[k] if k in sums else sum_present(x, weights, one_device=True)
+        total = sums[k] if k in sums else sum_present(x, weights, one_device=one_device)
         sums[k] = total.reshape(blocks[k].shape[1:])
     return examples, [sums[k] for k in range(len(flat))]
 
@@ -110,17 +115,14 @@ def _apart_sum(held: Held, leaves: Sequence[int], weights: jax.Array | None) -> 
     return held.batch().with_each(ones).folded(of_tile, sum(held.like[leaf].size for leaf in leaves))
 
 
-def direct_sum(held: Held, part: Part, examples: Example, weights: jax.Array | None) -> jax.Array:
-    """Σ w_i g_i in one part, flat, by one product for each use, the examples among its positions."""
-
-    def summed(examples: Example, weights: jax.Array | None = None) -> jax.Array:
-        data = batch_data(held.plan, held.model, examples, part)
-        return factors.add([use.batch_gradient(data[id(use.site)], weights) for use in part.uses])
-
+def direct_sum(held: Held, part: Part, weights: jax.Array | None, ask: Any = Gathered.sum) -> jax.Array:
+    """Σ w_i g_i in one part, flat, by one product for each use; `ask` may be that question, already asked."""
+    gathered = held.gathered(part)
     if held.pieces == 1 or not any(use.site.loops for use in part.uses):
-        return summed(examples, weights)
+        return ask(gathered, weights)
     # Behind the steps of a loop the batch axis cannot be cut once both are folded into the positions.
-    return _sum_by_piece(held, summed, examples, weights)
+    of_piece = lambda arrays, weights=None: gathered.of(arrays).sum(weights)
+    return _sum_by_piece(gathered.batch, of_piece, weights)
 
 
 def _lookup_sum(held: Held, part: Part, weights: jax.Array) -> jax.Array:
@@ -175,13 +177,12 @@ def _guarded_sum(held: Held, leaves: Sequence[int], weights: jax.Array | None) -
     sums = dict(zip(unruled, of_present(unruled, held.examples, weights), strict=True))
     if ruled:
         of_ruled = functools.partial(of_present, ruled)
-        sums.update(zip(ruled, _sum_by_piece(held, of_ruled, held.examples, weights), strict=True))
+        sums.update(zip(ruled, _sum_by_piece(held.batch(), of_ruled, weights), strict=True))
     return [sums[leaf] for leaf in leaves]
 
 
-def _sum_by_piece(held: Held, fun: Callable[..., Any], examples: Example, weights: jax.Array | None) -> Any:
+def _sum_by_piece(batch: Batch, fun: Callable[..., Any], weights: jax.Array | None) -> Any:
     """`fun` of each device's examples, and of their weights where there are any, added up."""
-    batch = replace(held, examples=examples).batch()
-    batch = batch if weights is None else batch.with_each(weights)
-    of_piece = fun if weights is None else (lambda both: fun(*both))
-    return tiles.total(batch.by_piece(of_piece))
+    if weights is None:
+        return tiles.total(batch.by_piece(fun))
+    return tiles.total(batch.with_each(weights).by_piece(lambda both: fun(*both)))

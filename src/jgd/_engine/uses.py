@@ -1,6 +1,6 @@
 """One use of a leaf: a site's operand, where it lies in the leaf, and how its gradient is factored."""
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import jax
@@ -11,6 +11,7 @@ from jgd._engine.regions import Site
 from jgd._engine.views import Axis, View, merge_axes
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SiteData:
     """What one example left at a site; the loops around the site are the leading axes of every array."""
@@ -49,6 +50,33 @@ class Use:
     def needs_operand_grad(self) -> bool:
         """Whether the gradient at the operand has to be computed by the equation's own `vjp`."""
         return self.shape is None
+
+    @property
+    def kind(self) -> Hashable:
+        """What uses have in common whose gradients are made alike, see `Part.kind`."""
+        site = self.site
+        view = site.inputs[self.position].view
+        if self.needs_operand_grad or site.eqn is None or view is None:
+            return None
+        operands = [(x.aval.shape, x.aval.dtype, x.side, x.literal is None) for x in site.inputs]
+        outputs = [(x.aval.shape, x.aval.dtype) for x in site.outputs]
+        params = tuple(site.eqn.params.items())
+        lie = split_axes(view, site.loops)
+        kind = (
+            self.rule,
+            self.position,
+            site.eqn.primitive,
+            params,
+            tuple(lie[0]),
+            lie[1],
+            *operands,
+            *outputs,
+        )
+        try:
+            hash(kind)
+        except TypeError:
+            return None
+        return None if any(x.literal is not None for x in site.inputs) else kind
 
     @property
     def sizes(self) -> Sizes:
