@@ -22,6 +22,7 @@ from jgd._engine import leading, lookups, moments, tiles, views
 from jgd._engine.examples import pass_over
 from jgd._engine.factored import Factored
 from jgd._engine.jaxprs import trace_jaxpr
+from jgd._engine.parts import Part
 from jgd._engine.plan import Variant, plan_of
 from jgd._engine.views import View, overlap
 
@@ -238,6 +239,49 @@ def test_blocks_that_were_kept_for_the_clipped_sum(long, broken, weights, monkey
     bound = 0.7 * np.linalg.norm(oracle.matrix(held), axis=1).mean()
     want = oracle.answers(held, held, weights[present], bound, problem.params)["weighted_clipped_sum"]
     oracle.assert_close(jgd.clipped_sum(grads, bound, weights=weights), want, 1e-9)
+
+
+# Parts that are alike
+
+
+def layers_of(*uses):
+    """A loss of one weight for each use, all of one shape, and positions to use them on."""
+
+    def loss(p, x):
+        for w, use in zip(p, uses, strict=True):
+            x = jnp.tanh(use(x, w))
+        return jnp.sum(x)
+
+    draw = Draw(0)
+    return made(loss, [draw(4, 4) for _ in uses], draw(B, 6, 4))
+
+
+PLAIN, TURNED = (lambda x, w: x @ w), (lambda x, w: x @ w.T)
+IN_PAIRS = lambda x, w: jnp.einsum("tgi,gio->tgo", x.reshape(6, 2, 2), w.reshape(4, 2, 2)[::2]).reshape(6, 4)
+
+
+@pytest.mark.parametrize(
+    ("uses", "kinds"),
+    [((PLAIN,) * 3, 1), ((PLAIN, TURNED, PLAIN, TURNED), 2), ((PLAIN, IN_PAIRS, TURNED, IN_PAIRS), 3)],
+)
+def test_parts_of_a_kind_are_traced_once(uses, kinds, monkeypatch, forget, x64):
+    """A kind says how the weight lies, too: those of one shape that are used in another way are another kind."""
+    problem = layers_of(*uses)
+    traced = []
+    for name in ("square", "unordered"):
+        of_part = getattr(Part, name)
+        count = lambda part, data, of_part=of_part, name=name: (traced.append(name), of_part(part, data))[1]
+        monkeypatch.setattr(Part, name, count)
+    grads = gradients(problem)
+    assert len({part.kind for part in grads.form.plan.parts}) == kinds
+    blocks = oracle.vmap_of_grad(problem)
+    arguments = {"weights": WEIGHTS, "max_norm": 1.0, "direction": problem.params}
+    want = oracle.answers(blocks, blocks, **arguments)
+    oracle.assert_close(jgd.norms(grads), want["norms"], 1e-9)
+    oracle.assert_close(jgd.second_moment(grads), want["second_moment"], 1e-9)
+    assert traced == ["square"] * kinds + ["unordered"] * kinds
+    for quantity, got in jax.jit(every_reduction)(grads, arguments).items():
+        oracle.assert_close(got, want[quantity], 1e-9, what=quantity)
 
 
 # Tiles

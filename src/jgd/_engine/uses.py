@@ -54,29 +54,19 @@ class Use:
     @property
     def kind(self) -> Hashable:
         """What uses have in common whose gradients are made alike, see `Part.kind`."""
-        site = self.site
-        view = site.inputs[self.position].view
-        if self.needs_operand_grad or site.eqn is None or view is None:
+        site, view = self.site, self.site.inputs[self.position].view
+        literal = any(x.literal is not None for x in site.inputs)
+        if self.needs_operand_grad or site.eqn is None or view is None or literal:
             return None
-        operands = [(x.aval.shape, x.aval.dtype, x.side, x.literal is None) for x in site.inputs]
-        outputs = [(x.aval.shape, x.aval.dtype) for x in site.outputs]
+        around, own = split_axes(view, site.loops)
+        values = [(x.aval.shape, x.aval.dtype, x.side) for x in (*site.inputs, *site.outputs)]
         params = tuple(site.eqn.params.items())
-        lie = split_axes(view, site.loops)
-        kind = (
-            self.rule,
-            self.position,
-            site.eqn.primitive,
-            params,
-            tuple(lie[0]),
-            lie[1],
-            *operands,
-            *outputs,
-        )
+        kind = (self.rule, self.position, site.eqn.primitive, params, tuple(around), own, *values)
         try:
             hash(kind)
         except TypeError:
             return None
-        return None if any(x.literal is not None for x in site.inputs) else kind
+        return kind
 
     @property
     def sizes(self) -> Sizes:
