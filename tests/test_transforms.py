@@ -10,6 +10,7 @@ import pytest
 from cases import problem
 
 import jgd
+from jgd import _whole
 
 STRATEGIES = ("auto", "factored", "materialized")
 FEW = ("tied_embedding_and_head", "stacked_layers_on_positions", "conv2d_same")
@@ -305,6 +306,32 @@ def test_derivatives_of_the_other_reductions(strategy, example, x64):
     got = jax.grad(lambda p: total(jgd.per_example_grad(squared_error, strategy=strategy)(p, x, y)))(params)
     want = jax.grad(lambda p: total(jax.vmap(jax.grad(squared_error), (None, 0, 0))(p, x, y)))(params)
     close(got, want, 1e-9)
+
+
+def test_what_is_made_of_all_examples_together_is_made_in_compiled_programs_alone(monkeypatch):
+    """Outside of them it would be work that nobody may ask for."""
+    asked, ours = [], _whole.pass_over
+    spy = lambda *args, together, **options: (
+        asked.append(together),
+        ours(*args, together=together, **options),
+    )[1]
+    monkeypatch.setattr(_whole, "pass_over", spy)
+    params, x = jnp.ones((2, 4, 4)), np.ones((5, 4), np.float32)
+    loss = lambda w, x: jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0])
+
+    def norm(params):
+        return jnp.sum(jgd.norms(jgd.per_example_grad(loss, strategy="factored")(params, x)))
+
+    several = jnp.stack([params, params])
+    eager = norm, jax.grad(norm), jax.hessian(norm), lambda p: jax.jvp(norm, (p,), (p,))
+    for compiled, calls in ((False, eager), (True, map(jax.jit, eager))):
+        for call in calls:
+            jax.clear_caches()
+            call(params)
+        jax.clear_caches()
+        (jax.jit if compiled else lambda f: f)(jax.vmap(norm))(several)
+        assert len(asked) >= 5 and set(asked) == {compiled}
+        asked.clear()
 
 
 @pytest.mark.parametrize("positions", [1, 6])

@@ -7,13 +7,15 @@ from typing import Any, get_args
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.core import Tracer
 
 from jgd._engine.examples import Model
 from jgd._engine.factored import Factored
 from jgd._engine.fused import NOTHING, Sums
 from jgd._engine.plan import AGAIN, Variant
 from jgd._engine.program import Program, trace
-from jgd._errors import common_length, describe, is_concrete, leaf_name
+from jgd._errors import common_length, describe, leaf_name
 from jgd._loss import Loss, bind
 from jgd._materialized import Materialized
 from jgd._memory import checked_sizes, choice_within
@@ -35,6 +37,8 @@ class PerExampleGrads:
 
     An immutable pytree: it goes in and out of `jit`, through `vmap` and `scan`. Ask it with the reductions:
     `jgd.sum`, `jgd.norms`, `jgd.clipped_sum` and the others; `jgd.materialize` gives the gradients themselves.
+    Best in the jitted function that makes it: of layers that a scan steps through, what is asked there without
+    weights is made by the backward pass as it goes, and what its steps leave for it is not stored.
 
     Attributes:
         values: `(B,)`, the loss of each example.
@@ -159,8 +163,8 @@ def _held(
 ) -> PerExampleGrads:
     """The gradients of a batch, made as chosen."""
     if choice.microbatch_size == batch[0].shape[0] and choice.strategy != AGAIN:
-        asked_within = not all(map(is_concrete, jax.tree.leaves((model, batch))))
-        values, aux, form = _compiled(program, choice.strategy, asked_within, *model, batch)
+        asked_there = any(map(_is_in_a_program, jax.tree.leaves((model, batch))))
+        values, aux, form = _compiled(program, choice.strategy, asked_there, *model, batch)
     else:
         form = Microbatched(model, batch, program, *choice)
         values, aux = _compiled_values(form)
@@ -168,6 +172,17 @@ def _held(
     if isinstance(form, Factored):
         sums, form = form.sums, replace(form, sums=NOTHING)
     return PerExampleGrads(values, jax.tree.unflatten(program.aux_treedef, aux), form, treedef, sums)
+
+
+def _is_in_a_program(x: Any) -> bool:
+    """Whether `x` is traced to be compiled, when what nobody asks for is dropped, and not for a derivative alone."""
+    while isinstance(x, Tracer):
+        # Of the tracers of derivatives, and of `vmap`'s.
+        below = getattr(x, "primal", getattr(x, "val", None))
+        if not isinstance(below, Tracer | jax.Array | np.ndarray):
+            return True
+        x = below
+    return False
 
 
 _compiled = jax.jit(gradients_of, static_argnums=(0, 1, 2))
