@@ -185,7 +185,7 @@ def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, metho
     assert probed == {"['layers']['w']", "['layers']['v']", "['layers']['skip']"}
     plan = dataclasses.replace(plan, probes=forced)
     *_, examples, sums = pass_over(plan, form.model, form.examples.inputs, fuse=True, together=True)
-    assert {len(examples.squares), *map(len, sums[:4])} == {3}
+    assert {len(examples.squares), *map(len, sums[:4])} == {3} and not sums.norms
     squares = Factored(form.model, examples, plan).squared_norms()
     blocks = jax.tree.leaves(oracle.vmap_of_grad(problem))
     want = [np.square(np.reshape(x, (B, -1))).sum(1) for x in blocks]
@@ -214,6 +214,32 @@ def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, metho
     for ask in (Factored.weighted_sum, Factored.second_moments, Factored.spreads):
         oracle.assert_close(ask(twice, jnp.asarray(WEIGHTS)), ask(held, jnp.asarray(WEIGHTS)), 1e-15)
     oracle.assert_close(twice.gram(held), flat @ flat.T, 1e-9)
+
+
+def test_steps_with_many_positions_keep_blocks_for_a_clipped_sum_alone(forget):
+    """Nothing of a layer stays for what is asked without weights, though its blocks are kept where they sum too."""
+
+    def loss(p, x):
+        step = jax.checkpoint(lambda h, w: (h + jnp.tanh(h @ w["a"]) @ w["b"], None))
+        return jnp.mean(lax.scan(step, x, p)[0] ** 2)
+
+    draw = Draw(0)
+    params = {"a": draw(6, 16, 64), "b": draw(6, 64, 16)}
+    problem = made(loss, jax.tree.map(np.float32, params), np.float32(draw(B, 64, 16)))
+    grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
+    assert grads.form.plan.kept == {0, 1} and not grads.form.examples.squares
+    plain = lambda p, x: jax.grad(lambda p: jnp.sum(jax.vmap(loss, (None, 0))(p, x)))(p)
+    memory = lambda ask: jax.jit(ask).lower(problem.params, *problem.batch).compile().memory_analysis()
+    most = 1.5 * memory(plain).temp_size_in_bytes
+    want = oracle.answers(blocks, blocks, WEIGHTS, 1.0, problem.params)
+    clipped = functools.partial(jgd.clipped_sum, max_norm=1.0)
+    questions = {"sum": jgd.sum, "norms": jgd.norms, "gram": jgd.gram, "variance": jgd.variance}
+    questions["noise_scale"] = lambda grads: jgd.noise_scale(grads)[1:]
+    for name, question in (questions | {"clipped_sum": clipped}).items():
+        make = jgd.per_example_grad(loss, strategy="factored")
+        ask = lambda *args, make=make, question=question: question(make(*args))
+        oracle.assert_close(jax.jit(ask)(problem.params, *problem.batch), want[name], 1e-4, what=name)
+        assert (memory(ask).temp_size_in_bytes <= most) == (name != "clipped_sum"), name
 
 
 def test_the_planner_takes_either_method(x64):

@@ -323,7 +323,14 @@ def test_what_is_made_of_all_examples_together_is_made_in_compiled_programs_alon
         return jnp.sum(jgd.norms(jgd.per_example_grad(loss, strategy="factored")(params, x)))
 
     several = jnp.stack([params, params])
-    eager = norm, jax.grad(norm), jax.hessian(norm), lambda p: jax.jvp(norm, (p,), (p,))
+    scaled = lambda scale: norm(scale * params)
+    eager = (
+        norm,
+        jax.grad(norm),
+        jax.hessian(norm),
+        lambda p: jax.jvp(norm, (p,), (p,)),
+        lambda p: jax.grad(scaled)(1.0),
+    )
     for compiled, calls in ((False, eager), (True, map(jax.jit, eager))):
         for call in calls:
             jax.clear_caches()

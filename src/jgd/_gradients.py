@@ -38,7 +38,8 @@ class PerExampleGrads:
     An immutable pytree: it goes in and out of `jit`, through `vmap` and `scan`. Ask it with the reductions:
     `jgd.sum`, `jgd.norms`, `jgd.clipped_sum` and the others; `jgd.materialize` gives the gradients themselves.
     Best in the jitted function that makes it: of layers that a scan steps through, what is asked there without
-    weights is made by the backward pass as it goes, and what its steps leave for it is not stored.
+    weights is made by the backward pass as it goes, and what its steps leave for it is not stored. (Of parameters of
+    at least four bytes that a step uses once, outside of a `cond`, on one device.)
 
     Attributes:
         values: `(B,)`, the loss of each example.
@@ -179,7 +180,7 @@ def _is_in_a_program(x: Any) -> bool:
     while isinstance(x, Tracer):
         # Of the tracers of derivatives, and of `vmap`'s.
         below = getattr(x, "primal", getattr(x, "val", None))
-        if not isinstance(below, Tracer | jax.Array | np.ndarray):
+        if not isinstance(below, Tracer | jax.Array | np.ndarray | np.generic | float | int):
             return True
         x = below
     return False

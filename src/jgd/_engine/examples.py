@@ -57,9 +57,12 @@ def pass_over(
     work, where nobody asks for it in its program.
     """
     beside = sorted({part.leaf for part in plan.beside})
-    probes = [probe for some in plan.probes.values() for probe in some] if fuse else []
-    probed = sorted({probe.of.leaf for probe in probes})
-    summed = {probe.operand: probe.of.leaf for probe in probes if together and probe.of.leaf in plan.summed}
+    probes = plan.probes if fuse else {}
+    if not together:  # then blocks that are kept give the squares
+        probes = {at: tuple(p for p in some if p.of.leaf not in plan.kept) for at, some in probes.items()}
+    each_probe = [probe for some in probes.values() for probe in some]
+    probed = sorted({probe.of.leaf for probe in each_probe})
+    summed = {p.operand: p.of.leaf for p in each_probe if together and p.of.leaf in plan.summed}
     zero = lambda leaf: jnp.zeros((), jnp.promote_types(model.params[leaf].dtype, jnp.float32))
     size = batch[0].shape[0]
 
@@ -77,7 +80,7 @@ def pass_over(
         def forward(taps: Any, values: list[Any], numbers: dict[int, Any], together: Together | None) -> Any:
             known = _inputs(plan, _with(model, beside, values), inputs)
             bumps = no_bumps if together is None else together.bumps
-            watch = watching(plan.probes if fuse else {}, numbers, together)
+            watch = watching(probes, numbers, together)
             (value, *aux), records = run(plan.region, known, taps, bumps, watch)
             return value, (aux, records)
 
@@ -94,8 +97,9 @@ def pass_over(
     axes = axes_of(plan)
     each = jax.vmap(one, out_axes=(0, 0, axes.records, axes.deltas, 0, 0, None), axis_name=EXAMPLES)
     values, aux, records, deltas, blocks, squares, made = each(batch)
-    examples = Example(batch, records, deltas, blocks, squares)
-    return values, aux, examples, NOTHING if made is None else sums_of(plan.region, made, plan.parts)
+    sums = NOTHING if made is None else sums_of(plan.region, made, plan.parts)
+    norms = {leaf: squares.pop(leaf) for leaf in sorted(plan.kept & squares.keys())}
+    return values, aux, Example(batch, records, deltas, blocks, squares), sums._replace(norms=norms)
 
 
 def _with(model: Model, leaves: Leaves, values: Sequence[Any]) -> Model:

@@ -36,12 +36,16 @@ class Factored(Held, AllAtOnce):
 
     def for_norms_and_sums(self) -> "Factored":
         """The same, to be asked for both: what they have in common is made once."""
-        kept = {
-            k: self.gathered(part).made_blocks()
-            for k, part in enumerate(self.plan.parts)
-            if part.leaf in self.plan.kept
-        }
-        return replace(self, made=kept)
+        return self._with_blocks(self.plan.kept)
+
+    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
+        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
+        form = self._with_blocks(self.plan.kept - self.summed)
+        return form.squared_norms(), form.squared_sum()
+
+    def _with_blocks(self, leaves: frozenset[int]) -> "Factored":
+        parts = [(k, part) for k, part in enumerate(self.plan.parts) if part.leaf in leaves]
+        return replace(self, made={k: self.gathered(part).made_blocks() for k, part in parts})
 
     def weighted_sum(self, weights: jax.Array | None, *, keep_wide: bool = False) -> list[jax.Array]:
         """Σ w_i g_i, in the leaves' dtypes or, where told to `keep_wide`, in the accumulators'."""
@@ -71,11 +75,13 @@ class Factored(Held, AllAtOnce):
     def squared_norms(self) -> list[jax.Array]:
         """‖g_i‖² of each leaf."""
         self.refuse(self.unruled())
-        told = self.examples.squares
+        blocks_at_hand = {self.plan.parts[k].leaf for k in self.made}
+        told = self.examples.squares | self.sums.norms
+        told = {leaf: x for leaf, x in told.items() if leaf not in blocks_at_hand}
         totals = [told.get(leaf, jnp.zeros(self.size, jnp.float32)) for leaf in self.leaves]
         squares = Asked(Gathered.squares)
         for part in self.plan.parts:
-            if not (told and self.plan.is_probed(part)):
+            if not (part.leaf in told and self.plan.is_probed(part)):
                 totals[part.leaf] = totals[part.leaf] + squares(self.gathered(part))
         for leaf, block in self.examples.blocks.items():
             totals[leaf] = totals[leaf] + jax.vmap(factors.sum_squares)(block)

@@ -40,6 +40,7 @@ class Sums(NamedTuple):
         spreads: Σ (g_i − ḡ)² of a part, likewise.
         squares: ‖Σ g_i‖² of each leaf.
         gram: ⟨g_i, g_j⟩, `(B, B)`, in all these leaves together; None where there are none.
+        norms: ‖g_i‖², `(B,)`, of each leaf whose blocks give it where a sum is made of them too.
     """
 
     parts: dict[int, jax.Array]
@@ -47,9 +48,10 @@ class Sums(NamedTuple):
     spreads: dict[int, jax.Array]
     squares: dict[int, jax.Array]
     gram: jax.Array | None
+    norms: dict[int, jax.Array]
 
 
-NOTHING = Sums({}, {}, {}, {}, None)
+NOTHING = Sums({}, {}, {}, {}, None, {})
 
 
 class Bumps(NamedTuple):
@@ -224,4 +226,4 @@ def sums_of(region: Region, together: Together, parts: Sequence[Part]) -> Sums:
             assert view is not None
             whole = opaque(use.site, use.position, view)
             made[number] = whole.gradient(SiteData({}, [], {use.position: x}))
-    return Sums(totals, seconds, spreads, together.squares, together.gram)
+    return Sums(totals, seconds, spreads, together.squares, together.gram, {})

@@ -108,7 +108,7 @@ def _plan(program: Program, variant: Variant) -> Plan:
     kept = met - backward_only - {part.leaf for part in parts if not part.keeps(device)}
     direct = tuple(sorted(met - indirect - backward_only))
     kept = frozenset(kept if variant.keeps else ())
-    passed = [part for part in parts if part.leaf not in kept | backward_only]
+    passed = [part for part in parts if part.leaf not in backward_only]
     probes = probes_of(region, passed, lambda part: replace(part, method=_method(part, device, variant)))
     return Plan(
         program,
