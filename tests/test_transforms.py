@@ -323,13 +323,14 @@ def test_what_is_made_of_all_examples_together_is_made_in_compiled_programs_alon
         return jnp.sum(jgd.norms(jgd.per_example_grad(loss, strategy="factored")(params, x)))
 
     several = jnp.stack([params, params])
-    scaled = lambda scale: norm(scale * params)
+    scaled = jgd.per_example_grad(lambda p, x: p[1] * loss(p[0], x), strategy="factored")
+    of_float = lambda scale: jnp.sum(jgd.norms(scaled((params, scale), x)))
     eager = (
         norm,
         jax.grad(norm),
         jax.hessian(norm),
         lambda p: jax.jvp(norm, (p,), (p,)),
-        lambda p: jax.grad(scaled)(1.0),
+        lambda p: jax.grad(of_float)(1.0),
     )
     for compiled, calls in ((False, eager), (True, map(jax.jit, eager))):
         for call in calls:
