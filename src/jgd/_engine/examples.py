@@ -5,7 +5,7 @@ gradients of those leaves that are so small that they are taken at once. All
 functions here but the pass see ONE example; `Factored` maps them over the batch.
 """
 
-from collections.abc import Callable, Collection, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jgd._engine.fused import EXAMPLES, NOTHING, Bumps, Sums, Together, sums_of, watching
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
-from jgd._engine.regions import Nested, Op, Region, Site, recorded
+from jgd._engine.regions import Nested, Op, Region, Site, recorded, sites_of
 from jgd._engine.replay import replay
 from jgd._engine.tapped import run
 from jgd._engine.trees import batch_axes, bumps_of, picked, records_of, taps_of, zeros
@@ -39,7 +39,8 @@ class Example(NamedTuple):
     records: Any
     deltas: Any
     blocks: dict[int, Any]  # the gradient of each leaf that is taken beside the sites
-    squares: dict[int, Any]  # the squared norm of each leaf that has probes, in the parts that have them
+    # The squared norm of each leaf that has probes and whose blocks are not kept, in the parts that have them.
+    squares: dict[int, Any]
 
 
 def axes_of(plan: Plan) -> Example:
@@ -145,14 +146,13 @@ def gradient(plan: Plan, model: Model, example: Example, leaves: Leaves) -> list
     return [made[leaf] for leaf in leaves]
 
 
-def batch_data(plan: Plan, model: Model, examples: Example, sites: Collection[Site]) -> dict[int, SiteData]:
-    """What all examples left at some sites, by identity; in each array the batch axis is behind the loops'."""
+def batch_data(plan: Plan, model: Model, examples: Example) -> dict[int, SiteData]:
+    """What all examples left at the sites, by identity; in each array the batch axis is behind the loops'."""
     # What is taken beside the sites is data, which has the batch axis like all other data.
     size, beside = examples.inputs[0].shape[0], sorted({part.leaf for part in plan.beside})
     rows = [jnp.broadcast_to(model.params[leaf], (size, *model.params[leaf].shape)) for leaf in beside]
-    return _site_data(
-        plan, _with(model, beside, rows), examples, {id(site) for site in sites}, None, batch=True
-    )
+    sites = set(map(id, sites_of(plan.region)))
+    return _site_data(plan, _with(model, beside, rows), examples, sites, None, batch=True)
 
 
 def part_data(plan: Plan, model: Model, example: Example, part: Part) -> dict[int, SiteData]:

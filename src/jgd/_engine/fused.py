@@ -99,8 +99,7 @@ class Probe:
     @property
     def is_summed(self) -> bool:
         """Whether it sees the examples' sum too: of an operand that is wide enough, and not spread over axes."""
-        wide = self.site.inputs[self.own].aval.dtype.itemsize >= 4
-        return wide and all(stride != 0 or size == 1 for size, stride in self.axes)
+        return self.part.uses[0].is_wide and all(stride != 0 or size == 1 for size, stride in self.axes)
 
     def data(self, example: tuple[jax.Array, jax.Array]) -> dict[int, SiteData]:
         """What an example has at the site: the other operand, and the δ."""

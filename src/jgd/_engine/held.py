@@ -13,7 +13,6 @@ from jgd._engine.fused import NOTHING, Sums
 from jgd._engine.gathered import Gathered
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
-from jgd._engine.regions import sites_of
 from jgd._engine.tiles import Batch
 from jgd._engine.uses import SiteData
 from jgd._engine.weighting import silenced
@@ -75,7 +74,7 @@ class Held:
     @functools.cached_property
     def data(self) -> dict[int, SiteData]:
         """What the examples left at the sites, by identity; in each array the batch axis is behind the loops'."""
-        return batch_data(self.plan, self.model, self.examples, sites_of(self.plan.region))
+        return batch_data(self.plan, self.model, self.examples)
 
     def gathered(self, part: Part) -> Gathered:
         """What the examples left for one part."""

@@ -197,8 +197,7 @@ def _is_spread(use: Use) -> bool:
     if any(stride == 0 and length > 1 for length, stride in steps):
         return False  # a loop would carry the block from step to step
     spread = math.prod(site.outputs[0].aval.shape) * math.prod(length for _, length in site.loops)
-    wide = site.inputs[use.position].aval.dtype.itemsize >= 4
-    return wide and spread >= _SPREAD * factors.product(use.axes)
+    return use.is_wide and spread >= _SPREAD * factors.product(use.axes)
 
 
 def _backward_only(region: Region) -> frozenset[int]:

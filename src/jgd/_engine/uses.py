@@ -52,6 +52,11 @@ class Use:
         return self.shape is None
 
     @property
+    def is_wide(self) -> bool:
+        """Whether sums over examples may be kept in the operand's own dtype."""
+        return self.site.inputs[self.position].aval.dtype.itemsize >= 4
+
+    @property
     def kind(self) -> Hashable:
         """What uses have in common whose gradients are made alike, see `Part.kind`."""
         site, view = self.site, self.site.inputs[self.position].view
