@@ -6,6 +6,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jgd._weighing import linear, sums
+
 
 def total(squares: list[jax.Array], size: int) -> jax.Array:
     """‖g_i‖² of the leaves' own."""
@@ -29,5 +31,5 @@ def clipped_sum(form: Any, max_norm: Any, weights: jax.Array | None) -> tuple[li
     factor = jnp.where(inside, 1, max_norm / jnp.where(inside, 1, norm))
     factor = jnp.where(jnp.isfinite(norm), factor, 0)
     if weights is not None:
-        factor = jnp.where(weights != 0, factor * weights, 0)
-    return form.weighted_sum(factor, keep_wide=True), norm
+        factor = factor * weights
+    return linear(sums, form, factor), norm

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
-from jgd._engine.leading import scale_rows, sum_present
+from jgd._engine.leading import mask_rows, scale_rows, sum_present
 from jgd._engine.tiles import pieces_of
 from jgd._mesh import Placement, spec_of
 from jgd._random import directions
@@ -115,7 +115,8 @@ class Materialized(AllAtOnce):
     def _squares_around(self, center: Sequence[jax.Array], weights: jax.Array | None) -> list[jax.Array]:
         sums = []
         for block, c in zip(self.blocks, center, strict=True):
-            square = jnp.square(block.astype(c.dtype) - c[None])
+            present = block if weights is None else mask_rows(weights != 0, block)
+            square = jnp.square(present.astype(c.dtype) - c[None])
             sums.append(jnp.sum(square if weights is None else scale_rows(weights, square), axis=0))
         return sums
 

@@ -121,7 +121,8 @@ def _mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
 def _sum(values: jax.Array, weights: jax.Array | None) -> jax.Array:
     if weights is None:
         return jnp.sum(values)
-    return jnp.sum(jnp.where(weights == 0, 0, values) * weights)  # an absent value may be infinite
+    absent = (weights == 0) & ~jnp.isfinite(values)  # what is finite keeps its derivative by the weight
+    return jnp.sum(jnp.where(absent, 0, values) * weights)
 
 
 def _by_reverse(per_example: Callable[..., Any], objective: Objective, reduce: Any) -> Evaluate:

@@ -7,6 +7,7 @@ from jaxtyping import Array, Float, PyTree
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_blocks, like_examples, like_leaves, placed_by
 from jgd._reductions.arguments import direction_of, form_of, weights_of
+from jgd._weighing import linear, sums
 
 
 def materialize(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> PyTree[Float[Array, "B ..."]]:
@@ -28,7 +29,8 @@ def sum(
 
     Args:
         grads: the gradients.
-        weights: `(B,)`. Weight 0 means absent: nothing is contributed, even where the gradient is not finite.
+        weights: `(B,)`. Weight 0 means absent: nothing is contributed, even where the gradient is not finite. The
+            derivative by such a weight is what the example would add; 0, where its gradient is not finite.
 
     Returns:
         A pytree like the parameters, in their dtypes, accumulated in at least float32.
@@ -84,14 +86,10 @@ def _materialize(form):
     return form.materialize()
 
 
-def _wide_sum(form, weights):
-    return form.walk(lambda form, w: (form.weighted_sum(w, keep_wide=True), ()), weights)[0]
-
-
 @jax.jit
 @placed_by(like_leaves)
 def _weighted_sum(form, weights):
-    return [x.astype(like.dtype) for x, like in zip(_wide_sum(form, weights), form.like, strict=True)]
+    return [x.astype(like.dtype) for x, like in zip(linear(sums, form, weights), form.like, strict=True)]
 
 
 @jax.jit
@@ -99,10 +97,10 @@ def _weighted_sum(form, weights):
 def _weighted_mean(form, weights):
     if weights is None:
         # Not by weights of 1/B: the sum may be asked for beside the mean, and is then shared.
-        sums = [x / form.size for x in _wide_sum(form, None)]
+        made = [x / form.size for x in sums(form, None)]
     else:
-        sums = _wide_sum(form, weights / jnp.sum(weights))
-    return [x.astype(like.dtype) for x, like in zip(sums, form.like, strict=True)]
+        made = linear(sums, form, weights / jnp.sum(weights))
+    return [x.astype(like.dtype) for x, like in zip(made, form.like, strict=True)]
 
 
 @jax.jit

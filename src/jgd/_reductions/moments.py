@@ -1,5 +1,7 @@
 """Elementwise moments of the gradients over the examples."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
@@ -7,6 +9,7 @@ from jaxtyping import Array, Float, PyTree
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_leaves, placed_by
 from jgd._reductions.arguments import at_least_two, form_of, weights_of
+from jgd._weighing import linear, second_moments, spreads
 
 
 def second_moment(
@@ -56,7 +59,7 @@ def variance(
 @placed_by(like_leaves)
 def _second_moment(form, weights):
     total, share = (form.size, None) if weights is None else (1, weights / jnp.sum(weights))
-    moments, _ = form.walk(lambda form, w: (form.second_moments(w, 1 / total), ()), share)
+    moments = linear(functools.partial(second_moments, scale=1 / total), form, share)
     return [m.astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
 
 
@@ -70,5 +73,5 @@ def _variance(form, weights):
         unbiased = 1 - jnp.sum(jnp.square(share))
         # Weights that leave one example alone leave no variance: not defined is nan, not inf.
         unbiased = jnp.where(unbiased == 0, jnp.nan, unbiased)
-    spreads = form.spreads(share, 1 / unbiased)
-    return [m.astype(x.dtype) for m, x in zip(spreads, form.like, strict=True)]
+    made = spreads(form, share, 1 / unbiased)
+    return [m.astype(x.dtype) for m, x in zip(made, form.like, strict=True)]

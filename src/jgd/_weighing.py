@@ -1,0 +1,110 @@
+"""Weights as something to differentiate by: an example of weight 0 is absent, but its derivative is what it would add.
+
+Sums leave an absent example out, whatever it holds: where they look for weights of 0, JAX finds no derivative.
+Reweighting needs it (Ren et al., "Learning to reweight examples for robust deep learning", 2018): it starts from
+weights of 0, where the derivative says which examples to take in.
+"""
+
+import functools
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.custom_derivatives import SymbolicZero
+
+
+def linear(question: Callable[[Any, Any], list[jax.Array]], form: Any, weights: Any) -> list[jax.Array]:
+    """`question(form, weights)`, which is linear in the weights, or without them where they are None.
+
+    Its derivative by a weight of 0 is what that example would add, and 0 where its gradient is not finite.
+    """
+    return question(form, None) if weights is None else _linear(question, form, weights)
+
+
+def spreads(form: Any, weights: Any, scale: Any) -> list[jax.Array]:
+    """`form.spreads(weights, scale)`, with such a derivative; `scale` only scales."""
+    if weights is None:
+        return form.spreads(None, scale)
+    return [x * scale for x in _spreads(form, weights)]
+
+
+def sums(form: Any, weights: jax.Array | None) -> list[jax.Array]:
+    """Σ w_i g_i in the accumulators' dtypes, a microbatch at a time where that is how they are made."""
+    return form.walk(lambda form, w: (form.weighted_sum(w, keep_wide=True), ()), weights)[0]
+
+
+def second_moments(form: Any, weights: jax.Array | None, scale: float = 1) -> list[jax.Array]:
+    """scale · Σ w_i g_i², likewise."""
+    return form.walk(lambda form, w: (form.second_moments(w, scale), ()), weights)[0]
+
+
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
+def _linear(question: Callable[..., Any], form: Any, weights: jax.Array) -> list[jax.Array]:
+    return question(form, weights)
+
+
+@functools.partial(_linear.defjvp, symbolic_zeros=True)
+def _linear_jvp(question: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+    (form, weights), (form_moves, weights_move) = primals, tangents
+    made, moved = _along(lambda form: question(form, weights), form, form_moves)
+    if not _is_zero(weights_move):
+        # What is linear has the same derivative everywhere: here, where nobody is absent who need not be.
+        everyone = ((weights != 0) | _is_finite(form)).astype(weights.dtype)
+        _, by_weights = jax.jvp(functools.partial(question, form), (everyone,), (weights_move,))
+        moved = list(map(jnp.add, moved, by_weights))
+    return made, moved
+
+
+@jax.custom_jvp
+def _spreads(form: Any, weights: jax.Array) -> list[jax.Array]:
+    return form.spreads(weights)
+
+
+@functools.partial(_spreads.defjvp, symbolic_zeros=True)
+def _spreads_jvp(primals: Any, tangents: Any) -> Any:
+    (form, weights), (form_moves, weights_move) = primals, tangents
+    if _is_zero(weights_move):
+        return _along(lambda form: form.spreads(weights), form, form_moves)
+    present = weights_move * (weights != 0).astype(weights.dtype)
+    made, moved = _along(lambda both: both[0].spreads(both[1]), (form, weights), (form_moves, present))
+    # Of those who are absent (g − ḡ)² is added, from its three terms.
+    absent = ((weights == 0) & _is_finite(form)).astype(weights.dtype)
+    mean = [x / jnp.sum(weights) for x in sums(form, weights)]
+    weights_move = weights_move * absent
+    of_each = lambda question: jax.jvp(functools.partial(question, form), (absent,), (weights_move,))[1]
+    terms = zip(of_each(second_moments), of_each(sums), mean, strict=True)
+    added = [second - 2 * c * first + jnp.square(c) * jnp.sum(weights_move) for second, first, c in terms]
+    return made, list(map(jnp.add, moved, added))
+
+
+def _is_finite(form: Any) -> jax.Array:
+    """Whether each gradient is finite."""
+    squares = form.walk(lambda form, _: ((), form.squared_norms()), None)[1]
+    return jnp.isfinite(sum(squares, start=jnp.zeros(form.size)))
+
+
+def _along(
+    fun: Callable[[Any], list[jax.Array]], x: Any, moves: Any
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """What `fun` makes of a pytree, and how that moves with it."""
+    leaves, treedef = jax.tree.flatten(moves, is_leaf=_is_zero)
+    if all(map(_is_zero, leaves)):
+        made = fun(x)
+        return made, list(map(jnp.zeros_like, made))
+    leaves = [_zero(move) if _is_zero(move) else move for move in leaves]
+    return jax.jvp(fun, (x,), (jax.tree.unflatten(treedef, leaves),))
+
+
+def _is_zero(move: Any) -> bool:
+    return isinstance(move, SymbolicZero)
+
+
+def _zero(move: Any) -> Any:
+    """What stands for no move in `jax.jvp`: of integers it is an array without content."""
+    return (
+        np.zeros(move.shape, move.dtype)
+        if move.dtype == jax.dtypes.float0
+        else jnp.zeros(move.shape, move.dtype)
+    )
