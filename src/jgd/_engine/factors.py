@@ -140,6 +140,18 @@ def sum_squares(x: jax.Array) -> jax.Array:
     return jnp.sum(jnp.square(flat.astype(wide(x))))
 
 
+def after(mask: jax.Array, x: jax.Array) -> jax.Array:
+    """`mask`, which is not computed before `x` is there.
+
+    XLA orders a program by what depends on what: what follows from a batch's indices alone it may compute first of
+    all, and hold through the forward and the backward pass.
+    """
+    if x.size == 0:
+        return mask
+    first = x[(0,) * x.ndim]
+    return mask & ~(jnp.isnan(first) & jnp.isinf(first))  # never both, which XLA does not know
+
+
 def concatenate(factors: Sequence[Any]) -> Factor:
     """The sum of factors of one kind and shape, as one: positions add up."""
     first: Any = factors[0]
@@ -171,6 +183,7 @@ def inner(a: Factor, b: Factor) -> jax.Array:
         return jnp.sum(rows * contract("ntq,nsq->nts", a.right, b.right))
     if isinstance(a, Rows) and isinstance(b, Rows):
         same = (a.index[:, None] == b.index[None, :]) & (a.index < a.rows)[:, None]
+        same = after(same, b.right)
         return jnp.sum(a.right[0] * contract("ts,sq->tq", same.astype(b.right.dtype), b.right[0]))
     if isinstance(a, Outer):
         a, b = b, a

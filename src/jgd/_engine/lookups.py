@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.factors import Rows, contract, sum_squares
+from jgd._engine.factors import Rows, after, contract, sum_squares
 from jgd._engine.leading import mask_rows, scale_rows, wide
 from jgd._engine.moments import inverse
 from jgd._engine.tiles import fold_tiles, tile_of
@@ -145,7 +145,7 @@ def _partners(index: jax.Array, owner: jax.Array, right: jax.Array, rows: int, s
 def _by_row(index: jax.Array, right: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Which lookup is the first of its row in its example, and the whole δ of its row there, `(B, T, Q)`."""
     right = right[:, 0].astype(wide(right))
-    same = index[:, :, None] == index[:, None, :]
+    same = jax.vmap(after)(index[:, :, None] == index[:, None, :], right)
     earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
     first = ~jnp.any(same & earlier[None], axis=2) & (index < rows)
     return first, contract("its,isq->itq", same.astype(right.dtype), right)
