@@ -18,6 +18,7 @@ from jgd._engine.factors import sum_squares
 from jgd._engine.moments import inverse
 from jgd._engine.program import Program
 from jgd._mesh import Placement, spec_of
+from jgd._weighing import sums
 from jgd._whole import Strategy, gradients_of, values_of
 
 _SUM, _CONCAT = micro.AccumulationType.SUM, micro.AccumulationType.CONCAT
@@ -93,18 +94,18 @@ class Microbatched:
     def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
         """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
         both = lambda form, weights: (form.weighted_sum(weights, keep_wide=True), form.squared_norms())
-        sums, squares = self.walk(both, None)
-        return squares, jnp.sum(jnp.stack([sum_squares(x) for x in sums]))
+        total, squares = self.walk(both, None)
+        return squares, jnp.sum(jnp.stack([sum_squares(x) for x in total]))
 
     def spreads(self, weights: jax.Array | None, scale: Any = 1) -> list[jax.Array]:
         """scale · Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean; the mean first, by a walk of its own."""
         total = self.size if weights is None else jnp.sum(weights)
-        sums, _ = self.walk(lambda form, w: (form.weighted_sum(w, keep_wide=True), ()), weights)
+        whole = sums(self, weights)
 
         def around_the_mean(form: Any, w: Any) -> Any:
             own = jnp.sum(jnp.ones(form.size) if w is None else w)
             means = [x * inverse(own) for x in form.weighted_sum(w, keep_wide=True)]
-            parts = zip(form.spreads(w), means, sums, strict=True)
+            parts = zip(form.spreads(w), means, whole, strict=True)
             return [square + own * jnp.square(mean - x / total) for square, mean, x in parts], ()
 
         return [x * scale for x in self.walk(around_the_mean, weights)[0]]

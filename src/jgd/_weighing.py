@@ -40,6 +40,11 @@ def second_moments(form: Any, weights: jax.Array | None, scale: float = 1) -> li
     return form.walk(lambda form, w: (form.second_moments(w, scale), ()), weights)[0]
 
 
+def squared_norms(form: Any) -> list[jax.Array]:
+    """‖g_i‖² of each leaf, likewise."""
+    return form.walk(lambda form, _: ((), form.squared_norms()), None)[1]
+
+
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def _linear(question: Callable[..., Any], form: Any, weights: jax.Array) -> list[jax.Array]:
     return question(form, weights)
@@ -81,8 +86,7 @@ def _spreads_jvp(primals: Any, tangents: Any) -> Any:
 
 def _is_finite(form: Any) -> jax.Array:
     """Whether each gradient is finite."""
-    squares = form.walk(lambda form, _: ((), form.squared_norms()), None)[1]
-    return jnp.isfinite(sum(squares, start=jnp.zeros(form.size)))
+    return jnp.isfinite(sum(squared_norms(form), start=jnp.zeros(form.size)))
 
 
 def _along(

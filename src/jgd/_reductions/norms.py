@@ -12,6 +12,7 @@ from jgd._errors import describe, is_concrete
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_examples, like_leaves, like_scalars, placed_by
 from jgd._reductions.arguments import at_least_two, form_of, weights_of
+from jgd._weighing import squared_norms
 
 
 class NoiseScale(NamedTuple):
@@ -105,17 +106,13 @@ def noise_scale(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> Noise
 @jax.jit
 @placed_by(like_examples)
 def _leaf_norms(form):
-    return [root(square) for square in _squared_norms(form)]
+    return [root(square) for square in squared_norms(form)]
 
 
 @jax.jit
 @placed_by(like_examples)
 def _norms(form):
-    return root(total(_squared_norms(form), form.size))
-
-
-def _squared_norms(form):
-    return form.walk(lambda form, _: ((), form.squared_norms()), None)[1]
+    return root(total(squared_norms(form), form.size))
 
 
 @jax.jit
