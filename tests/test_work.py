@@ -14,7 +14,7 @@ from jgd._loss import bind
 
 
 def work(loss, *args, in_axes=None):
-    return work_of(trace(bind(loss, args, argnums=0, in_axes=in_axes, has_aux=False)))
+    return work_of(trace(bind(loss, args, argnums=0, in_axes=in_axes, has_aux=False)).program)
 
 
 def counted(fun, *args):

@@ -136,10 +136,11 @@ def explain(
         ['norms']
     """
     call = bind(loss, (params, *batch), argnums=argnums, in_axes=in_axes, has_aux=has_aux)
-    plan = plan_of(trace(call), PLANNED)
+    program, constants = trace(call)
+    plan = plan_of(program, PLANNED)
     at_once = blocks_at_once(plan.program, call.size, pieces_of(call.batch_leaves, call.size))
     predicted = _predicted(plan, call.size, factored=at_once is None)
-    measured = _measured(plan.program, call) if measure else (None, None)
+    measured = _measured(program, constants, call) if measure else (None, None)
     total = sum(x.size for x in plan.program.param_avals)
     return Explanation(
         (*_rows(plan), *_unmet(plan)),
@@ -187,9 +188,9 @@ def _predicted(plan: Plan, size: int, *, factored: bool) -> tuple[float, float]:
     return norms / plain, clipped / plain
 
 
-def _measured(program: Program, call: Call) -> tuple[float, float]:
+def _measured(program: Program, constants: list[Any], call: Call) -> tuple[float, float]:
     """The times of norms and of the clipped sum by "auto", in units of the plain gradient's."""
-    model = Model(call.param_leaves, program.constants(call.shared_leaves))
+    model = Model(call.param_leaves, constants)
     for x in (*model.params, *model.constants, *call.batch_leaves):
         if isinstance(x, jax.ShapeDtypeStruct) or not is_concrete(x):
             raise ValueError(

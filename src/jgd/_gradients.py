@@ -142,8 +142,8 @@ def per_example_grad(
 
     def gradients(*args: Any) -> PerExampleGrads:
         call = bind(loss, args, argnums=argnums, in_axes=in_axes, has_aux=has_aux)
-        program = trace(call)
-        model = Model(call.param_leaves, program.constants(call.shared_leaves))
+        program, constants = trace(call)
+        model = Model(call.param_leaves, constants)
         if max_memory is not None:
             choice = choice_within(max_memory, program, strategy, model, call.batch_leaves)
         else:

@@ -21,7 +21,7 @@ Loss = Callable[..., Any]
 
 @dataclass(frozen=True)
 class Signature:
-    """How flat leaves make up the arguments of the loss; hashable, so that it can key a cache."""
+    """How flat leaves make up the arguments of the loss; each leaf has a role and a place."""
 
     loss: Loss
     argnums: int | tuple[int, ...]
@@ -186,6 +186,11 @@ def _batch_first(leaf: Any, axis: int, name: str) -> Any:
 
 
 def on_device(leaf: Any) -> Any:
-    """A NumPy array as JAX takes it, 64 bits only where JAX is told to; anything else as it is."""
-    numeric = isinstance(leaf, np.ndarray | np.generic) and leaf.dtype.kind in "biufc"
-    return jnp.asarray(leaf) if numeric else leaf
+    """A NumPy array as JAX takes it, 64 bits only where JAX is told to; anything else as it is.
+
+    It is copied: `jnp.asarray` may share its memory, and what is asked later would be of what it has become.
+    """
+    numeric = isinstance(leaf, np.ndarray | np.generic) and (
+        leaf.dtype == bool or jnp.issubdtype(leaf.dtype, np.number)
+    )
+    return jnp.array(leaf) if numeric else leaf

@@ -1,41 +1,37 @@
-"""A traced loss: the jaxpr of ONE example, and the cache that keeps a second call from tracing again."""
+"""A traced loss: the jaxpr of ONE example, traced at each call, and what keeps a second call from compiling."""
 
-import weakref
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
 from jgd._engine import jaxprs
 from jgd._engine.devices import platform_of
-from jgd._errors import describe, is_concrete
+from jgd._engine.fingerprint import fingerprint
+from jgd._errors import describe
 from jgd._loss import Call, example_of
 from jgd._mesh import compiler_places, explicit_mesh, manual_type, unplaced
 
 
 @dataclass(frozen=True, eq=False)
 class Program:
-    """The jaxpr of a loss on one example. Compared by identity: the cache hands out one for each key.
+    """The jaxpr of a loss on one example. Compared by identity: `trace` gives one for all that are the same.
 
-    Its inputs are the parameters' leaves, the shared arguments' and one example's; its constants are the arrays
-    that the loss closes over. Its first output is the value, the rest are the auxiliary leaves.
+    Its inputs are the parameters' leaves, the shared arguments' and one example's; its constants stand for the arrays
+    that the loss closes over, which are no part of it. Its first output is the value, the rest are the auxiliary
+    leaves.
     """
 
     jaxpr: Any
     param_avals: tuple[jax.ShapeDtypeStruct, ...]
     num_shared: int
-    captured: tuple[Any, ...] = field(repr=False)  # what the loss closes over: the last of the constants
     aux_treedef: Any
     param_paths: tuple[str, ...]
     platform: str  # that the arguments lie on, for which plans are made
     found: dict[Any, Any] = field(default_factory=dict, repr=False)  # by `once`
-
-    def constants(self, shared: Sequence[Any]) -> list[Any]:
-        """The values that no example changes: shared arguments, then what the loss closes over."""
-        return [*shared, *self.captured]
 
     def avals(self) -> tuple[list[Any], list[Any], list[Any]]:
         """Shapes and dtypes of what `run` takes: parameters, constants and one example."""
@@ -67,68 +63,64 @@ class Program:
         return inputs | dict(zip(self.jaxpr.invars, [*params, *shared, *example], strict=True))
 
 
-def trace(call: Call) -> Program:
-    """The program of a call, from the cache where the loss was traced for these shapes before.
+class Traced(NamedTuple):
+    """What a call's loss traced to, and the values of the program's constants in this call."""
+
+    program: Program
+    constants: list[Any]  # that no example changes: shared arguments, then what the loss closes over
+
+
+def trace(call: Call) -> Traced:
+    """Traces the loss of a call, as it is now, on one example.
+
+    The program is the one that was traced before, if one was that is the same in all that is compiled: its plans and
+    compiled functions, which know it by identity, serve again.
 
     Raises:
         TypeError: the loss of one example is not a floating-point scalar.
     """
     platform = platform_of((*call.param_leaves, *call.batch_leaves))
-    key = (
-        platform, call.signature.argnums, call.signature.has_aux, call.signature.treedef,
-        call.signature.roles,
-        tuple(_aval_key(x) for x in (*call.param_leaves, *call.shared_leaves)),
-        tuple((x.shape[1:], x.dtype) for x in call.batch_leaves),
-        *(getattr(jax.config, name) for name in _CONFIG),
-        jax.sharding.get_abstract_mesh(), explicit_mesh((call.param_leaves, call.batch_leaves)),
-        manual_type(call.batch_leaves[0]),
-    )  # fmt: skip
-    programs = _programs_of(call.signature.loss)
-    if key in programs:
-        return programs[key]
     with compiler_places((call.param_leaves, call.batch_leaves)):
-        program = _trace(call, platform)
-    if all(is_concrete(x) for x in program.captured):
-        programs[key] = program
-        if len(programs) > _SHAPES_KEPT:
-            programs.popitem(last=False)
-    return program
+        program, captured = _trace(call, platform)
+        said = fingerprint(program.jaxpr)
+    constants = [*call.shared_leaves, *map(_as_now, captured)]
+    if said is None:
+        return Traced(program, constants)
+    key = (
+        said, len(program.param_avals), program.num_shared, program.aux_treedef, program.param_paths, platform,
+        explicit_mesh((call.param_leaves, call.batch_leaves)), manual_type(call.batch_leaves[0]),
+    )  # fmt: skip
+    return Traced(_programs.eval_shape().once(key, program), constants)
 
 
-def _aval_key(x: Any) -> tuple[Any, ...]:
-    return (
-        jnp.shape(x),
-        jnp.result_type(x),
-        getattr(getattr(x, "aval", x), "weak_type", not hasattr(x, "dtype")),
-    )
+def _as_now(x: Any) -> Any:
+    """A captured array that does not change with NumPy's."""
+    return x if isinstance(x, jax.Array) else jnp.array(x)
 
 
-# What changes a trace, of all that JAX can be told.
-_CONFIG = (
-    "jax_enable_x64", "jax_disable_jit", "jax_default_matmul_precision", "jax_numpy_dtype_promotion",
-    "jax_default_prng_impl",
-)  # fmt: skip
-_SHAPES_KEPT = 64
-_LOSSES_KEPT = 64
-_by_loss: weakref.WeakKeyDictionary[Any, OrderedDict[Any, Program]] = weakref.WeakKeyDictionary()
-_by_equal_loss: OrderedDict[Any, OrderedDict[Any, Program]] = OrderedDict()
+class _Programs:
+    """The programs that were traced last, one for each key. As a pytree it has no leaves."""
+
+    def __init__(self) -> None:
+        self._kept: OrderedDict[Any, Program] = OrderedDict()
+
+    def once(self, key: Any, program: Program) -> Program:
+        """The program that has the key; the one given, where there is none yet."""
+        program = self._kept.setdefault(key, program)
+        self._kept.move_to_end(key)
+        if len(self._kept) > _PROGRAMS_KEPT:
+            self._kept.popitem(last=False)
+        return program
 
 
-def _programs_of(loss: Callable[..., Any]) -> OrderedDict[Any, Program]:
-    """The programs kept for a loss. A function's die with it; a bound method, made anew each time, is kept by value."""
-    try:
-        if not hasattr(loss, "__self__"):
-            return _by_loss.setdefault(loss, OrderedDict())
-        programs = _by_equal_loss.setdefault(loss, OrderedDict())
-    except TypeError:  # not hashable, or not weakly referable: nothing to keep it by
-        return OrderedDict()
-    _by_equal_loss.move_to_end(loss)
-    if len(_by_equal_loss) > _LOSSES_KEPT:
-        _by_equal_loss.popitem(last=False)
-    return programs
+_PROGRAMS_KEPT = 256
+jax.tree_util.register_static(_Programs)
+# Traced, this is kept in JAX's own cache: one for each state of all the options that change a trace, and gone when
+# the cache is cleared.
+_programs = jax.jit(_Programs)
 
 
-def _trace(call: Call, platform: str) -> Program:
+def _trace(call: Call, platform: str) -> tuple[Program, list[Any]]:
     signature = call.signature
 
     def example_loss(params: Any, shared: Any, example: Any) -> tuple[Any, Any]:
@@ -143,15 +135,15 @@ def _trace(call: Call, platform: str) -> Program:
             raise TypeError("with `has_aux=True` the loss must return a pair `(scalar, aux)`") from error
         raise
     paths = jax.tree_util.tree_flatten_with_path(call.params)[0]
-    return Program(
+    program = Program(
         jaxpr=jaxpr,
         param_avals=tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in call.param_leaves),
         num_shared=len(call.shared_leaves),
-        captured=tuple(captured),
         aux_treedef=jax.tree.structure(aux),
         param_paths=tuple(jax.tree_util.keystr(path) or "params" for path, _ in paths),
         platform=platform,
     )
+    return program, captured
 
 
 def _check_value(value: Any) -> Any:

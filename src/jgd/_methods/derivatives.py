@@ -104,8 +104,7 @@ def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total) -> Objecti
         call = bind(loss, (params, *batch), argnums=0, in_axes=in_axes, has_aux=has_aux)
         if call.size == 0:
             raise ValueError("the batch holds no examples: its mean loss is not defined")
-        program = trace(call)
-        constants = program.constants(call.shared_leaves)
+        program, constants = trace(call)
         values, aux = jax.vmap(functools.partial(program.run, call.param_leaves, constants))(
             call.batch_leaves
         )
