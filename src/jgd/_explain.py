@@ -229,7 +229,8 @@ def _rows(plan: Plan) -> list[ExplainRow]:
                 rows += [_whole_row(plan, site, position, leaf) for leaf in leaves]
             else:
                 rows.append(_part_row(plan, *found))
-    return rows + [_beside_row(plan, part, use) for part in plan.beside for use in part.uses]
+    rows += [_spread_row(plan, part, use) for part in plan.spread for use in part.uses]
+    return rows + [_dense_row(plan, leaf) for leaf in sorted(plan.dense - {p.leaf for p in plan.spread})]
 
 
 def _primitive(site: Site) -> str:
@@ -246,9 +247,20 @@ def _part_row(plan: Plan, part: Part, use: Use) -> ExplainRow:
     )  # fmt: skip
 
 
-def _beside_row(plan: Plan, part: Part, use: Use) -> ExplainRow:
+def _spread_row(plan: Plan, part: Part, use: Use) -> ExplainRow:
     why = "spread over many positions: the backward pass makes the block, which is small, as it goes"
     return replace(_part_row(plan, part, use), why=why)
+
+
+def _dense_row(plan: Plan, leaf: int) -> ExplainRow:
+    size = plan.program.param_avals[leaf].size
+    why = (
+        "a derivative on its way depends on what is differentiated, or its loss uses array references: the backward "
+        "pass makes its block, as `jax.grad` does"
+    )
+    return ExplainRow(
+        plan.program.param_paths[leaf], "—", 0, 0, 0, 0, 1, "dense", 4 * size, 4 * size, why
+    )
 
 
 def _why(plan: Plan, part: Part, use: Use) -> str:
@@ -286,7 +298,7 @@ def _whole_row(plan: Plan, site: Site, position: int, leaf: int) -> ExplainRow:
 
 
 def _unmet(plan: Plan) -> list[ExplainRow]:
-    met = plan.region.leaves | {part.leaf for part in plan.beside}
+    met = plan.region.leaves | plan.dense
     missing = [path for leaf, path in enumerate(plan.program.param_paths) if leaf not in met]
     why = "it never meets data: its gradient is 0 at every example"
     return [ExplainRow(path, "—", 0, 0, 0, 0, 0, "none", 0, 0, why) for path in missing]

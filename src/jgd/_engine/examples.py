@@ -38,7 +38,7 @@ class Example(NamedTuple):
     inputs: list[Any]
     records: Any
     deltas: Any
-    blocks: dict[int, Any]  # the gradient of each leaf that is taken beside the sites
+    blocks: dict[int, Any]  # the gradient of each dense leaf
     # The squared norm of each leaf that has probes and whose blocks are not kept, in the parts that have them.
     squares: dict[int, Any]
 
@@ -57,7 +57,7 @@ def pass_over(
     Told to `fuse`, it takes the squared norms that have probes, and what these see of all examples `together`: no
     work, where nobody asks for it in its program.
     """
-    beside = sorted({part.leaf for part in plan.beside})
+    dense = sorted(plan.dense)
     probes = plan.probes if fuse else {}
     if not together:  # then blocks that are kept give the squares
         probes = {at: tuple(p for p in some if p.of.leaf not in plan.kept) for at, some in probes.items()}
@@ -79,7 +79,7 @@ def pass_over(
 
     def one(inputs: list[Any]) -> Any:
         def forward(taps: Any, values: list[Any], numbers: dict[int, Any], together: Together | None) -> Any:
-            known = _inputs(plan, _with(model, beside, values), inputs)
+            known = _inputs(plan, _with(model, dense, values), inputs)
             bumps = no_bumps if together is None else together.bumps
             watch = watching(probes, numbers, together)
             (value, *aux), records = run(plan.region, known, taps, bumps, watch)
@@ -87,13 +87,13 @@ def pass_over(
 
         no_bumps = bumps_of(plan.region, lambda site, i: False)
         taps = varying(zeros(plan.region, taps_of), inputs)
-        values = varying([model.params[leaf] for leaf in beside], inputs)
+        values = varying([model.params[leaf] for leaf in dense], inputs)
         numbers = varying({leaf: zero(leaf) for leaf in probed}, inputs)
         value, pull, (aux, records) = jax.vjp(
             forward, taps, values, numbers, varying(asked(), inputs), has_aux=True
         )
         deltas, blocks, squares, made = pull(jnp.ones_like(value))
-        return value, aux, records, deltas, dict(zip(beside, blocks, strict=True)), squares, made
+        return value, aux, records, deltas, dict(zip(dense, blocks, strict=True)), squares, made
 
     axes = axes_of(plan)
     each = jax.vmap(one, out_axes=(0, 0, axes.records, axes.deltas, 0, 0, None), axis_name=EXAMPLES)
@@ -148,11 +148,11 @@ def gradient(plan: Plan, model: Model, example: Example, leaves: Leaves) -> list
 
 def batch_data(plan: Plan, model: Model, examples: Example) -> dict[int, SiteData]:
     """What all examples left at the sites, by identity; in each array the batch axis is behind the loops'."""
-    # What is taken beside the sites is data, which has the batch axis like all other data.
-    size, beside = examples.inputs[0].shape[0], sorted({part.leaf for part in plan.beside})
-    rows = [jnp.broadcast_to(model.params[leaf], (size, *model.params[leaf].shape)) for leaf in beside]
+    # A dense leaf is data, which has the batch axis like all other data.
+    size, dense = examples.inputs[0].shape[0], sorted(plan.dense)
+    rows = [jnp.broadcast_to(model.params[leaf], (size, *model.params[leaf].shape)) for leaf in dense]
     sites = set(map(id, sites_of(plan.region)))
-    return _site_data(plan, _with(model, beside, rows), examples, sites, None, batch=True)
+    return _site_data(plan, _with(model, dense, rows), examples, sites, None, batch=True)
 
 
 def part_data(plan: Plan, model: Model, example: Example, part: Part) -> dict[int, SiteData]:

@@ -4,25 +4,32 @@ JAX 0.10 has `ClosedJaxpr` and `Jaxpr`, and scans that count their operands; 0.1
 scans that hold a tree for each group. Read here, they look the same to the rest.
 """
 
-from collections.abc import Callable, Sequence
+import functools
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
+from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal, Var
 from jax.extend.core import primitives as prim
+from jax.interpreters import ad
 
 __all__ = [
     "Literal",
     "Scan",
     "Var",
+    "asks_what_moves",
     "aval_of",
     "bind",
     "evaluate",
     "inner_jaxpr",
     "mentions",
+    "outputs_that_move",
     "prim",
     "scan_of",
     "split_p",
+    "touches_references",
     "trace_jaxpr",
 ]
 
@@ -67,9 +74,70 @@ def aval_of(atom: Any) -> jax.ShapeDtypeStruct:
 
 def mentions(eqn: Any, primitive: Any) -> bool:
     """Whether an equation is an application of `primitive`, or has one inside."""
-    if eqn.primitive is primitive:
-        return True
-    return any(mentions(e, primitive) for jaxpr in inner_jaxprs(eqn) for e in jaxpr.eqns)
+    return any(inner.primitive is primitive for inner in _all_within(eqn))
+
+
+def asks_what_moves(eqn: Any) -> bool:
+    """Whether an equation's derivative may depend on which of its inputs are differentiated, or one inside does.
+
+    A custom derivative with symbolic zeros is told, and so is the rule of a primitive that is not JAX's own.
+    """
+    return any(inner.params.get("symbolic_zeros") or _is_foreign(inner.primitive) for inner in _all_within(eqn))
+
+
+@functools.cache
+def _is_foreign(primitive: Any) -> bool:
+    rule = ad.primitive_jvps.get(primitive)
+    while isinstance(rule, functools.partial):
+        rule = rule.func
+    return rule is not None and (getattr(rule, "__module__", None) or "").split(".")[0] != "jax"
+
+
+def touches_references(jaxpr: Any) -> bool:
+    """Whether a jaxpr reads or writes array references, at any depth."""
+    atoms = [x for eqn in jaxpr.eqns for inner in _all_within(eqn) for x in (*inner.invars, *inner.outvars)]
+    return any(hasattr(x.aval, "inner_aval") for x in (*jaxpr.constvars, *atoms))
+
+
+def outputs_that_move(eqn: Any, moving: Sequence[bool]) -> list[bool]:
+    """Which outputs of an equation have a tangent, where those of its inputs have one that are `moving`.
+
+    `floor` and `stop_gradient` have none. Where JAX has no rule for the equation, all are said to have one: JAX's own
+    error follows where it is differentiated.
+    """
+    found = [False] * len(eqn.outvars)  # and nobody looks where no output moves
+
+    @jax.custom_jvp
+    def look(*outputs: Any) -> jax.Array:
+        del outputs
+        return jnp.zeros(())
+
+    @functools.partial(look.defjvp, symbolic_zeros=True)
+    def look_jvp(_: Any, tangents: Any) -> Any:
+        found[:] = [not isinstance(t, SymbolicZero) for t in tangents]
+        return jnp.zeros(()), jnp.zeros(())
+
+    def moved(operands: list[Any], tangents: list[Any]) -> Any:
+        def outputs(*some: Any) -> jax.Array:
+            given = iter(some)
+            return look(*bind(eqn, [next(given) if m else x for m, x in zip(moving, operands, strict=True)]))
+
+        return jax.jvp(outputs, [x for m, x in zip(moving, operands, strict=True) if m], tangents)
+
+    operands = [aval_of(x) for x in eqn.invars]
+    try:
+        jax.eval_shape(moved, operands, [x for m, x in zip(moving, operands, strict=True) if m])
+    except Exception:  # whatever a rule of JAX's or of a user's raises
+        return [True] * len(eqn.outvars)
+    return found
+
+
+def _all_within(eqn: Any) -> Iterator[Any]:
+    """An equation, and all those inside of it."""
+    yield eqn
+    for jaxpr in inner_jaxprs(eqn):
+        for inner in jaxpr.eqns:
+            yield from _all_within(inner)
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:

@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -11,11 +11,11 @@ import jax
 from jgd._engine import factors
 from jgd._engine.devices import Device, device_of
 from jgd._engine.fused import Probes, probes_of
-from jgd._engine.jaxprs import mentions, prim
+from jgd._engine.jaxprs import asks_what_moves, mentions, prim, touches_references
 from jgd._engine.parts import Method, Part, common_shape
 from jgd._engine.program import Program
 from jgd._engine.reading import read_regions
-from jgd._engine.regions import Nested, Region, Side, Value, recorded, sites_of
+from jgd._engine.regions import Nested, Op, Region, Side, Site, Value, recorded, sites_of
 from jgd._engine.rules import use_of
 from jgd._engine.uses import Use
 from jgd._engine.views import Axis, overlap, whole
@@ -58,9 +58,11 @@ class Plan:
     program: Program
     region: Region
     parts: tuple[Part, ...]
-    beside: tuple[Part, ...]  # whose blocks the pass itself makes, beside what it leaves at the sites
-    whole_leaves: frozenset[int]  # leaves that are one block each: those beside, and those whose path is lost
-    # Leaves whose gradient is taken for each example apart: those beside, those that pass through a `custom_vjp`,
+    # Leaves that are data in the region: the pass itself makes their blocks, as `jax.grad` would.
+    dense: frozenset[int]
+    spread: tuple[Part, ...]  # the parts of those among them that are spread over many positions
+    whole_leaves: frozenset[int]  # leaves that are one block each: the dense ones, and those whose path is lost
+    # Leaves whose gradient is taken for each example apart: the dense ones, those that pass through a `custom_vjp`,
     # which has no forward derivative, and those without rule in a `cond`, whose other branch may have no derivative.
     backward_only: frozenset[int]
     summed: frozenset[int]  # leaves whose sum the probes make
@@ -93,15 +95,16 @@ def plan_of(program: Program, variant: Variant) -> Plan:
 
 def _plan(program: Program, variant: Variant) -> Plan:
     """Reads a program's sites and sorts their uses of each leaf into parts."""
-    region, device = _read(program, frozenset()), device_of(program.platform)
+    device = device_of(program.platform)
+    region, asking = _read_as_differentiated(program)
     parts, whole_leaves = _sorted_uses(region, device, variant)
-    beside = _beside(parts, _branched(region), program.param_avals)
-    if beside:
-        region = _read(program, frozenset(part.leaf for part in beside))
+    spread = _spread(parts, _branched(region), program.param_avals)
+    dense = asking | {part.leaf for part in spread}
+    if spread:
+        region = _read(program, dense)
         parts, whole_leaves = _sorted_uses(region, device, variant)
     met = {part.leaf for part in parts}
     indirect = {part.leaf for part in parts for use in part.uses if use.batch_factor is None}
-    spread = frozenset(part.leaf for part in beside)
     without_rule = [use for part in parts for use in part.uses if use.rule == "opaque"]
     guarded = whole_leaves | {use.leaf for use in without_rule}
     backward_only = _backward_only(region) | (guarded & _branched(region))
@@ -114,9 +117,10 @@ def _plan(program: Program, variant: Variant) -> Plan:
         program,
         region,
         tuple(parts),
-        beside,
-        whole_leaves | spread,
-        backward_only | spread,
+        dense,
+        spread,
+        whole_leaves | dense,
+        backward_only | dense,
         _summed(parts, probes),
         direct,
         kept,
@@ -133,14 +137,33 @@ def _summed(parts: Sequence[Part], probes: Probes) -> frozenset[int]:
     return frozenset(part.leaf for part in parts) - {part.leaf for part in parts if id(part) not in probed}
 
 
-def _read(program: Program, beside: frozenset[int]) -> Region:
-    """The program's region; leaves that are taken `beside` the sites are data in it."""
+def _read_as_differentiated(program: Program) -> tuple[Region, frozenset[int]]:
+    """The program's region, and the leaves that are data in it because a derivative depends on what is differentiated.
+
+    The taps alone move what is downstream of a site, as the parameters would. What a derivative that asks is given of
+    a parameter must move itself. Where some derivative asks, so must what meets an operation of several outputs: a
+    tap moves all of them, a parameter maybe one.
+    """
+    if touches_references(program.jaxpr):
+        # A reference that was made of a constant may hold data later: no side can be told.
+        dense = frozenset(range(len(program.param_avals)))
+        return _read(program, dense), dense
+    region = _read(program, frozenset())
+    if not any(map(asks_what_moves, program.jaxpr.eqns)):
+        return region, frozenset()
+    asking = _leaves_at(region, lambda op: asks_what_moves(op.eqn))
+    asking |= _leaves_at(region, lambda op: isinstance(op, Site) and len(op.tapped) > 1)
+    return (_read(program, asking) if asking else region), asking
+
+
+def _read(program: Program, dense: frozenset[int]) -> Region:
+    """The program's region, in which the `dense` leaves are data."""
     jaxpr, n = program.jaxpr, len(program.param_avals)
     constants = [Value(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype), Side.CONST) for v in jaxpr.constvars]
     inputs = []
     for k, var in enumerate(jaxpr.invars):
         aval = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-        if k < n and k not in beside:
+        if k < n and k not in dense:
             inputs.append(Value(aval, Side.PARAM, frozenset([k]), whole(k, aval.shape)))
         else:
             shared = n <= k < n + program.num_shared
@@ -170,7 +193,7 @@ def _sorted_uses(region: Region, device: Device, variant: Variant) -> tuple[list
     return parts, frozenset(whole_leaves)
 
 
-def _beside(
+def _spread(
     parts: Sequence[Part], branched: frozenset[int], avals: Sequence[jax.ShapeDtypeStruct]
 ) -> tuple[Part, ...]:
     """The parts of leaves that are spread over many positions, as scales and biases are.
@@ -201,11 +224,16 @@ def _is_spread(use: Use) -> bool:
 
 
 def _backward_only(region: Region) -> frozenset[int]:
+    return _leaves_at(region, lambda op: mentions(op.eqn, prim.custom_vjp_call_p))
+
+
+def _leaves_at(region: Region, wanted: Callable[[Op], bool]) -> frozenset[int]:
+    """The leaves that go into the wanted equations, themselves or by a path without data."""
     leaves: frozenset[int] = frozenset()
     for op in region.ops:
         if isinstance(op, Nested):
-            leaves = leaves.union(*(_backward_only(inner) for inner in op.regions))
-        elif op.eqn is not None and mentions(op.eqn, prim.custom_vjp_call_p):
+            leaves = leaves.union(*(_leaves_at(inner, wanted) for inner in op.regions))
+        elif op.eqn is not None and any(x.leaves for x in op.inputs) and wanted(op):
             leaves = leaves.union(*(x.leaves for x in op.inputs))
     return leaves
 

@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import views
-from jgd._engine.jaxprs import Literal, aval_of, inner_jaxpr, prim, scan_of
+from jgd._engine.jaxprs import Literal, aval_of, inner_jaxpr, outputs_that_move, prim, scan_of
 from jgd._engine.regions import SUMS, Nested, Op, Region, Side, Site, Value, needed_by
 from jgd._engine.views import View
 
@@ -56,8 +56,12 @@ class _Reader:
         side = max((x.side for x in inputs), default=Side.CONST)
         leaves = frozenset().union(*(x.leaves for x in inputs)) if side == Side.PARAM else frozenset()
         sources = views.follow(eqn, inputs[0].view if inputs and side == Side.PARAM else None)
+        moves = [True] * len(sources)
+        if leaves and None in sources:  # a view has a tangent where its source has
+            moves = outputs_that_move(eqn, [bool(x.leaves) for x in inputs])
         outputs = tuple(
-            _derived(aval_of(v), side, leaves, view) for v, view in zip(eqn.outvars, sources, strict=True)
+            _derived(aval_of(v), side, leaves if m else frozenset(), view)
+            for v, view, m in zip(eqn.outvars, sources, moves, strict=True)
         )
         self.ops.append(Op(eqn, inputs, outputs))
         return outputs

@@ -10,7 +10,7 @@ import jax
 import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
-from jgd._engine.jaxprs import bind, prim, scan_of
+from jgd._engine.jaxprs import bind, mentions, prim, scan_of
 from jgd._engine.regions import Nested, Op, Region, Side, Site, needed_by, recorded
 from jgd._engine.tapped import Environment
 from jgd._engine.trees import Tree, picked, taps_of, zeros
@@ -101,13 +101,12 @@ def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], want
     first = scan.num_consts + scan.num_carry
     axes = [None if i < first or x is None else 0 for i, x in enumerate(operands)]
     step = lambda operands, records, bumps: replay(op.regions[0], operands, records, wanted, bumps)
-    if not has_branches(op.regions[0]):
+    if not goes_in_order(op.regions[0]):
         return jax.vmap(step, in_axes=(axes, 0, 0), axis_size=scan.length)(operands, records[0], bumps[0])
 
     def one(_: None, xs: Any) -> tuple[None, list[Any]]:
         return None, step([*operands[:first], *xs[0]], *xs[1:])
 
-    # Under `vmap` every branch would be differentiated, and those not taken may have no derivative.
     return jax.lax.scan(one, None, (operands[first:], records[0], bumps[0]), length=scan.length)[1]
 
 
@@ -129,7 +128,18 @@ def _replay_cond(op: Nested, operands: list[Any], parts: tuple[Any, Any], wanted
     return jax.lax.switch(operands[0], [branch(*arguments) for arguments in each])
 
 
-def has_branches(region: Region) -> bool:
-    """Whether a region has a `cond` in which a parameter meets data, at any depth."""
-    nested = [op for op in region.ops if isinstance(op, Nested)]
-    return any(len(op.regions) > 1 or any(map(has_branches, op.regions)) for op in nested)
+def goes_in_order(region: Region) -> bool:
+    """Whether the steps of a scan have to be replayed one after the other, not side by side.
+
+    Under `vmap` every branch of a `cond` would be differentiated, and those not taken may have no derivative. A
+    `custom_vjp` of parameters alone, which is the same at every step, would be given the sum of the steps'
+    cotangents, and it need not be linear.
+    """
+    for op in region.ops:
+        if isinstance(op, Nested):
+            if len(op.regions) > 1 or any(map(goes_in_order, op.regions)):
+                return True
+        elif op.eqn is not None and any(x.leaves for x in op.inputs):
+            if mentions(op.eqn, prim.custom_vjp_call_p):
+                return True
+    return False

@@ -60,7 +60,7 @@ def share_of(plan: Plan, size: int, params: Sequence[Any], batch: Sequence[Any])
 def factor_bytes(plan: Plan) -> int:
     """What one example leaves."""
     one = jax.eval_shape(lambda: [zeros(plan.region, of) for of in (records_of, taps_of)])
-    blocks = [plan.program.param_avals[leaf] for leaf in {part.leaf for part in plan.beside}]
+    blocks = [plan.program.param_avals[leaf] for leaf in plan.dense]
     return bytes_of((one, blocks))
 
 
