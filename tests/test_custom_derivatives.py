@@ -11,6 +11,8 @@ from jax.custom_derivatives import SymbolicZero
 
 import jgd
 
+pytestmark = pytest.mark.usefixtures("x64")
+
 B, STEPS, WIDTH = 3, 4, 3
 
 
@@ -65,11 +67,18 @@ def _stops_jvp(primals, tangents):
     return out, jnp.zeros_like(out) if dropped else t
 
 
+doubles = jax.custom_vjp(lambda z: z)
+doubles.defvjp(lambda z: (2 * z, z), lambda z, g: (g * z,))
+triples = jax.custom_jvp(lambda z: z)
+triples.defjvp(lambda primals, tangents: (3 * primals[0], tangents[0] * primals[0]))
+
 ONE = {
     "clips": by_cotangent(lambda g: jnp.clip(g, -0.1, 0.1)),
     "reverses": by_cotangent(lambda g: -g),
     "rounds": by_cotangent(lambda g: jnp.round(8 * g) / 8),
     "normalizes": by_cotangent(lambda g: g / (1e-3 + jnp.sqrt(jnp.sum(g * g)))),
+    "changes the value": doubles,
+    "changes the value forward": triples,
     "counts one": lambda z: counts(z, jnp.full_like(z, 0.5)),
     "counts twice": lambda z: counts(z, z),
     "counts one backwards": lambda z: counts_backwards(z, jnp.full_like(z, 0.5)),
@@ -190,6 +199,24 @@ def test_a_rule_that_asks_is_shown_what_grad_shows_it(rule, place, steps):
     a, b = np.random.default_rng(2).normal(size=(2, WIDTH))
     loss = lambda p, s: jnp.sum(jnp.sin(PAIRS[place](TWO[rule], p["a"], p["b"], s)))
     assert_as_vmap_of_grad(loss, {"a": a, "b": b}, (steps,))
+
+
+def test_a_rule_of_jax_that_changes_the_value(steps):
+    """`eigh` symmetrizes a matrix only where it is differentiated."""
+
+    def loss(w, s):
+        values, vectors = jnp.linalg.eigh(w + 3 * jnp.diag(jnp.arange(WIDTH)), symmetrize_input=False)
+        return jnp.sum(jnp.sin(s @ (vectors * values)))
+
+    assert_as_vmap_of_grad(loss, np.random.default_rng(1).normal(size=(WIDTH, WIDTH)), (steps,))
+
+
+@pytest.mark.parametrize("usual", ["relu", "softplus", "log_sigmoid"])
+def test_usual_functions_of_weights_keep_their_factors(usual):
+    """Their rules compute the function's own value, which is found by tracing them."""
+    loss = lambda w, x: jnp.sum(jnp.sin(x @ getattr(jax.nn, usual)(w)))
+    rows = jgd.explain(loss, jnp.ones((3, 4)), jnp.ones((B, 3))).rows
+    assert [row.rule for row in rows] == ["whole leaf"]
 
 
 def test_derivatives_of_answers_go_through_a_rule_that_is_not_linear(steps):

@@ -231,3 +231,21 @@ def test_in_microbatches_they_take_no_pass_of_their_own():
     alone = loops(lambda grads: jgd.clipped_sum(grads, 1.0))
     assert loops(lambda grads: jgd.clipped_sum(grads, 1.0, return_norms=True)) == alone
     assert loops(lambda grads: (jgd.clipped_sum(grads, 1.0), jgd.norms(grads))) > alone
+
+
+@pytest.mark.usefixtures("x64")
+def test_a_gram_of_a_recurrence_in_microbatches():
+    """What the pass keeps of one microbatch is collected inside the loop over the others, and stays there."""
+
+    def rnn(p, xs):
+        step = lambda h, x: (jnp.tanh(h @ p["u"] + x @ p["w"] + p["b"]), None)
+        return jnp.sum(jax.lax.scan(step, jnp.zeros(4), xs)[0] ** 2)
+
+    rng = np.random.default_rng(0)
+    params = {"u": rng.normal(size=(4, 4)), "w": rng.normal(size=(3, 4)), "b": rng.normal(size=4)}
+    xs, others = rng.normal(size=(6, 5, 3)), rng.normal(size=(4, 5, 3))
+    of = lambda xs, **options: jgd.per_example_grad(rnn, **options)(params, xs)
+    rows, columns = (oracle.matrix(jax.vmap(jax.grad(rnn), (None, 0))(params, x)) for x in (xs, others))
+    for options in ({"microbatch_size": 2}, {"microbatch_size": 4, "strategy": "factored"}):
+        np.testing.assert_allclose(jgd.gram(of(xs, **options)), rows @ rows.T, rtol=1e-10)
+        np.testing.assert_allclose(jgd.gram(of(xs, **options), of(others)), rows @ columns.T, rtol=1e-10)

@@ -258,9 +258,7 @@ def _dense_row(plan: Plan, leaf: int) -> ExplainRow:
         "a derivative on its way depends on what is differentiated, or its loss uses array references: the backward "
         "pass makes its block, as `jax.grad` does"
     )
-    return ExplainRow(
-        plan.program.param_paths[leaf], "—", 0, 0, 0, 0, 1, "dense", 4 * size, 4 * size, why
-    )
+    return ExplainRow(plan.program.param_paths[leaf], "—", 0, 0, 0, 0, 1, "dense", 4 * size, 4 * size, why)
 
 
 def _why(plan: Plan, part: Part, use: Use) -> str:

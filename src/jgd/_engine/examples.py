@@ -5,7 +5,7 @@ gradients of those leaves that are so small that they are taken at once. All
 functions here but the pass see ONE example; `Factored` maps them over the batch.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 from jgd._engine.fused import EXAMPLES, NOTHING, Bumps, Sums, Together, sums_of, watching
 from jgd._engine.parts import Part
 from jgd._engine.plan import Plan
-from jgd._engine.regions import Nested, Op, Region, Site, recorded, sites_of
+from jgd._engine.regions import Nested, Region, Site, recorded, sites_of
 from jgd._engine.replay import replay
 from jgd._engine.tapped import run
 from jgd._engine.trees import batch_axes, bumps_of, picked, records_of, taps_of, zeros
@@ -116,15 +116,9 @@ def _inputs(plan: Plan, model: Model, inputs: Sequence[Any]) -> list[Any]:
     return [*captured, *model.params, *shared, *inputs]
 
 
-def wanted(leaves: Leaves) -> Callable[[Op], bool]:
-    """Chooses the sites that have a part in the gradient of some leaves."""
-    chosen = frozenset(leaves)
-    return lambda op: isinstance(op, Site | Nested) and not chosen.isdisjoint(op.leaves)
-
-
 def deltas_of(plan: Plan, example: Example, leaves: Leaves) -> list[Any]:
     """The δ's that belong to the outputs of `site_outputs`."""
-    return picked(plan.region, example.deltas, wanted(leaves))
+    return picked(plan.region, example.deltas, frozenset(leaves))
 
 
 def site_outputs(
@@ -132,7 +126,7 @@ def site_outputs(
 ) -> list[Any]:
     """The outputs of the sites that the leaves have a part in, as a function of those leaves' `values`."""
     known = _inputs(plan, _with(model, leaves, values), example.inputs)
-    return replay(plan.region, known, example.records, wanted(leaves), bumps)
+    return replay(plan.region, known, example.records, frozenset(leaves), bumps)
 
 
 def gradient(plan: Plan, model: Model, example: Example, leaves: Leaves) -> list[jax.Array]:

@@ -124,15 +124,16 @@ class Factored(Held, AllAtOnce):
         return self._gram([self])
 
     def _gram(self, forms: Sequence["Factored"]) -> jax.Array:
+        # Copies: what one collects once may be collected in a loop here, and must not outlive it.
+        first, *others = map(replace, forms)
         total = jnp.zeros((self.size, forms[-1].size), jnp.float32)
         pieces = math.gcd(forms[-1].size, max(form.pieces for form in forms))
         summed = self.summed if len(forms) == 1 else frozenset()
         if summed and self.sums.gram is not None:
             total = total + self.sums.gram
         for part in (part for part in self.plan.parts if part.leaf not in summed):
-            total = total + self.gathered(part).gram(
-                *(form.gathered(part) for form in forms[1:]), pieces=pieces
-            )
+            gathered = first.gathered(part)
+            total = total + gathered.gram(*(form.gathered(part) for form in others), pieces=pieces)
         for leaf in sorted(self.plan.whole_leaves):
             flat = lambda form, leaf=leaf: form.leaf_blocks(leaf).reshape(form.size, self.like[leaf].size)
             total = total + grams.of_blocks(*map(flat, forms), pieces=pieces)

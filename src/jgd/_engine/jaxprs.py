@@ -9,8 +9,6 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-from jax.custom_derivatives import SymbolicZero
 from jax.extend.core import Literal, Var
 from jax.extend.core import primitives as prim
 from jax.interpreters import ad
@@ -22,10 +20,10 @@ __all__ = [
     "asks_what_moves",
     "aval_of",
     "bind",
+    "called",
     "evaluate",
     "inner_jaxpr",
     "mentions",
-    "outputs_that_move",
     "prim",
     "scan_of",
     "split_p",
@@ -82,7 +80,9 @@ def asks_what_moves(eqn: Any) -> bool:
 
     A custom derivative with symbolic zeros is told, and so is the rule of a primitive that is not JAX's own.
     """
-    return any(inner.params.get("symbolic_zeros") or _is_foreign(inner.primitive) for inner in _all_within(eqn))
+    return any(
+        inner.params.get("symbolic_zeros") or _is_foreign(inner.primitive) for inner in _all_within(eqn)
+    )
 
 
 @functools.cache
@@ -93,43 +93,20 @@ def _is_foreign(primitive: Any) -> bool:
     return rule is not None and (getattr(rule, "__module__", None) or "").split(".")[0] != "jax"
 
 
+def called(eqn: Any) -> tuple[Any, list[Any]] | None:
+    """`(jaxpr, consts)` of what an equation is but a call of; None where it is more than that."""
+    if eqn.primitive not in _CALLS:
+        return None
+    return inner_jaxpr(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
+
+
+_CALLS = {prim.jit_p, prim.closed_call_p, prim.call_p}
+
+
 def touches_references(jaxpr: Any) -> bool:
     """Whether a jaxpr reads or writes array references, at any depth."""
     atoms = [x for eqn in jaxpr.eqns for inner in _all_within(eqn) for x in (*inner.invars, *inner.outvars)]
     return any(hasattr(x.aval, "inner_aval") for x in (*jaxpr.constvars, *atoms))
-
-
-def outputs_that_move(eqn: Any, moving: Sequence[bool]) -> list[bool]:
-    """Which outputs of an equation have a tangent, where those of its inputs have one that are `moving`.
-
-    `floor` and `stop_gradient` have none. Where JAX has no rule for the equation, all are said to have one: JAX's own
-    error follows where it is differentiated.
-    """
-    found = [False] * len(eqn.outvars)  # and nobody looks where no output moves
-
-    @jax.custom_jvp
-    def look(*outputs: Any) -> jax.Array:
-        del outputs
-        return jnp.zeros(())
-
-    @functools.partial(look.defjvp, symbolic_zeros=True)
-    def look_jvp(_: Any, tangents: Any) -> Any:
-        found[:] = [not isinstance(t, SymbolicZero) for t in tangents]
-        return jnp.zeros(()), jnp.zeros(())
-
-    def moved(operands: list[Any], tangents: list[Any]) -> Any:
-        def outputs(*some: Any) -> jax.Array:
-            given = iter(some)
-            return look(*bind(eqn, [next(given) if m else x for m, x in zip(moving, operands, strict=True)]))
-
-        return jax.jvp(outputs, [x for m, x in zip(moving, operands, strict=True) if m], tangents)
-
-    operands = [aval_of(x) for x in eqn.invars]
-    try:
-        jax.eval_shape(moved, operands, [x for m, x in zip(moving, operands, strict=True) if m])
-    except Exception:  # whatever a rule of JAX's or of a user's raises
-        return [True] * len(eqn.outvars)
-    return found
 
 
 def _all_within(eqn: Any) -> Iterator[Any]:

@@ -10,6 +10,7 @@ import jax
 
 from jgd._engine import factors
 from jgd._engine.devices import Device, device_of
+from jgd._engine.differentiated import CUSTOM, differentiated
 from jgd._engine.fused import Probes, probes_of
 from jgd._engine.jaxprs import asks_what_moves, mentions, prim, touches_references
 from jgd._engine.parts import Method, Part, common_shape
@@ -61,7 +62,9 @@ class Plan:
     # Leaves that are data in the region: the pass itself makes their blocks, as `jax.grad` would.
     dense: frozenset[int]
     spread: tuple[Part, ...]  # the parts of those among them that are spread over many positions
-    whole_leaves: frozenset[int]  # leaves that are one block each: the dense ones, and those whose path is lost
+    whole_leaves: frozenset[
+        int
+    ]  # leaves that are one block each: the dense ones, and those whose path is lost
     # Leaves whose gradient is taken for each example apart: the dense ones, those that pass through a `custom_vjp`,
     # which has no forward derivative, and those without rule in a `cond`, whose other branch may have no derivative.
     backward_only: frozenset[int]
@@ -138,22 +141,29 @@ def _summed(parts: Sequence[Part], probes: Probes) -> frozenset[int]:
 
 
 def _read_as_differentiated(program: Program) -> tuple[Region, frozenset[int]]:
-    """The program's region, and the leaves that are data in it because a derivative depends on what is differentiated.
+    """The program's region, and the leaves that are data in it because it matters that they are differentiated.
 
-    The taps alone move what is downstream of a site, as the parameters would. What a derivative that asks is given of
-    a parameter must move itself. Where some derivative asks, so must what meets an operation of several outputs: a
-    tap moves all of them, a parameter maybe one.
+    The taps move what is downstream of a site, as the parameters would. A parameter must move itself where it goes
+    into a derivative that asks what moves, or meets data in one that changes the value. Where some derivative asks, so
+    must what meets an operation of several outputs: a tap moves all of them, a parameter maybe one.
     """
     if touches_references(program.jaxpr):
         # A reference that was made of a constant may hold data later: no side can be told.
         dense = frozenset(range(len(program.param_avals)))
         return _read(program, dense), dense
     region = _read(program, frozenset())
-    if not any(map(asks_what_moves, program.jaxpr.eqns)):
-        return region, frozenset()
-    asking = _leaves_at(region, lambda op: asks_what_moves(op.eqn))
-    asking |= _leaves_at(region, lambda op: isinstance(op, Site) and len(op.tapped) > 1)
-    return (_read(program, asking) if asking else region), asking
+    dense = _leaves_at(region, _must_move)
+    if any(map(asks_what_moves, program.jaxpr.eqns)):
+        dense |= _leaves_at(region, lambda op: isinstance(op, Site) and len(op.tapped) > 1)
+    return (_read(program, dense) if dense else region), dense
+
+
+def _must_move(op: Op) -> bool:
+    if asks_what_moves(op.eqn):
+        return True
+    # A rule of its own may give another value where the parameter moves, and its data need not.
+    is_custom = isinstance(op, Site) and op.eqn.primitive in CUSTOM
+    return is_custom and differentiated(op.eqn, [bool(x.leaves) for x in op.inputs]).changes
 
 
 def _read(program: Program, dense: frozenset[int]) -> Region:

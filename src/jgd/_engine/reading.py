@@ -9,7 +9,8 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import views
-from jgd._engine.jaxprs import Literal, aval_of, inner_jaxpr, outputs_that_move, prim, scan_of
+from jgd._engine.differentiated import Differentiated, differentiated
+from jgd._engine.jaxprs import Literal, aval_of, called, inner_jaxpr, prim, scan_of
 from jgd._engine.regions import SUMS, Nested, Op, Region, Side, Site, Value, needed_by
 from jgd._engine.views import View
 
@@ -39,9 +40,9 @@ class _Reader:
         return [look(x) for x in jaxpr.outvars]
 
     def equation(self, eqn: Any, inputs: tuple[Value, ...]) -> Sequence[Value]:
-        if eqn.primitive in _CALLS:
-            jaxpr, consts = inner_jaxpr(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
-            return self.read(jaxpr, _literals(jaxpr, consts), inputs)
+        inside = called(eqn)
+        if inside is not None:
+            return self.read(inside[0], _literals(*inside), inputs)
         has_data = any(x.side == Side.DATA for x in inputs)
         if not has_data or not any(x.carries_gradient for x in inputs):
             return self.plain(eqn, inputs)
@@ -56,14 +57,15 @@ class _Reader:
         side = max((x.side for x in inputs), default=Side.CONST)
         leaves = frozenset().union(*(x.leaves for x in inputs)) if side == Side.PARAM else frozenset()
         sources = views.follow(eqn, inputs[0].view if inputs and side == Side.PARAM else None)
-        moves = [True] * len(sources)
-        if leaves and None in sources:  # a view has a tangent where its source has
-            moves = outputs_that_move(eqn, [bool(x.leaves) for x in inputs])
+        moving = tuple(bool(x.leaves) for x in inputs)
+        found = Differentiated((True,) * len(sources), changes=False)
+        if leaves and None in sources:  # a view moves where its source does, and keeps its value
+            found = differentiated(eqn, moving)
         outputs = tuple(
             _derived(aval_of(v), side, leaves if m else frozenset(), view)
-            for v, view, m in zip(eqn.outvars, sources, moves, strict=True)
+            for v, view, m in zip(eqn.outvars, sources, found.moves, strict=True)
         )
-        self.ops.append(Op(eqn, inputs, outputs))
+        self.ops.append(Op(eqn, inputs, outputs, moving=moving if found.changes else ()))
         return outputs
 
     def as_data(self, value: Value) -> Value:
@@ -128,7 +130,6 @@ def _cond(reader: _Reader, eqn: Any, inputs: tuple[Value, ...]) -> Sequence[Valu
     return reader.nest(eqn, inputs, regions)
 
 
-_CALLS = {prim.jit_p, prim.closed_call_p, prim.call_p}
 _NESTED = {prim.scan_p: _scan, prim.remat_p: _checkpoint, prim.cond_p: _cond}
 
 

@@ -8,7 +8,8 @@ A region is a jaxpr read so, see `reading`. The body of a scan, a checkpoint or 
 parameter meets data are regions of their own.
 """
 
-from dataclasses import dataclass
+from collections.abc import Set
+from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
 
@@ -50,6 +51,8 @@ class Op:
     eqn: Any
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
+    # Which inputs are differentiated, where its value may depend on it: parameters' alone; empty elsewhere.
+    moving: tuple[bool, ...] = field(default=(), kw_only=True)
 
     @property
     def known(self) -> bool:
@@ -135,6 +138,11 @@ def recorded(site: Site) -> tuple[Value, ...]:
 
 SUMS = {prim.add_p, prim.add_jaxvals_p}
 _ADDITIONS = {*SUMS, prim.sub_p}
+
+
+def has_part(op: Op, leaves: Set[int]) -> bool:
+    """Whether an operation is a site of one of the leaves, or has one inside."""
+    return isinstance(op, Site | Nested) and not op.leaves.isdisjoint(leaves)
 
 
 def sites_of(region: Region) -> list[Site]:

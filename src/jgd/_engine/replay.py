@@ -3,15 +3,16 @@
 The `vjp` at the δ's is the example's gradient, the `jvp` the products with a direction.
 """
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
+from jgd._engine.differentiated import bind_differentiated
 from jgd._engine.jaxprs import bind, mentions, prim, scan_of
-from jgd._engine.regions import Nested, Op, Region, Side, Site, needed_by, recorded
+from jgd._engine.regions import Nested, Region, Side, Site, has_part, needed_by, recorded
 from jgd._engine.tapped import Environment
 from jgd._engine.trees import Tree, picked, taps_of, zeros
 from jgd._mesh import varying
@@ -21,16 +22,16 @@ def replay(
     region: Region,
     known: Sequence[Any],
     records: Tree,
-    wanted: Callable[[Op], bool],
+    leaves: Set[int],
     bumps: Tree | None = None,
 ) -> list[Any]:
-    """The tapped outputs of the wanted sites, from the known inputs and the records of one example.
+    """The tapped outputs of the sites of some leaves, from the known inputs and the records of one example.
 
     Args:
         region: the region.
         known: its inputs; of the DATA inputs, only those that it asks for are looked at.
         records: its records.
-        wanted: which sites, and which nested operations, to replay.
+        leaves: whose sites to replay; they alone may be differentiated.
         bumps: what to add to the sites' parameter operands, see `bumps_of`.
     """
     env, inner = Environment(region.inputs, known), iter(records[1])
@@ -40,17 +41,20 @@ def replay(
     for op in region.ops:
         if isinstance(op, Nested):
             parts = next(inner), None if inner_bumps is None else next(inner_bumps)
-            if wanted(op):
+            if has_part(op, leaves):
                 asked = {id(x) for x in needed_by(op)}
                 operands = [env[x] if x.side != Side.DATA or id(x) in asked else None for x in op.inputs]
-                outputs += _replay_nested(op, operands, parts, wanted)
+                outputs += _replay_nested(op, operands, parts, leaves)
         elif isinstance(op, Site):
             added = {i: None if bump is None else next(bump) for i in op.params}
-            if wanted(op):
+            if has_part(op, leaves):
                 outputs += _replay_site(op, env, added)
         elif op.known:
             operands = [env[x] for x in op.inputs]
-            env.set(op.outputs, bind(op.eqn, varying(operands, operands)))
+            operands = varying(operands, operands)
+            # Where one of the leaves is differentiated here, the equation is already.
+            moving = op.moving if all(x.leaves.isdisjoint(leaves) for x in op.inputs) else ()
+            env.set(op.outputs, bind_differentiated(op.eqn, moving, operands))
     return outputs
 
 
@@ -89,18 +93,18 @@ def _gather(eqn: Any, operands: Sequence[Any]) -> list[Any]:
 _REPLAYED = {prim.pad_p: _pad, prim.gather_p: _gather}
 
 
-def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], wanted: Any) -> list[Any]:
+def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], leaves: Set[int]) -> list[Any]:
     records, bumps = parts
     bumps = [None] * len(op.regions) if bumps is None else bumps
     if op.eqn.primitive is prim.remat_p:
-        return replay(op.regions[0], operands, records[0], wanted, bumps[0])
+        return replay(op.regions[0], operands, records[0], leaves, bumps[0])
     if op.eqn.primitive is prim.cond_p:
-        return _replay_cond(op, operands, (records, bumps), wanted)
+        return _replay_cond(op, operands, (records, bumps), leaves)
     # What the carry held is recorded, so the steps do not wait for each other: they are one more batch axis.
     scan = scan_of(op.eqn)
     first = scan.num_consts + scan.num_carry
     axes = [None if i < first or x is None else 0 for i, x in enumerate(operands)]
-    step = lambda operands, records, bumps: replay(op.regions[0], operands, records, wanted, bumps)
+    step = lambda operands, records, bumps: replay(op.regions[0], operands, records, leaves, bumps)
     if not goes_in_order(op.regions[0]):
         return jax.vmap(step, in_axes=(axes, 0, 0), axis_size=scan.length)(operands, records[0], bumps[0])
 
@@ -110,15 +114,15 @@ def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], want
     return jax.lax.scan(one, None, (operands[first:], records[0], bumps[0]), length=scan.length)[1]
 
 
-def _replay_cond(op: Nested, operands: list[Any], parts: tuple[Any, Any], wanted: Any) -> list[Any]:
+def _replay_cond(op: Nested, operands: list[Any], parts: tuple[Any, Any], leaves: Set[int]) -> list[Any]:
     """The outputs of all branches: zeros for those that were not taken."""
     known = [x for x in operands if x is not None]
-    blank = [[jnp.zeros_like(x) for x in picked(r, zeros(r, taps_of), wanted)] for r in op.regions]
+    blank = [[jnp.zeros_like(x) for x in picked(r, zeros(r, taps_of), leaves)] for r in op.regions]
     blank = varying(blank, known)  # out here: JAX does not differentiate the cast of a constant in a branch
 
     def branch(number: int, region: Region, records: Tree, bumps: Any) -> Callable[[], list[Any]]:
         def replay_branch() -> list[Any]:
-            own = replay(region, operands[1:], records, wanted, bumps)
+            own = replay(region, operands[1:], records, leaves, bumps)
             made = [x for each in (*blank[:number], own, *blank[number + 1 :]) for x in each]
             return varying(made, known)
 
@@ -139,7 +143,10 @@ def goes_in_order(region: Region) -> bool:
         if isinstance(op, Nested):
             if len(op.regions) > 1 or any(map(goes_in_order, op.regions)):
                 return True
-        elif op.eqn is not None and any(x.leaves for x in op.inputs):
-            if mentions(op.eqn, prim.custom_vjp_call_p):
-                return True
+        elif (
+            op.eqn is not None
+            and any(x.leaves for x in op.inputs)
+            and mentions(op.eqn, prim.custom_vjp_call_p)
+        ):
+            return True
     return False

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.jaxprs import bind, prim, scan_of
+from jgd._engine.differentiated import bind_differentiated
+from jgd._engine.jaxprs import prim, scan_of
 from jgd._engine.regions import Nested, Region, Site, Value
 from jgd._engine.trees import Tree, records_of, zeros
 from jgd._mesh import varying
@@ -49,7 +50,7 @@ def run(
             outputs, records = _run_nested(op, operands, *next(inner_taps), watch)
             inner_records.append(records)
         else:
-            outputs = operands if op.eqn is None else bind(op.eqn, operands)
+            outputs = operands if op.eqn is None else bind_differentiated(op.eqn, op.moving, operands)
         values = zip(op.outputs, outputs, strict=True)
         tapped = lambda v, x: _tap(watch(v, x, env.__getitem__, bump), tap[id(v)])
         env.set(op.outputs, [tapped(v, x) if id(v) in tap else x for v, x in values])

@@ -4,13 +4,13 @@ A tree is what a region has, then, for each of its nested operations, a tree for
 inside a scan has the steps as a leading axis.
 """
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence, Set
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.regions import Nested, Op, Region, Site, Value
+from jgd._engine.regions import Nested, Region, Site, Value, has_part
 
 Tree = tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]
 
@@ -82,16 +82,16 @@ def bumped(region: Region, tree: Tree) -> Iterator[tuple[Site, int, Any]]:
             yield from (found for found in each if found[2] is not None)
 
 
-def picked(region: Region, tree: Tree, wanted: Callable[[Op], bool]) -> list[Any]:
-    """From a tree like the taps, what belongs to the wanted sites, in the order in which `replay` returns them."""
+def picked(region: Region, tree: Tree, leaves: Set[int]) -> list[Any]:
+    """From a tree like the taps, what belongs to the sites of some leaves, in the order of `replay`'s outputs."""
     inner, found = iter(tree[1]), []
     for op in region.ops:
         if isinstance(op, Nested):
             parts = next(inner)
-            if wanted(op):
+            if has_part(op, leaves):
                 found += [
-                    x for r, part in zip(op.regions, parts, strict=True) for x in picked(r, part, wanted)
+                    x for r, part in zip(op.regions, parts, strict=True) for x in picked(r, part, leaves)
                 ]
-        elif isinstance(op, Site) and wanted(op):
+        elif isinstance(op, Site) and has_part(op, leaves):
             found += [tree[0][region.delta_at(op.outputs[i])] for i in op.tapped]
     return found
