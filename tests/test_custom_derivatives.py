@@ -161,7 +161,7 @@ def several(grads, weights, direction):
     }
 
 
-def assert_as_vmap_of_grad(loss, params, batch, **options):
+def assert_as_vmap_of_grad(loss, params, batch, tolerance=1e-12, **options):
     weights, direction = np.array([0.5, 0.0, 2.0]), jax.tree.map(np.cos, params)
 
     @jax.jit
@@ -173,7 +173,7 @@ def assert_as_vmap_of_grad(loss, params, batch, **options):
     got, want = both(params, *batch)
     assert any(np.any(x != 0) for x in jax.tree.leaves(want["each"]))
     for name, answer in got.items():
-        oracle.assert_close(answer, jax.tree.map(np.asarray, want[name]), 1e-12, what=name)
+        oracle.assert_close(answer, jax.tree.map(np.asarray, want[name]), tolerance, what=name)
 
 
 @pytest.fixture

@@ -90,7 +90,14 @@ def _gather(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return [eqn.primitive.bind(*operands, **params, mode=GatherScatterMode.FILL_OR_DROP, fill_value=0)]
 
 
-_REPLAYED = {prim.pad_p: _pad, prim.gather_p: _gather}
+def _linear_solve(eqn: Any, operands: Sequence[Any]) -> list[Any]:
+    # Nothing flows through how it is solved, and JAX fails where only that is differentiated, as one leaf may be here.
+    first, end = eqn.params["const_lengths"].matvec, sum(eqn.params["const_lengths"])
+    stopped = map(jax.lax.stop_gradient, operands[first:end])
+    return bind(eqn, [*operands[:first], *stopped, *operands[end:]])
+
+
+_REPLAYED = {prim.pad_p: _pad, prim.gather_p: _gather, prim.linear_solve_p: _linear_solve}
 
 
 def _replay_nested(op: Nested, operands: list[Any], parts: tuple[Any, Any], leaves: Set[int]) -> list[Any]:
