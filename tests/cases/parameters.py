@@ -120,3 +120,17 @@ def parameter_vector_as_network(draw):
 def kronecker_layer(draw):
     loss = lambda p, x: squared(jnp.tanh(jnp.kron(p["a"], p["b"]) @ x))
     return loss, {"a": draw(2, 3), "b": draw(5, 2)}, (draw(B, 6),)
+
+
+@case
+def parameters_that_jax_pulls_only_together(draw):
+    """JAX cannot transpose a pad in its value alone, nor a solve in what only its solver holds."""
+
+    def loss(p, x):
+        padded = jax.lax.pad(p["w"], p["b"], [(1, 2, 1)])
+        solve = lambda matvec, b: b * p["inverse"]
+        solved = jax.lax.custom_linear_solve(lambda v: p["scale"] * v, p["w"], solve, symmetric=True)
+        return squared(padded * x) + jnp.sum(solved * x[:3])
+
+    scale = draw.uniform(3)
+    return loss, {"w": draw(3), "b": draw(), "scale": scale, "inverse": 1 / scale}, (draw(B, 8),)

@@ -131,7 +131,7 @@ def site_outputs(
 
 def gradient(plan: Plan, model: Model, example: Example, leaves: Leaves) -> list[jax.Array]:
     """The gradient with respect to some leaves, by the sites' own `vjp` where the pass has not made it."""
-    pulled = [leaf for leaf in leaves if leaf not in example.blocks]
+    pulled = plan.pulled_with([leaf for leaf in leaves if leaf not in example.blocks])
     if not pulled:
         return [example.blocks[leaf] for leaf in leaves]
     outputs = lambda values: site_outputs(plan, model, example, pulled, values)

@@ -2,7 +2,7 @@
 
 import collections
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
@@ -75,10 +75,18 @@ class Plan:
     guarded: frozenset[int]  # leaves with a site without rule
     fragile: bool  # whether one of these sites may have no derivative where its data is 0
     again: bool  # whether a weighted sum is a second backward pass
+    together: tuple[frozenset[int], ...]  # leaves that one equation takes in, before they meet data
 
     def is_probed(self, part: Part) -> bool:
         """Whether the backward pass can take the part's squared norm as it goes."""
         return any(probe.of is part for some in self.probes.values() for probe in some)
+
+    def pulled_with(self, leaves: Collection[int]) -> list[int]:
+        """The leaves, and those that are differentiated along with them: not every equation takes fewer at a time."""
+        found = set(leaves)
+        for group in self.together:
+            found |= group if not found.isdisjoint(group) else set()
+        return sorted(found)
 
     @property
     def device(self) -> Device:
@@ -131,6 +139,7 @@ def _plan(program: Program, variant: Variant) -> Plan:
         frozenset(guarded),
         bool(whole_leaves) or any(recorded(use.site) for use in without_rule),
         variant.again,
+        _together(region),
     )
 
 
@@ -231,6 +240,26 @@ def _is_spread(use: Use) -> bool:
         return False  # a loop would carry the block from step to step
     spread = math.prod(site.outputs[0].aval.shape) * math.prod(length for _, length in site.loops)
     return use.is_wide and spread >= _SPREAD * factors.product(use.axes)
+
+
+def _together(region: Region) -> tuple[frozenset[int], ...]:
+    """Groups of leaves, no two of which have one in common."""
+    groups: list[frozenset[int]] = []
+    for leaves in _meetings(region):
+        apart = [group for group in groups if group.isdisjoint(leaves)]
+        groups = [*apart, leaves.union(*(group for group in groups if group not in apart))]
+    return tuple(groups)
+
+
+def _meetings(region: Region) -> Iterator[frozenset[int]]:
+    for op in region.ops:
+        if isinstance(op, Nested):
+            for inner in op.regions:
+                yield from _meetings(inner)
+        elif not isinstance(op, Site):
+            leaves = frozenset().union(*(x.leaves for x in op.inputs))
+            if len(leaves) > 1:
+                yield leaves
 
 
 def _backward_only(region: Region) -> frozenset[int]:

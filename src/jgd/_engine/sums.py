@@ -136,6 +136,7 @@ def _pull_sum(
     held: Held, leaves: Sequence[int], examples: Example, weights: jax.Array | None
 ) -> list[jax.Array]:
     """Σ w_i g_i of some leaves, by one `vjp` with the examples inside."""
+    asked, leaves = leaves, held.plan.pulled_with(leaves)
     if not leaves:
         return []
     wide = [accumulator(held.like[leaf].dtype) for leaf in leaves]
@@ -147,14 +148,15 @@ def _pull_sum(
     params = [held.model.params[leaf].astype(w) for leaf, w in zip(leaves, wide, strict=True)]
     pull = jax.vjp(outputs, params)[1]
     if weights is None:
-        return pull(held.each(lambda one: deltas_of(held.plan, one, leaves), examples))[0]
+        sums = pull(held.each(lambda one: deltas_of(held.plan, one, leaves), examples))[0]
+        return [sums[leaves.index(leaf)] for leaf in asked]
     of_weight = lambda x, axis: scaled(x, axis, weights)
     deltas = jax.tree.map(of_weight, examples.deltas, axes_of(held.plan).deltas)
     sums = pull(held.each(lambda one: deltas_of(held.plan, one, leaves), examples._replace(deltas=deltas)))[0]
     # Without any present example there was no stand-in, and a site may have no derivative at 0.
     anyone = jnp.any(weights != 0)
     silent = lambda leaf, x: jnp.where(anyone, x, 0) if leaf in held.plan.guarded else x
-    return list(map(silent, leaves, sums))
+    return [silent(leaf, sums[leaves.index(leaf)]) for leaf in asked]
 
 
 def _guarded_sum(held: Held, leaves: Sequence[int], weights: jax.Array | None) -> list[jax.Array]:
