@@ -4,6 +4,7 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from jgd._engine.costs import Sizes
 from jgd._engine.factors import Arrangement, Factor, Full, Shape, block, group, product, split_axes
@@ -114,5 +115,5 @@ def opaque(site: Site, position: int, view: View) -> Use:
     arrange = Arrangement(tuple(i for i, _ in spread), (order,))
     return Use(
         "opaque", site, position, view.leaf, view.offset, merge_axes(places), None, 1,
-        lambda data: Full(arrange(data.operand_grads[position])),
+        lambda data: Full(jnp.real(arrange(data.operand_grads[position]))),  # the leaf is real, whatever it was cast to
     )  # fmt: skip
