@@ -7,7 +7,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.costs import Sizes
-from jgd._engine.factors import Arrangement, Factor, Full, Shape, block, group, product, split_axes
+from jgd._engine.factors import Arrangement, Factor, Full, Shape, along, block, group, inner_product, product, split_axes
 from jgd._engine.regions import Site
 from jgd._engine.views import Axis, View, merge_axes
 
@@ -99,6 +99,12 @@ class Use:
         if self.shape is None:
             return gradient
         return self.shape.flatten(gradient if self.arrange is None else self.arrange(gradient))
+
+    def dot(self, data: SiteData, direction: jax.Array) -> jax.Array:
+        """⟨G, v⟩ for one example; the direction lies flat in the order of the leaf's memory."""
+        if self.shape is None or self.block is not None:
+            return inner_product(self.gradient(data), direction)
+        return along(self.factor(data), self.shape.unflatten(direction))
 
     def batch_gradient(self, data: SiteData, weights: jax.Array | None) -> jax.Array:
         """Σ w_i g_i of a batch in this part, flat, in the order of the leaf's memory."""
