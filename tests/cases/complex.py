@@ -92,7 +92,9 @@ def complex_convolution(draw):
         options = {"dimension_numbers": ("NHC", "HIO", "NHC"), "rhs_dilation": (2,), "feature_group_count": 2}
         z = lax.conv_general_dilated(z, as_complex(p["first"]), (1,), [(1, 0)], **options)
         return energy(
-            lax.conv_general_dilated(z, as_complex(p["second"]), (2,), "SAME", dimension_numbers=options["dimension_numbers"])
+            lax.conv_general_dilated(
+                z, as_complex(p["second"]), (2,), "SAME", dimension_numbers=options["dimension_numbers"]
+            )
         )
 
     return loss, {"first": draw(2, 2, 6), "second": draw(3, 6, 2)}, (draw(B, 7, 4),)
