@@ -110,7 +110,7 @@ def test_a_wider_direction_counts_in_its_own_dtype(x64):
 
 def test_a_complex_direction_is_refused():
     grads = jgd.per_example_grad(dense)(jnp.ones((4, 4)), jnp.ones((B, 4)))
-    with pytest.raises(TypeError, match="`direction`.*real"):
+    with pytest.raises(TypeError, match=r"`direction`.*real"):
         jgd.dot(grads, jnp.ones((4, 4), jnp.complex64))
 
 

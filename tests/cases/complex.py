@@ -89,13 +89,10 @@ def complex_products_in_groups(draw):
 def complex_convolution(draw):
     def loss(p, x):
         z = spun(x)[None]
-        options = {"dimension_numbers": ("NHC", "HIO", "NHC"), "rhs_dilation": (2,), "feature_group_count": 2}
-        z = lax.conv_general_dilated(z, as_complex(p["first"]), (1,), [(1, 0)], **options)
-        return energy(
-            lax.conv_general_dilated(
-                z, as_complex(p["second"]), (2,), "SAME", dimension_numbers=options["dimension_numbers"]
-            )
-        )
+        names = {"dimension_numbers": ("NHC", "HIO", "NHC")}
+        options = {"rhs_dilation": (2,), "feature_group_count": 2}
+        z = lax.conv_general_dilated(z, as_complex(p["first"]), (1,), [(1, 0)], **names, **options)
+        return energy(lax.conv_general_dilated(z, as_complex(p["second"]), (2,), "SAME", **names))
 
     return loss, {"first": draw(2, 2, 6), "second": draw(3, 6, 2)}, (draw(B, 7, 4),)
 

@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import factors, sums, tiles
+from jgd._engine.directional import inner_product
 from jgd._engine.examples import Example, deltas_of, site_outputs
 from jgd._engine.gathered import Asked, Gathered
 from jgd._engine.held import Held
@@ -40,7 +41,7 @@ def _by_gradients(held: Held, leaves: Sequence[int], direction: Sequence[jax.Arr
 
     def one(example: Example) -> jax.Array:
         made = zip(held.gradient(example, leaves), (direction[leaf] for leaf in leaves), strict=True)
-        return sum((factors.inner_product(g, v) for g, v in made), start=jnp.zeros((), jnp.float32))
+        return sum((inner_product(g, v) for g, v in made), start=jnp.zeros((), jnp.float32))
 
     return held.tiled(sum(held.like[leaf].size for leaf in leaves), one)
 
@@ -80,7 +81,7 @@ def _by_tangents(held: Held, leaves: Sequence[int], direction: Sequence[jax.Arra
     def one(example: Example) -> jax.Array:
         outputs = lambda values: site_outputs(held.plan, held.model, example, leaves, values)
         _, moved = jax.jvp(outputs, ([held.model.params[leaf] for leaf in leaves],), (tangents,))
-        products = map(factors.inner_product, deltas_of(held.plan, example, leaves), moved)
+        products = map(inner_product, deltas_of(held.plan, example, leaves), moved)
         return sum(products, start=jnp.zeros((), jnp.float32))
 
     made = held.each(one)

@@ -7,18 +7,8 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.costs import Sizes
-from jgd._engine.factors import (
-    Arrangement,
-    Factor,
-    Full,
-    Shape,
-    along,
-    block,
-    group,
-    inner_product,
-    product,
-    split_axes,
-)
+from jgd._engine.directional import along, inner_product
+from jgd._engine.factors import Arrangement, Factor, Full, Shape, block, group, product, split_axes
 from jgd._engine.regions import Site
 from jgd._engine.views import Axis, View, merge_axes
 
