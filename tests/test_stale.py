@@ -125,7 +125,9 @@ def what_it_wraps():
 
 def a_partial_of_a_list():
     weights = [1.0]
-    return functools.partial(lambda w, p, x: w[0] * jnp.sum(p * x) ** 2, weights), lambda: weights.insert(0, 4.0)
+    return functools.partial(lambda w, p, x: w[0] * jnp.sum(p * x) ** 2, weights), lambda: weights.insert(
+        0, 4.0
+    )
 
 
 def the_rule_of_a_custom_jvp():
@@ -198,7 +200,10 @@ def a_callback():
 
     def loss(p, x):
         made = jax.pure_callback(
-            lambda x: holder.factor * np.asarray(x), jax.ShapeDtypeStruct((6,), x.dtype), x, vmap_method="sequential"
+            lambda x: holder.factor * np.asarray(x),
+            jax.ShapeDtypeStruct((6,), x.dtype),
+            x,
+            vmap_method="sequential",
         )
         return jnp.sum(jnp.sin(p * made))
 
@@ -287,7 +292,9 @@ def branched(p, x):
 def entropy(p, x):
     logits = jnp.stack([p * x, p + x])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([0, 1]))
-    return jnp.sum(losses) + jnp.sum(optax.safe_softmax_cross_entropy(logits, jax.nn.one_hot(jnp.array([0, 1]), 6)))
+    return jnp.sum(losses) + jnp.sum(
+        optax.safe_softmax_cross_entropy(logits, jax.nn.one_hot(jnp.array([0, 1]), 6))
+    )
 
 
 def closes_over_arrays(p, x):

@@ -22,7 +22,9 @@ from jgd._engine.jaxprs import Literal, bind, inner_jaxpr, prim, trace_jaxpr
 # How deep rules may be nested in rules. One that uses its own function repeats, and ends the nesting.
 _DEEPEST = 4
 
-Above = tuple[Hashable, ...] | None  # the rules around what is looked at; None where rules are not looked into
+Above = (
+    tuple[Hashable, ...] | None
+)  # the rules around what is looked at; None where rules are not looked into
 
 
 def fingerprint(jaxpr: Any) -> Hashable | None:
@@ -128,7 +130,9 @@ class _Keys:
             raise _Unknown  # it may do otherwise for each choice of the inputs that are differentiated
         rule = functools.partial(_RULES[eqn.primitive], eqn)
         try:
-            jaxpr, consts, _ = trace_jaxpr(rule, *(_shapes(some) for some in (eqn.invars, eqn.invars, eqn.outvars)))
+            jaxpr, consts, _ = trace_jaxpr(
+                rule, *(_shapes(some) for some in (eqn.invars, eqn.invars, eqn.outvars))
+            )
         except Exception as error:  # whatever the rule raises: where it is used, the user sees it
             raise _Unknown from error
         own = self.of_jaxpr(jaxpr, consts, None)
