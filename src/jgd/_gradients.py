@@ -22,6 +22,7 @@ from jgd._memory import checked_sizes, choice_within
 from jgd._mesh import like_examples, placed_by
 from jgd._microbatched import Microbatched
 from jgd._timed import Question, clipped_sum_with_norms, quickest
+from jgd._untraced import gradients_untraced
 from jgd._whole import Choice, Named, gradients_of
 
 
@@ -142,7 +143,11 @@ def per_example_grad(
 
     def gradients(*args: Any) -> PerExampleGrads:
         call = bind(loss, args, argnums=argnums, in_axes=in_axes, has_aux=has_aux)
-        program, constants = trace(call)
+        try:
+            program, constants = trace(call)
+        except TypeError as refused:
+            values, aux, form = gradients_untraced(call, refused)
+            return PerExampleGrads(values, aux, form, jax.tree.structure(call.params), NOTHING)
         model = Model(call.param_leaves, constants)
         if max_memory is not None:
             choice = choice_within(max_memory, program, strategy, model, call.batch_leaves)

@@ -162,6 +162,13 @@ def _check_param(leaf: Any, argument: str, path: Any) -> Any:
         return jnp.asarray(leaf)
     leaf = on_device(leaf)
     dtype = getattr(leaf, "dtype", None)
+    if dtype is not None and jnp.issubdtype(dtype, jnp.complexfloating):
+        raise TypeError(
+            f"{leaf_name(argument, path)} is {describe(leaf)}, but a parameter must be real. Give its two parts as "
+            "parameters, `(w.real, w.imag)`, and let the loss join them, `w = jax.lax.complex(*parts)`: then norms "
+            "and products are those of real numbers. Their gradients are the real part, and minus the imaginary "
+            "part, of what `jax.grad` gives for the complex one. (`eqx.is_inexact_array` keeps complex leaves.)"
+        )
     if dtype is None or not jnp.issubdtype(dtype, jnp.floating):
         raise TypeError(
             f"{leaf_name(argument, path)} is {describe(leaf)}, but a parameter must be a floating-point array. "

@@ -77,7 +77,8 @@ class Materialized(AllAtOnce):
         total = jnp.zeros(self.size, jnp.float32)
         for block, v in zip(self.blocks, direction, strict=True):
             wide = accumulator(jnp.promote_types(block.dtype, v.dtype))
-            total = total + _flat(block).astype(wide) @ v.reshape(-1).astype(wide)
+            exact = jax.lax.Precision.HIGHEST  # the direction may differ from a rounder one where it matters
+            total = total + jnp.dot(_flat(block).astype(wide), v.reshape(-1).astype(wide), precision=exact)
         return total
 
     def squared_norms(self) -> list[jax.Array]:

@@ -22,6 +22,7 @@ _SUBJECTS = (
     "dense",
     "parameters",
     "convolutions",
+    "complex",
     "lookups",
     "sequences",
     "derivatives",

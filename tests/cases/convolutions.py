@@ -199,3 +199,15 @@ def batch_groups(draw):
 def convolve_with_a_parameter(draw):
     loss = lambda p, x: squared(jnp.tanh(jnp.convolve(x, p, mode="full")))
     return loss, draw(3), (draw(B, 7),)
+
+
+@case
+def convolution_without_spatial_axes(draw):
+    def loss(p, x):
+        names = {"dimension_numbers": ("NC", "IO", "NC")}
+        y = jnp.tanh(lax.conv_general_dilated(x, p["whole"], (), [], **names))
+        return squared(
+            jnp.tanh(lax.conv_general_dilated(y, p["groups"], (), [], feature_group_count=2, **names))
+        )
+
+    return loss, {"whole": draw(3, 4), "groups": draw(2, 6)}, (draw(B, 7, 3),)

@@ -13,13 +13,12 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors, grams, lookups, moments, sums
-from jgd._engine.examples import Example, deltas_of, part_data, site_outputs
+from jgd._engine import dots, factors, grams, lookups, moments, sums
+from jgd._engine.examples import Example, part_data
 from jgd._engine.gathered import Asked, Gathered
 from jgd._engine.held import Held
 from jgd._engine.parts import Part
 from jgd._materialized import AllAtOnce, Materialized, accumulator
-from jgd._mesh import varying
 from jgd._random import directions
 
 
@@ -53,22 +52,8 @@ class Factored(Held, AllAtOnce):
         return made if keep_wide else [x.astype(like.dtype) for x, like in zip(made, self.like, strict=True)]
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
-        """⟨g_i, v⟩, by one `jvp` of the sites; by the gradient of those leaves that have no forward derivative."""
-        backward = sorted(self.plan.backward_only)
-        forward = [leaf for leaf in self.leaves if leaf not in self.plan.backward_only]
-        tangents = [v.astype(x.dtype) for v, x in zip(direction, self.like, strict=True)]
-        tangents = varying(tangents, self.examples)
-
-        def one(example: Example) -> jax.Array:
-            outputs = lambda values: site_outputs(self.plan, self.model, example, forward, values)
-            primals = [self.model.params[leaf] for leaf in forward]
-            _, moved = jax.jvp(outputs, (primals,), ([tangents[leaf] for leaf in forward],))
-            pairs = list(zip(deltas_of(self.plan, example, forward), moved, strict=True))
-            pairs += zip(self.gradient(example, backward), (tangents[leaf] for leaf in backward), strict=True)
-            products = [jnp.sum((a.astype(accumulator(a.dtype)) * b).real) for a, b in pairs]
-            return sum(products, start=jnp.zeros((), jnp.float32))
-
-        return self.tiled(sum(self.like[leaf].size for leaf in backward), one)
+        """⟨g_i, v⟩."""
+        return dots.dot(self, direction)
 
     # Part by part
 

@@ -209,10 +209,10 @@ def square(made: Sequence[Factor]) -> jax.Array:
     return jnp.maximum(inner_sum(made, made), 0)
 
 
-def contract(spec: str, a: jax.Array, b: jax.Array) -> jax.Array:
+def contract(spec: str, a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
     """An einsum of two arrays that accumulates in at least float32."""
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    return jnp.einsum(spec, a, b, preferred_element_type=dtype)
+    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)
 
 
 def place(

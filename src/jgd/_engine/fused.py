@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jgd._engine.factors import group, sum_squares
 from jgd._engine.gathered import Gathered
@@ -106,14 +107,14 @@ class Probe:
         return {id(self.site): SiteData({1 - self.own: example[0]}, [example[1]], {})}
 
     def total(self, data: jax.Array, delta: jax.Array, like: jax.Array) -> jax.Array:
-        """Σ G of all examples, as the operand lies: an array `like` it."""
+        """Σ G of all examples, as the operand lies: real, where the leaf was cast to complex numbers too."""
 
         def output(parameter: jax.Array, data: jax.Array) -> jax.Array:
             operands = (parameter, data) if self.own == 0 else (data, parameter)
             return bind(self.site.eqn, operands)[0]
 
         outputs = lambda parameter: jax.vmap(functools.partial(output, parameter))(data)
-        return jax.linear_transpose(outputs, like)(delta)[0]
+        return jnp.real(jax.linear_transpose(outputs, like)(delta)[0])
 
     def as_operand(self, flat: jax.Array) -> jax.Array:
         """What lies in the order of the leaf's memory, as the operand does."""

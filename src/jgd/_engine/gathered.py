@@ -54,6 +54,12 @@ class Gathered:
         square = lambda some, size: self._each(self.part.square, some, size)
         return self.batch.mapped(square, self.part.cost.numbers)
 
+    def dot(self, direction: jax.Array) -> jax.Array:
+        """⟨G_i, v⟩, `(B,)`, with a direction that is flat in the order of memory."""
+        of_one = lambda data: self.part.dot(data, direction)
+        built = sum(self.part.size for use in self.part.uses if use.block is not None)
+        return self.batch.mapped(lambda some, size: self._each(of_one, some, size), built)
+
     def gram(self, other: "Gathered | None" = None, *, pieces: int = 1) -> jax.Array:
         """⟨G_i, G'_j⟩, `(B, B')`; other None means the gradients themselves once more."""
         both = [self] if other is None else [self, other]

@@ -128,7 +128,7 @@ def spread_of_outer(
     if total is None:
         total = sum_of_outer(left if weights is None else scale_rows(weights, left), right)
     each = jnp.ones(left.shape[0], left.dtype) if weights is None else weights
-    each = each.astype(jnp.promote_types(each.dtype, left.dtype))
+    each = each.astype(jnp.result_type(each, left, right))  # an output may be wider than its operands
     spread = square - jnp.square(total) * inverse(jnp.sum(each))
     trusted = jnp.all(spread >= _CANCELLED * square)
     if left.shape[2] == 1:  # the same places, along an axis that can be cut

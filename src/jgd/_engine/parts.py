@@ -163,6 +163,10 @@ class Part:
         first, *others = self.uses
         return gradient if others else first.in_memory(gradient)
 
+    def dot(self, data: dict[int, SiteData], direction: jax.Array) -> jax.Array:
+        """⟨G, v⟩ for one example, with a direction that is flat in the order of memory."""
+        return factors.add([use.dot(data[id(use.site)], direction) for use in self.uses])
+
     def gradient(self, data: dict[int, SiteData]) -> jax.Array:
         """One example's gradient in this part, flat, in the order of the leaf's memory."""
         return factors.add([use.gradient(data[id(use.site)]) for use in self.uses])

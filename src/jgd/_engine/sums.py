@@ -61,7 +61,7 @@ def weighted_sum(held: Held, weights: jax.Array | None) -> list[jax.Array]:
         for leaf in met.intersection(rest):
             sums[leaf] = held.assembled(leaf, functools.partial(_lookup_sum, held), weights)
         rest = [leaf for leaf in rest if leaf not in sums]
-    sums.update(zip(rest, _pull_sum(held, rest, examples, weights), strict=True))
+    sums.update(zip(rest, pull_sum(held, rest, examples, weights), strict=True))
     return [sums[leaf] for leaf in held.leaves]
 
 
@@ -132,7 +132,7 @@ def _lookup_sum(held: Held, part: Part, weights: jax.Array) -> jax.Array:
     return part.shape.flatten(lookups.weighted_sum(rows, weights, part.shape.sizes()[1])[None])
 
 
-def _pull_sum(
+def pull_sum(
     held: Held, leaves: Sequence[int], examples: Example, weights: jax.Array | None
 ) -> list[jax.Array]:
     """Σ w_i g_i of some leaves, by one `vjp` with the examples inside."""
@@ -174,7 +174,7 @@ def _guarded_sum(held: Held, leaves: Sequence[int], weights: jax.Array | None) -
         part = replace(held, examples=examples, pieces=1)
         if weights is not None:
             examples, _ = part.silenced(weights, stand_in=True, in_place=False)
-        return _pull_sum(part, leaves, examples, weights)
+        return pull_sum(part, leaves, examples, weights)
 
     sums = dict(zip(unruled, of_present(unruled, held.examples, weights), strict=True))
     if ruled:

@@ -4,8 +4,10 @@ from collections.abc import Callable, Hashable
 from dataclasses import dataclass
 
 import jax
+import jax.numpy as jnp
 
 from jgd._engine.costs import Sizes
+from jgd._engine.directional import along, inner_product
 from jgd._engine.factors import Arrangement, Factor, Full, Shape, block, group, product, split_axes
 from jgd._engine.regions import Site
 from jgd._engine.views import Axis, View, merge_axes
@@ -99,6 +101,12 @@ class Use:
             return gradient
         return self.shape.flatten(gradient if self.arrange is None else self.arrange(gradient))
 
+    def dot(self, data: SiteData, direction: jax.Array) -> jax.Array:
+        """⟨G, v⟩ for one example; the direction lies flat in the order of the leaf's memory."""
+        if self.shape is None or self.block is not None:
+            return inner_product(self.gradient(data), direction)
+        return along(self.factor(data), self.shape.unflatten(direction))
+
     def batch_gradient(self, data: SiteData, weights: jax.Array | None) -> jax.Array:
         """Σ w_i g_i of a batch in this part, flat, in the order of the leaf's memory."""
         assert self.batch_factor is not None and self.shape is not None
@@ -114,5 +122,5 @@ def opaque(site: Site, position: int, view: View) -> Use:
     arrange = Arrangement(tuple(i for i, _ in spread), (order,))
     return Use(
         "opaque", site, position, view.leaf, view.offset, merge_axes(places), None, 1,
-        lambda data: Full(arrange(data.operand_grads[position])),
+        lambda data: Full(jnp.real(arrange(data.operand_grads[position]))),  # the leaf is real, whatever it was cast to
     )  # fmt: skip

@@ -50,6 +50,7 @@ def direction_of(direction: Any, like: list[Any], treedef: Any) -> list[jax.Arra
 
     Raises:
         ValueError: its structure or a leaf's shape differs from the parameters'.
+        TypeError: a leaf is complex.
     """
     paths, structure = tree_flatten_with_path(direction)
     if structure != treedef:
@@ -58,6 +59,11 @@ def direction_of(direction: Any, like: list[Any], treedef: Any) -> list[jax.Arra
         if jnp.shape(leaf) != expected.shape:
             raise ValueError(
                 f"{leaf_name('direction', path)} has shape {jnp.shape(leaf)}, but the parameter's is {expected.shape}"
+            )
+        if jnp.iscomplexobj(leaf):
+            raise TypeError(
+                f"{leaf_name('direction', path)} is {describe(leaf)}, but gradients are real, so a direction must be: "
+                "give its real part, and its imaginary part to a second call"
             )
     return [jnp.asarray(leaf) for _, leaf in paths]
 

@@ -10,6 +10,7 @@ from typing import Any
 from jgd._engine.jaxprs import prim
 from jgd._engine.regions import Site
 from jgd._engine.rules import convolution, dot_general, lookup
+from jgd._engine.rules.complexes import by_real_parts
 from jgd._engine.uses import Use, opaque
 from jgd._engine.views import View
 
@@ -27,4 +28,5 @@ def use_of(site: Site, position: int, view: View) -> Use:
     """The use that an operand of a site makes of its leaf."""
     rule = None if site.eqn is None else RULES.get(site.eqn.primitive)
     use = None if rule is None else rule(site, position, view)
+    use = None if use is None else by_real_parts(use)
     return opaque(site, position, view) if use is None else use

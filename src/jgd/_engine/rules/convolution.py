@@ -126,10 +126,9 @@ class _Geometry:
     def _places(self) -> np.ndarray:
         """Where the places in the window begin in the padded input."""
         dilation = self.params["rhs_dilation"]
-        places = itertools.product(
-            *(range(0, size * d, d) for size, d in zip(self.window, dilation, strict=True))
-        )
-        return np.array(list(places), np.int32).reshape(-1, len(self.window))
+        steps = (range(0, size * d, d) for size, d in zip(self.window, dilation, strict=True))
+        places = list(itertools.product(*steps))  # one, of no numbers, where there are no spatial axes
+        return np.array(places, np.int32).reshape(len(places), len(self.window))
 
     def _right(self, delta: jax.Array) -> jax.Array:
         """δ as (stepping loops.., groups, t, channels out of a group)."""
