@@ -1,0 +1,113 @@
+"""Lookups at the edges: ids of every integer type in every way to look up, and ids out of bounds, as padding has them.
+
+What is right there is what JAX's derivative does: with some ways the row at the edge gets δ, with others no row does.
+"""
+
+import dataclasses
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import B, Draw, Problem
+from jax import lax
+from jax.lax import GatherDimensionNumbers, GatherScatterMode
+
+import jgd
+
+WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
+ROWS = GatherDimensionNumbers((1,), (0,), (0,))
+
+
+def gathered(mode):
+    return lambda p, ids: lax.gather(p, ids[:, None], ROWS, (1, p.shape[1]), mode=mode)
+
+
+def one_by_one(take):
+    return lambda p, ids: lax.map(lambda i: take(p, i), ids)
+
+
+WAYS = {
+    "indexed": lambda p, ids: p[ids],
+    "taken": lambda p, ids: jnp.take(p, ids, axis=0),
+    "taken_clipped": lambda p, ids: jnp.take(p, ids, axis=0, mode="clip"),
+    "filled": lambda p, ids: p.at[ids].get(mode="fill", fill_value=0.5),
+    "promised": lambda p, ids: p.at[ids].get(mode="promise_in_bounds"),
+    "along": lambda p, ids: jnp.take_along_axis(p, ids[:, None], axis=0),
+    "clamped": gathered(GatherScatterMode.CLIP),
+    "dropped": gathered(GatherScatterMode.FILL_OR_DROP),
+    "as_they_are": gathered(GatherScatterMode.PROMISE_IN_BOUNDS),
+    "columns": lambda p, ids: jnp.take(p.T, ids, axis=1).T,
+    "points": lambda p, ids: jnp.take(p.reshape(-1, 1, p.shape[1]), ids, axis=0)[:, 0] + p[ids, :1],
+    "one_by_one": one_by_one(lambda p, i: p[i]),
+    "sliced": one_by_one(lambda p, i: lax.dynamic_slice_in_dim(p, i, 1)[0]),
+    "index_in_dim": one_by_one(lambda p, i: lax.dynamic_index_in_dim(p, i, keepdims=False)),
+}
+
+
+PRIMITIVES = ("clamped", "dropped", "as_they_are", "sliced", "index_in_dim")
+
+
+def every_way(tables, ids):
+    """One loss with a table for each way."""
+    total = 0.0
+    for number, name in enumerate(tables):
+        rows = WAYS[name](tables[name], ids)
+        rows = jnp.where(jnp.isnan(rows), 0.3, rows)
+        at = jnp.cos(number + jnp.arange(rows.size)).reshape(rows.shape)
+        total += jnp.sum(jnp.sin(at * rows + 0.1 * jnp.sum(rows)))
+    return total
+
+
+def ids_of(dtype, rows):
+    """Those at both ends of the table and of the dtype, around them, and a few in the midst."""
+    info = jnp.iinfo(dtype)
+    least, most = int(info.min), int(info.max)
+    ends = [0, 1, rows - 2, rows - 1, rows, rows + 3, most, most - 1, 43, 100]
+    if most >= rows:  # else JAX itself counts negative ids from an end that the dtype does not reach
+        ends += [-1, -2, -rows, -rows - 1, least, least + 1]
+    held = [i for i in ends if least <= i <= most]
+    some = [held[(7 * k) % len(held)] for k in range(3 * B)]
+    return jnp.asarray(np.array(some, np.int64 if least < 0 else np.uint64).reshape(B, 3)).astype(dtype)
+
+
+def _types():
+    for bits, rows in ((8, 300), (8, 5), (16, 70_000), (16, 5), (32, 5), (64, 5)):
+        for dtype in (f"uint{bits}", f"int{bits}"):
+            quick = (dtype, rows) in (("uint8", 300), ("int16", 70_000), ("uint32", 5))
+            yield pytest.param(dtype, rows, marks=() if quick else pytest.mark.slow)
+
+
+def answers_of(problem, strategy="factored"):
+    """What a few reductions give, in one program, and the gradients."""
+
+    def answers(params, *batch):
+        grads = jgd.per_example_grad(problem.loss, strategy=strategy)(params, *batch)
+        asked = {
+            "leaf_norms": jgd.norms(grads, per_leaf=True),
+            "gram": jgd.gram(grads),
+            "sum": jgd.sum(grads),
+            "weighted_clipped_sum": jgd.clipped_sum(grads, 0.5, weights=WEIGHTS),
+            "second_moment": jgd.second_moment(grads),
+            "variance": jgd.variance(grads),
+        }
+        return asked, grads
+
+    return jax.jit(answers)(problem.params, *problem.batch)
+
+
+@pytest.mark.parametrize(("dtype", "rows"), list(_types()))
+def test_ids_of_every_integer_type(dtype, rows, x64):
+    # JAX refuses negative ids of a dtype that does not reach the end they are counted from.
+    ways = PRIMITIVES if dtype.startswith("int") and rows > jnp.iinfo(dtype).max else WAYS
+    tables = {name: jnp.asarray(Draw(1)(rows, 2)) for name in ways}
+    ids = ids_of(dtype, rows)
+    got, grads = answers_of(Problem(every_way, tables, (ids,)))
+    assert {use.rule for part in grads.form.plan.parts for use in part.uses} == {"lookup"}
+    # The same ids in a dtype that XLA does not wrap: `vmap(grad)` itself is wrong for narrow ones on some versions.
+    wide = ids.astype(jnp.int64) if ids.dtype.itemsize < 4 else ids
+    blocks = oracle.vmap_of_grad(Problem(every_way, tables, (wide,)))
+    want = oracle.answers(blocks, blocks, WEIGHTS, 0.5, tables)
+    for name, answer in got.items():
+        oracle.assert_close(answer, want[name], 1e-9, what=name)
