@@ -111,3 +111,113 @@ def test_ids_of_every_integer_type(dtype, rows, x64):
     want = oracle.answers(blocks, blocks, WEIGHTS, 0.5, tables)
     for name, answer in got.items():
         oracle.assert_close(answer, want[name], 1e-9, what=name)
+
+
+# Ids out of bounds, whose derivative is nan, although no row gets it
+
+
+def padded(take):
+    """A loss of lookups by `take`, in which what padding reads is nan and left out."""
+
+    def loss(p, ids):
+        there = (ids < 7) & (ids > -8)
+        rows = take(p, ids)
+        rows = rows * jnp.where(there, 1.0, jnp.nan).reshape(there.shape + (1,) * (rows.ndim - ids.ndim))
+        safe = jnp.sin(0.3 + rows)
+        return jnp.sum(jnp.where(jnp.isnan(safe), 0.0, safe) * jnp.cos(jnp.arange(safe.size)).reshape(safe.shape))
+
+    return loss
+
+
+def tied(take):
+    """A lookup, and a product of the same table."""
+    own = padded(take)
+    return lambda p, ids, x: own(p, ids) + jnp.sum(jnp.sin(p @ x))
+
+
+def scanned(p, ids):
+    """Each step looks up in a table of its own."""
+    own = padded(lambda p, ids: jnp.take(p, ids, axis=0))
+    return lax.scan(lambda total, p: (total + own(p, ids), None), 0.0, p)[0]
+
+
+def two_axes(p, ids):
+    return padded(lambda p, ids: p.at[ids, ids[::-1]].get(mode="fill"))(p.reshape(7, 7, -1), ids)
+
+
+TAKES = {
+    "filled": lambda p, ids: jnp.take(p, ids, axis=0),
+    "promised": lambda p, ids: p.at[ids].get(mode="promise_in_bounds"),
+    "windows": lambda p, ids: lax.gather(
+        p, ids[:, None], GatherDimensionNumbers((1, 2), (), (0,)), (2, 2), mode=GatherScatterMode.FILL_OR_DROP
+    ),
+}
+
+
+def out_of_bounds():
+    draw = Draw(7)
+    ids = np.array([[1, 5, 7, 2], [2, 9, 9, 2], [3, 4, 5, 6], [6, 6, 6, 6], [8, 7, 9, 100]])
+    x = draw(B, 2)
+    for name, take in TAKES.items():
+        yield name, padded(take), draw(7, 2), (ids,)
+    yield "tied", tied(TAKES["filled"]), draw(7, 2), (ids, x)
+    yield "tied_promised", tied(TAKES["promised"]), draw(7, 2), (ids, x)
+    yield "scanned", scanned, draw(2, 7, 2), (ids,)
+    yield "two_axes", two_axes, draw(49, 2), (ids,)
+    yield "numbers", padded(TAKES["filled"]), draw(7), (ids,)
+
+
+OUT_OF_BOUNDS = {name: rest for name, *rest in out_of_bounds()}
+
+
+def ask(grads, other, max_norm):
+    scale = jgd.noise_scale(grads)
+    return {
+        "materialize": jgd.materialize(grads),
+        "sum": jgd.sum(grads),
+        "weighted_sum": jgd.sum(grads, WEIGHTS),
+        "mean": jgd.mean(grads),
+        "norms": jgd.norms(grads),
+        "leaf_norms": jgd.norms(grads, per_leaf=True),
+        "gram": jgd.gram(grads),
+        "cross_gram": jgd.gram(grads, other),
+        "clipped_sum": jgd.clipped_sum(grads, max_norm),
+        "weighted_clipped_sum": jgd.clipped_sum(grads, max_norm, weights=WEIGHTS),
+        "second_moment": jgd.second_moment(grads),
+        "weighted_second_moment": jgd.second_moment(grads, WEIGHTS),
+        "variance": jgd.variance(grads),
+        "weighted_variance": jgd.variance(grads, WEIGHTS),
+        "noise_scale": (scale.trace_covariance, scale.squared_norm),
+        "project": jgd.project(grads, jax.random.key(0), 3),
+    }
+
+
+@pytest.mark.parametrize("name", OUT_OF_BOUNDS)
+@pytest.mark.parametrize("method", ["pairs", "block"])
+def test_what_was_read_for_no_row_reaches_no_answer(method, name, x64):
+    loss, params, batch = OUT_OF_BOUNDS[name]
+    problem = Problem(loss, jnp.asarray(params), tuple(map(jnp.asarray, batch)))
+    others = tuple(x[::-1] for x in problem.batch)
+    blocks = oracle.vmap_of_grad(problem)
+    other_blocks = oracle.vmap_of_grad(dataclasses.replace(problem, batch=others))
+    assert np.all(np.isfinite(blocks)) and np.any(blocks[:4] != 0)
+
+    def forced(grads):
+        form = grads.form
+        parts = [p if p.shape is None else dataclasses.replace(p, method=method) for p in form.plan.parts]
+        plan = dataclasses.replace(form.plan, parts=tuple(parts))
+        return dataclasses.replace(
+            grads, form=dataclasses.replace(form, plan=plan, examples=form.examples._replace(squares={}))
+        )
+
+    @jax.jit
+    def answers(params, batch, others):
+        made = jgd.per_example_grad(loss, strategy="factored")
+        grads = forced(made(params, *batch))
+        other = dataclasses.replace(grads, form=dataclasses.replace(grads.form, examples=made(params, *others).form.examples))
+        return ask(grads, other, 0.5)
+
+    want = oracle.answers(blocks, other_blocks, WEIGHTS, 0.5, params)
+    want["project"] = jgd.project(jnp.asarray(blocks), jax.random.key(0), 3)
+    for quantity, got in answers(problem.params, problem.batch, others).items():
+        oracle.assert_close(got, want[quantity], 1e-9, what=quantity)
