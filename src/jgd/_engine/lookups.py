@@ -57,7 +57,7 @@ def spread(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device:
     first, total = _by_row(made.index, mask_rows(present, made.right), rows)
     share = jnp.where(first & present[:, None], weights[:, None], 0).reshape(-1, 1)
     number, places = _numbered(made.index, rows)
-    total = total.reshape(share.shape[0], -1)
+    total = total.reshape(share.shape[0], total.shape[2])
     summed = lambda x: jnp.zeros((places.size, x.shape[1]), x.dtype).at[number].add(x, mode="drop")
     mean = summed(share * total) * inverse(weight)
     near = jnp.take(mean, number, axis=0, mode="fill", fill_value=0)
