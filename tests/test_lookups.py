@@ -4,6 +4,7 @@ What is right there is what JAX's derivative does: with some ways the row at the
 """
 
 import dataclasses
+import itertools
 
 import jax
 import jax.numpy as jnp
@@ -124,7 +125,9 @@ def padded(take):
         rows = take(p, ids)
         rows = rows * jnp.where(there, 1.0, jnp.nan).reshape(there.shape + (1,) * (rows.ndim - ids.ndim))
         safe = jnp.sin(0.3 + rows)
-        return jnp.sum(jnp.where(jnp.isnan(safe), 0.0, safe) * jnp.cos(jnp.arange(safe.size)).reshape(safe.shape))
+        return jnp.sum(
+            jnp.where(jnp.isnan(safe), 0.0, safe) * jnp.cos(jnp.arange(safe.size)).reshape(safe.shape)
+        )
 
     return loss
 
@@ -192,8 +195,13 @@ def ask(grads, other, max_norm):
     }
 
 
-@pytest.mark.parametrize("name", OUT_OF_BOUNDS)
-@pytest.mark.parametrize("method", ["pairs", "block"])
+def _forced():
+    quick = {("pairs", name) for name in ("filled", "tied", "scanned")} | {("block", "promised")}
+    for each in itertools.product(("pairs", "block"), OUT_OF_BOUNDS):
+        yield pytest.param(*each, marks=() if each in quick else pytest.mark.slow)
+
+
+@pytest.mark.parametrize(("method", "name"), list(_forced()))
 def test_what_was_read_for_no_row_reaches_no_answer(method, name, x64):
     loss, params, batch = OUT_OF_BOUNDS[name]
     problem = Problem(loss, jnp.asarray(params), tuple(map(jnp.asarray, batch)))
@@ -214,10 +222,25 @@ def test_what_was_read_for_no_row_reaches_no_answer(method, name, x64):
     def answers(params, batch, others):
         made = jgd.per_example_grad(loss, strategy="factored")
         grads = forced(made(params, *batch))
-        other = dataclasses.replace(grads, form=dataclasses.replace(grads.form, examples=made(params, *others).form.examples))
+        other = dataclasses.replace(
+            grads, form=dataclasses.replace(grads.form, examples=made(params, *others).form.examples)
+        )
         return ask(grads, other, 0.5)
 
     want = oracle.answers(blocks, other_blocks, WEIGHTS, 0.5, params)
     want["project"] = jgd.project(jnp.asarray(blocks), jax.random.key(0), 3)
     for quantity, got in answers(problem.params, problem.batch, others).items():
         oracle.assert_close(got, want[quantity], 1e-9, what=quantity)
+
+
+@pytest.mark.parametrize("bad", [np.nan, np.inf])
+def test_a_gradient_that_is_not_finite_has_no_finite_inner_product(bad, x64):
+    """Not with the gradients of examples that looked up other rows either, as without the library."""
+    scale = np.ones((3, 3))
+    scale[0, 1] = bad
+    ids = np.array([[0, 1, 2], [3, 4, 3], [1, 5, 6]])
+    loss = lambda p, ids, scale: jnp.sum(jnp.sin(p[ids]) * scale[:, None] * jnp.array([1.0, 2.0]))
+    grads = jgd.per_example_grad(loss, strategy="factored")(Draw(0)(7, 2), ids, scale)
+    gram, norms = jgd.gram(grads), jgd.norms(grads)
+    assert not np.any(np.isfinite(gram[0])) and not np.any(np.isfinite(gram[:, 0]))
+    assert np.all(np.isfinite(gram[1:, 1:])) and not np.isfinite(norms[0]) and np.all(np.isfinite(norms[1:]))

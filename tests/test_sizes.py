@@ -1,11 +1,13 @@
 """Every rule, by every form, where axes have no elements, one or two: of examples, of positions, of the parameters."""
 
+import functools
 import itertools
 import warnings
 
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import oracle
 import pytest
 from cases import Draw, Problem
@@ -93,7 +95,9 @@ def loops(draw, size, sizes):
             return lax.scan(lambda h, own: (jnp.tanh(h + own[1] @ own[0]), h), jnp.zeros(w.shape[2]), (w, x))
 
         def looked_up(w, ids):
-            return lax.scan(lambda h, i: (jnp.tanh(h + jnp.take(w, i, axis=0)), h), jnp.zeros(w.shape[1]), ids)
+            return lax.scan(
+                lambda h, i: (jnp.tanh(h + jnp.take(w, i, axis=0)), h), jnp.zeros(w.shape[1]), ids
+            )
 
         def tables(w, ids):
             return lax.scan(lambda h, own: (jnp.tanh(h + own[0][own[1]]), h), jnp.zeros(w.shape[2]), (w, ids))
@@ -126,7 +130,12 @@ RULES = {
     "others": (others, (3, 3)),
     "loops": (loops, (3, 3, 3)),
 }
-AT_LEAST_ONE = {"kernels": (2,), "rows": (0,), "slices": (0,), "tied": (0,)}  # axes that JAX wants elements on
+AT_LEAST_ONE = {
+    "kernels": (2,),
+    "rows": (0,),
+    "slices": (0,),
+    "tied": (0,),
+}  # axes that JAX wants elements on
 
 
 def sizes_of(name, *, every):
@@ -190,7 +199,11 @@ def answers_of(blocks, size, direction):
     else:
         zeros = jax.tree.map(lambda x: np.zeros(x.shape[1:]), blocks)
         sums = ("sum", "weighted_sum", "clipped_sum", "weighted_clipped_sum")
-        want = {name: zeros for name in sums} | {"materialize": blocks, "norms": np.zeros(0), "dot": np.zeros(0)}
+        want = {name: zeros for name in sums} | {
+            "materialize": blocks,
+            "norms": np.zeros(0),
+            "dot": np.zeros(0),
+        }
         want |= {"leaf_norms": jax.tree.map(lambda x: np.zeros(0), blocks)}
         want |= {name: np.zeros((0, 0)) for name in ("gram", "cross_gram")}
     want["project"] = jgd.project(jax.tree.map(jnp.asarray, blocks), jax.random.key(0), 2)
@@ -240,3 +253,51 @@ def test_every_size(name, form, size, x64):
     sizes = sizes_of(name, every=True)
     for first in range(0, len(sizes), 27):
         compare(name, size, form, sizes[first : first + 27], every=True)
+
+
+def dense_and_rows(w, x):
+    return jnp.sum(jnp.tanh(x @ w["dense"]) ** 2) + jnp.sum(w["rows"][x[:2, 0].astype(int)])
+
+
+WEIGHTS = {"dense": jnp.ones((3, 2)), "rows": jnp.ones(4)}
+WAYS_TO_MAKE = (
+    {"strategy": "factored", "microbatch_size": 1},
+    {"microbatch_size": 2},
+    {"max_memory": 10_000},
+    {"autotune": True},
+)
+
+
+@pytest.mark.parametrize("options", WAYS_TO_MAKE, ids=str)
+def test_no_examples_beside_some(options):
+    grads_of = jgd.per_example_grad(dense_and_rows, **options)
+    none, some = (grads_of(WEIGHTS, jnp.ones((size, 5, 3))) for size in (0, 2))
+    assert len(none) == 0 and none.values.shape == (0,)
+    assert jgd.gram(none, some).shape == (0, 2) and jgd.gram(some, none).shape == (2, 0)
+    zeros = jax.tree.map(jnp.zeros_like, WEIGHTS)
+    for answer in (jgd.sum(none), jgd.clipped_sum(none, 1.0), jgd.sum(none, jnp.zeros(0))):
+        jax.tree.map(np.testing.assert_array_equal, answer, zeros)
+    for reduction in (jgd.mean, jgd.second_moment, jgd.variance, jgd.noise_scale):
+        with pytest.raises(ValueError, match="`grads`"):
+            reduction(none)
+
+
+@pytest.mark.parametrize(
+    "reduce", [jgd.sum, functools.partial(jgd.clipped_sum, max_norm=1.0)], ids=["sum", "clipped"]
+)
+def test_a_step_on_no_examples_has_a_gradient_of_zeros(reduce):
+    method = jgd.descent(dense_and_rows, optax.sgd(0.1), reduce=reduce)
+    state, info = method.step(method.init(WEIGHTS), jnp.ones((0, 5, 3)))
+    assert state.step == 1 and info.grad_norm == 0
+    jax.tree.map(np.testing.assert_array_equal, state.params, WEIGHTS)
+
+
+def test_more_rows_than_numbers_for_them_are_left_to_the_fallback():
+    """Nothing is computed: only shapes go through."""
+    at = jax.ShapeDtypeStruct((2, 3), jnp.int32)
+    for rows, first, rule in ((2**15, 0, {"lookup"}), (2**16, 0, {"opaque"}), (2**17, 1, set())):
+        table = jax.ShapeDtypeStruct((rows, 2**15, 1), jnp.float32)
+        loss = lambda p, i, j, first=first: jnp.sum(jnp.sin(p[:, first:][i, j]))
+        grads = jax.eval_shape(jgd.per_example_grad(loss, strategy="factored"), table, at, at)
+        assert {use.rule for part in grads.form.plan.parts for use in part.uses} == rule
+        assert jax.eval_shape(jgd.norms, grads).shape == (2,)

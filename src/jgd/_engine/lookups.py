@@ -109,6 +109,9 @@ def gram(ours: Rows, theirs: Rows | None, rows: int) -> jax.Array:
     right = jnp.concatenate([x.reshape(-1, x.shape[2]) for x in rights])
     order = _by_group(_representative(index, rows))
     total = _partners(index[order], owner[order], right[order], rows, size)
+    # A gradient that is not finite has no finite inner product, with rows that it does not meet either.
+    finite = jnp.concatenate([jnp.all(jnp.isfinite(x), axis=(1, 2)) for x in rights])
+    total = jnp.where((finite[:, None] & finite) | ~jnp.isfinite(total), total, jnp.nan)
     return total if theirs is None else total[: lengths[0][0], lengths[0][0] :]
 
 

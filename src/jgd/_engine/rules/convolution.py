@@ -91,7 +91,9 @@ class _Geometry:
         right = self._right(data.deltas[0])
         right = right.transpose(*self.n_order, depth, depth + 1)
         n, t = math.prod(left.shape[:depth]), left.shape[depth]
-        return Outer(left.reshape(n, t, math.prod(left.shape[depth + 1 :])), right.reshape(n, t, right.shape[-1]))
+        return Outer(
+            left.reshape(n, t, math.prod(left.shape[depth + 1 :])), right.reshape(n, t, right.shape[-1])
+        )
 
     def block(self, data: SiteData) -> jax.Array:
         """The gradient, one product for each place in the window: (window, steps.., groups, channels, q)."""
