@@ -112,6 +112,8 @@ class Microbatched:
 
     def gram(self, other: Any) -> jax.Array:
         """⟨g_i, g'_j⟩; the other batch's microbatches are made again for each of these."""
+        if other.size == 0:  # which optax cannot string together
+            return jnp.zeros((self.size, 0))
         columns = lambda form: other.walk(lambda theirs, _: ((), theirs.gram(form)), None)[1]
         return self.walk(lambda form, _: ((), columns(form).T), None)[1]
 

@@ -58,9 +58,10 @@ def _of_columns(ours: Sequence[Outer | Rows], theirs: Sequence[Outer | Rows] | N
     """From the gradients at a few places of p at a time: no more of them is ever built."""
     sides = [ours] if theirs is None else [ours, theirs]
     sizes = [side[0].right.shape[0] for side in sides]
+    size, n, _, q = ours[0].right.shape
     count = math.ceil(
-        p / max(1, min(p, _TILE // max(1, math.prod(ours[0].right.shape) // ours[0].right.shape[2])))
-    )
+        p / max(1, min(p, _TILE // max(1, size * n * q)))
+    )  # 1 at least: an empty leaf has no factors
     width = math.ceil(p / count)
 
     def at(factor: Outer | Rows, start: jax.Array) -> jax.Array:

@@ -29,6 +29,7 @@ __all__ = [
     "split_p",
     "touches_references",
     "trace_jaxpr",
+    "with_wide_ids",
 ]
 
 
@@ -61,8 +62,34 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     bound = eqn.primitive.get_bind_params(eqn.params)
     functions, params = bound if isinstance(bound, tuple) else ((), bound)
     with eqn.ctx.manager:
-        out = eqn.primitive.bind(*functions, *operands, **params)
+        out = eqn.primitive.bind(*functions, *with_wide_ids(eqn, operands), **params)
     return list(out) if eqn.primitive.multiple_results else [out]
+
+
+# Where the ids begin among the operands of what looks rows up or writes them, and behind how many.
+_IDS = {
+    prim.gather_p: slice(1, 2),
+    prim.dynamic_slice_p: slice(1, None),
+    prim.dynamic_update_slice_p: slice(2, None),
+    prim.scatter_p: slice(1, 2),
+    prim.scatter_add_p: slice(1, 2),
+    prim.scatter_mul_p: slice(1, 2),
+    prim.scatter_min_p: slice(1, 2),
+    prim.scatter_max_p: slice(1, 2),
+}
+
+
+def with_wide_ids(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
+    """The operands, with ids of at least 32 bits.
+
+    XLA compares ids with the bounds in the ids' own dtype: of jaxlib 0.10 it wraps a bound that they cannot hold, and
+    reads or writes another row.
+    """
+    at = _IDS.get(eqn.primitive)
+    if at is None or all(x.aval.dtype.itemsize >= 4 for x in eqn.invars[at]):
+        return operands
+    wide = [jax.lax.convert_element_type(x, "int32") for x in operands[at]]
+    return [*operands[: at.start], *wide, *operands[at.start + len(wide) :]]
 
 
 def aval_of(atom: Any) -> jax.ShapeDtypeStruct:

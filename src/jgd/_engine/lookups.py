@@ -57,7 +57,7 @@ def spread(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device:
     first, total = _by_row(made.index, mask_rows(present, made.right), rows)
     share = jnp.where(first & present[:, None], weights[:, None], 0).reshape(-1, 1)
     number, places = _numbered(made.index, rows)
-    total = total.reshape(share.shape[0], -1)
+    total = total.reshape(share.shape[0], total.shape[2])
     summed = lambda x: jnp.zeros((places.size, x.shape[1]), x.dtype).at[number].add(x, mode="drop")
     mean = summed(share * total) * inverse(weight)
     near = jnp.take(mean, number, axis=0, mode="fill", fill_value=0)
@@ -109,6 +109,9 @@ def gram(ours: Rows, theirs: Rows | None, rows: int) -> jax.Array:
     right = jnp.concatenate([x.reshape(-1, x.shape[2]) for x in rights])
     order = _by_group(_representative(index, rows))
     total = _partners(index[order], owner[order], right[order], rows, size)
+    # A gradient that is not finite has no finite inner product, with rows that it does not meet either.
+    finite = jnp.concatenate([jnp.all(jnp.isfinite(x), axis=(1, 2)) for x in rights])
+    total = jnp.where((finite[:, None] & finite) | ~jnp.isfinite(total), total, jnp.nan)
     return total if theirs is None else total[: lengths[0][0], lengths[0][0] :]
 
 

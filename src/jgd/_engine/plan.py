@@ -286,17 +286,20 @@ def _branched(region: Region) -> frozenset[int]:
 
 
 def _parts(leaf: int, uses: Sequence[Use], device: Device, variant: Variant) -> list[Part] | None:
-    """The parts of one leaf; None where its uses overlap without being the same."""
+    """The parts of one leaf; None where its uses overlap without being the same, or a place is beyond 32 bits."""
     places: dict[tuple[int, tuple[Axis, ...]], list[Use]] = {}
     for use in uses:
         places.setdefault((use.offset, use.axes), []).append(use)
     keys = list(places)
+    if any(offset + sum((n - 1) * abs(step) for n, step in axes) > _FARTHEST for offset, axes in keys):
+        return None
     if len(keys) > _MANY or any(overlap(a, b) for i, a in enumerate(keys) for b in keys[:i]):
         return None
     parts = [Part(leaf, *key, tuple(same), *common_shape(same), "block") for key, same in places.items()]
     return [replace(part, method=_method(part, device, variant)) for part in parts]
 
 
+_FARTHEST = 2**31 - 1  # place in a leaf that an index has the bits for, where JAX has no wider ones
 _MANY = (
     64  # parts of one leaf beyond which looking at every pair of them, and a program for each, is too much
 )

@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jax.lax import GatherScatterMode
 
 from jgd._engine.differentiated import bind_differentiated
-from jgd._engine.jaxprs import bind, mentions, prim, scan_of
+from jgd._engine.jaxprs import bind, mentions, prim, scan_of, with_wide_ids
 from jgd._engine.regions import Nested, Region, Side, Site, has_part, needed_by, recorded
 from jgd._engine.tapped import Environment
 from jgd._engine.trees import Tree, picked, taps_of, zeros
@@ -87,6 +87,7 @@ def _gather(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     if eqn.params["mode"] != GatherScatterMode.PROMISE_IN_BOUNDS:
         return bind(eqn, operands)
     params = {k: v for k, v in eqn.params.items() if k not in ("mode", "fill_value")}
+    operands = with_wide_ids(eqn, operands)
     return [eqn.primitive.bind(*operands, **params, mode=GatherScatterMode.FILL_OR_DROP, fill_value=0)]
 
 

@@ -91,7 +91,9 @@ class _Geometry:
         right = self._right(data.deltas[0])
         right = right.transpose(*self.n_order, depth, depth + 1)
         n, t = math.prod(left.shape[:depth]), left.shape[depth]
-        return Outer(left.reshape(n, t, -1), right.reshape(n, t, -1))
+        return Outer(
+            left.reshape(n, t, math.prod(left.shape[depth + 1 :])), right.reshape(n, t, right.shape[-1])
+        )
 
     def block(self, data: SiteData) -> jax.Array:
         """The gradient, one product for each place in the window: (window, steps.., groups, channels, q)."""
@@ -136,7 +138,8 @@ class _Geometry:
         depth = len(steps) + len(shared)
         spec = self.params["dimension_numbers"].out_spec
         channels = depth + spec[1]
-        split = delta.reshape(*delta.shape[:channels], self.groups, -1, *delta.shape[channels + 1 :])
+        each = delta.shape[channels] // self.groups
+        split = delta.reshape(*delta.shape[:channels], self.groups, each, *delta.shape[channels + 1 :])
         moved = lambda d: depth + d + (1 if depth + d > channels else 0)
         positions = [*shared, moved(spec[0]), *(moved(d) for d in spec[2:])]
         right = split.transpose(*steps, channels, *positions, channels + 1)
@@ -167,7 +170,8 @@ class _Geometry:
         lead = padded.shape[: depth + 2]
         piece = lax.dynamic_slice(padded, [*np.zeros(len(lead), place.dtype), *place], [*lead, *sizes])
         piece = lax.slice(piece, [0] * piece.ndim, piece.shape, [*[1] * len(lead), *strides])
-        split = piece.reshape(*lead[: depth + 1], self.groups, -1, *out)
+        each = lead[depth + 1] // self.groups
+        split = piece.reshape(*lead[: depth + 1], self.groups, each, *out)
         axes = [*range(first), depth + 1, *range(first, depth + 1), *range(depth + 3, split.ndim), depth + 2]
         piece = split.transpose(axes)
         return piece.reshape(*piece.shape[: first + 1], -1, piece.shape[-1])

@@ -2,18 +2,25 @@
 
 The gradient is δ, added to the rows that were looked up. `left` would be the one-hot of the indices; only the
 row numbers are kept. Loops that step through the parameter choose rows too.
+
+Ids are of any integer type, and may lie out of bounds. What is done with those is what JAX's derivative does: a
+lookup that clamps adds δ to the row at the edge, any other adds it nowhere, whatever was read in the row's place.
 """
 
+import math
 from collections.abc import Callable, Sequence
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.lax import GatherScatterMode
 
 from jgd._engine.factors import Arrangement, Rows, Shape, group, product, split_axes
 from jgd._engine.regions import Side, Site
 from jgd._engine.uses import SiteData, Use
 from jgd._engine.views import View
+
+_MOST_ROWS = np.iinfo(np.int32).max  # that row numbers can tell apart, beside the one of no row
 
 
 def match_gather(site: Site, position: int, view: View) -> Use | None:
@@ -72,7 +79,10 @@ def _rows(
     *,
     clamps: bool,
 ) -> Use | None:
-    """The use of a lookup along the axes `indexed`, whose row axes lie in the output as `where` says."""
+    """The use of a lookup along the axes `indexed`, whose row axes lie in the output as `where` says.
+
+    None where the rows are too many for their numbers.
+    """
     around, own = split_axes(view, site.loops)
     depth = len(around)
     stepping = [(i, axis) for i, axis in enumerate(around) if axis[1] != 0]
@@ -87,25 +97,35 @@ def _rows(
     right = Arrangement(tuple(spread), ((), positions, right_q))
     shape = Shape((), p, q)
     rows = product(p)
+    if rows > _MOST_ROWS:
+        return None
+    lengths = [length for _, length in site.loops] + [site.outputs[0].aval.shape[i] for i in batch]
 
     def factor(data: SiteData) -> Rows:
         indices = looked_up(data)
-        number, valid = jnp.zeros(indices[0].shape, jnp.int32), jnp.ones(indices[0].shape, bool)
+        number, valid = jnp.zeros(lengths, jnp.int32), jnp.ones(lengths, bool)
         for source, (size, _) in zip(sources, p, strict=True):
             if source < depth:
-                steps = jnp.arange(size).reshape([-1 if i == source else 1 for i in range(number.ndim)])
-                index = jnp.broadcast_to(steps, number.shape)
+                steps = jnp.arange(size, dtype=jnp.int32)
+                index = steps.reshape([-1 if i == source else 1 for i in range(len(lengths))])
             else:
                 index = indices[source - depth]
-                valid &= (index >= 0) & (index < size)
-                index = jnp.clip(index, 0, size - 1)
-            number = number * size + index.astype(jnp.int32)
+                inside = _within(index, size)
+                valid, index = valid & (inside == index), inside.astype(jnp.int32)
+            number = number * size + index
         delta = right(data.deltas[0])
-        number, valid = number.reshape(-1), valid.reshape(-1)
-        # A row out of bounds was filled, not read, where it was not clamped: it has no part in the gradient.
-        return Rows(number if clamps else jnp.where(valid, number, rows), delta, rows)
+        if clamps:
+            return Rows(number.reshape(-1), delta, rows)
+        # What was filled, not read, may have a δ that is not finite: it must reach no sum, not even times 0.
+        valid = valid.reshape(-1)
+        met = jnp.where(valid[None, :, None], delta, jnp.zeros((), delta.dtype))
+        return Rows(jnp.where(valid, number.reshape(-1), rows), met, rows)
 
-    count = 1
-    for i in positions:
-        count *= site.loops[i][1] if i < depth else site.outputs[0].aval.shape[i - depth]
+    count = math.prod(lengths)
     return Use("lookup", site, 0, view.leaf, view.offset, shape.axes, shape, count, factor)
+
+
+def _within(index: jax.Array, size: int) -> jax.Array:
+    """The nearest id within bounds, in the ids' own dtype: a bound that it cannot hold is no bound of theirs."""
+    last = min(size - 1, int(jnp.iinfo(index.dtype).max))
+    return jnp.clip(index, jnp.zeros((), index.dtype), jnp.asarray(last, index.dtype))
