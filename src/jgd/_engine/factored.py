@@ -18,6 +18,7 @@ from jgd._engine.examples import Example, deltas_of, part_data, site_outputs
 from jgd._engine.gathered import Asked, Gathered
 from jgd._engine.held import Held
 from jgd._engine.parts import Part
+from jgd._engine.stored import stored
 from jgd._materialized import AllAtOnce, Materialized, accumulator
 from jgd._mesh import varying
 from jgd._random import directions
@@ -57,7 +58,7 @@ class Factored(Held, AllAtOnce):
         backward = sorted(self.plan.backward_only)
         forward = [leaf for leaf in self.leaves if leaf not in self.plan.backward_only]
         tangents = [v.astype(x.dtype) for v, x in zip(direction, self.like, strict=True)]
-        tangents = varying(tangents, self.examples)
+        tangents = varying(stored(tangents), self.examples)
 
         def one(example: Example) -> jax.Array:
             outputs = lambda values: site_outputs(self.plan, self.model, example, forward, values)

@@ -8,11 +8,12 @@ from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import Literal, Var
+from jax.extend.core import Literal, Primitive, Var
 from jax.extend.core import primitives as prim
 
 __all__ = [
     "Literal",
+    "Primitive",
     "Scan",
     "Var",
     "aval_of",
