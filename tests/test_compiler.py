@@ -173,10 +173,18 @@ def convolved(w, x):
     )
 
 
+def pooled(w, x):
+    """The derivative of the convolution is one itself, with a cotangent of ones for its kernel."""
+    kernel = jnp.reshape(jnp.resize(w, (9, 32, Q)), (3, 3, 32, Q))
+    image = jnp.broadcast_to(x[None, :16, None, :32], (1, 16, 16, 32))
+    names = ("NHWC", "HWIO", "NHWC")
+    return jnp.sum(jax.lax.conv_general_dilated(image, kernel, (1, 1), "SAME", dimension_numbers=names)) / 256
+
+
 LOSSES = {f"lookup, {how}": lookup(how) for how in ("sum", "mean", "weighted")} | {
     loss.__name__: (loss, draw(Q, Q) / 8, (draw(B, T, Q, seed=1),))
     for loss in (
-        dense, dense_of_broadcast, parameter_first, bias, scaled, scale_of_product, stepped, layers, convolved,
+        dense, dense_of_broadcast, parameter_first, bias, scaled, scale_of_product, stepped, layers, convolved, pooled,
     )
 }  # fmt: skip
 
@@ -232,8 +240,8 @@ def check(name, options, reductions, truth):
 
 @pytest.mark.parametrize("name", LOSSES)
 def test_broadcasts_are_right_in_compiled_programs(name, truth):
-    others = [what for what in REDUCTIONS if what not in ("norms", "gram")]
-    check(name, {"strategy": "factored"}, ["norms", others[list(LOSSES).index(name) % len(others)]], truth)
+    others = {"dense": "slopes along ones", "pooled": "noise scale", "bias": "gram", "convolved": "variance"}
+    check(name, {"strategy": "factored"}, ["norms", others.get(name, "weighted clipped sum")], truth)
 
 
 OPTIONS = {
