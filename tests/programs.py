@@ -44,13 +44,25 @@ class Loop:
         return {k: f(env) for k, f in self.stacked.items()}, {k: f(env) for k, f in self.hoisted.items()}
 
 
-LARGEST = 40  # elements beyond which a step's output is cut down
+class Sizes(NamedTuple):
+    """How large programs are: of the example's axes, of what is cut down, of a product's new axes."""
+
+    axes: Sequence[int] = (2, 3, 4)
+    largest: int = 40  # elements beyond which a step's output is cut down
+    cut: Sequence[int] = (6, 8, 12)
+    free: Sequence[int] = (1, 2, 3)
+
+
+# So large that a compiler treats the arrays of five examples as it treats large ones: XLA's kernels begin at 4,096.
+SMALL = Sizes()
+WIDE = Sizes((8, 12, 16), 2048, (128, 240, 512), (8, 12, 24))
+
 LEAVES = 6  # beyond which no new leaf is made where an old one will do
 
 
-def random_program(seed: Any) -> tuple[Problem, str]:
+def random_program(seed: Any, sizes: Sizes = SMALL) -> tuple[Problem, str]:
     """A loss with parameters and a batch, and what it says."""
-    writer = Writer(np.random.default_rng(seed))
+    writer = Writer(np.random.default_rng(seed), sizes)
     problem = writer.problem()
     leaves = ", ".join(f"{name}{list(value.shape)}" for name, value in writer.leaves.items())
     return problem, f"seed {seed}: leaves {leaves}\n" + "\n".join(writer.text)
@@ -93,8 +105,8 @@ def _rows(x: jax.Array) -> jax.Array:
 class Writer:
     """Draws one program; `text` says what was drawn."""
 
-    def __init__(self, rng: np.random.Generator):
-        self.rng = rng
+    def __init__(self, rng: np.random.Generator, sizes: Sizes):
+        self.rng, self.sizes = rng, sizes
         self.leaves: dict[str, np.ndarray] = {}
         self.text: list[str] = []
         self.loops: list[Loop] = []
@@ -140,7 +152,7 @@ class Writer:
     # Programs
 
     def problem(self) -> Problem:
-        shape = tuple(self.pick([2, 3, 4]) for _ in range(self.int(1, 3)))
+        shape = tuple(self.pick(self.sizes.axes) for _ in range(self.int(1, 3)))
         start = shape
         self.say(f"x{list(shape)}")
         run, shape = self.chain(shape, self.int(2, 4))
@@ -175,8 +187,8 @@ class Writer:
             step = self.step(shape)
             steps.append(step)
             shape = self.shape_of(step, shape)
-            if math.prod(shape) > LARGEST or not shape or len(shape) > 4:
-                smaller = self.factored(self.pick([6, 8, 12]))
+            if math.prod(shape) > self.sizes.largest or not shape or len(shape) > 4:
+                smaller = self.factored(self.pick(self.sizes.cut))
                 self.say(f"fit to {list(smaller)}")
                 steps.append(lambda env, x, to=smaller: fit(x, to))
                 shape = smaller
@@ -323,7 +335,7 @@ class Writer:
         roles = [self.pick(["batch", "contracted", "contracted", "free"]) for _ in shape]
         mine = {role: self.shuffled([i for i, r in enumerate(roles) if r == role]) for role in set(roles)}
         batch, contracted = mine.get("batch", []), mine.get("contracted", [])
-        free = [self.pick([1, 2, 3]) for _ in range(self.int(0, 2))]
+        free = [self.pick(self.sizes.free) for _ in range(self.int(0, 2))]
         sizes = [("b", i, shape[i]) for i in batch] + [("c", i, shape[i]) for i in contracted]
         axes = self.shuffled([*sizes, *(("f", i, size) for i, size in enumerate(free))])
         at = {(kind, i): place for place, (kind, i, _) in enumerate(axes)}

@@ -15,6 +15,7 @@ from jgd._engine.factored import Factored
 from jgd._engine.fused import NOTHING, Sums
 from jgd._engine.plan import AGAIN, Variant
 from jgd._engine.program import Program, trace
+from jgd._engine.stored import stored
 from jgd._errors import common_length, describe, leaf_name
 from jgd._loss import Loss, bind
 from jgd._materialized import Materialized
@@ -218,4 +219,4 @@ def held_form(grads: Any) -> tuple[Any, Any]:
             )
         lengths[name] = leaf.shape[0]
     common_length(lengths, "`grads`", may_be_empty=True)
-    return Materialized([jnp.asarray(leaf) for _, leaf in paths]), treedef
+    return Materialized([stored(jnp.asarray(leaf)) for _, leaf in paths]), treedef

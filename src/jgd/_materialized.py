@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jgd._engine.leading import mask_rows, scale_rows, sum_present
+from jgd._engine.stored import stored
 from jgd._engine.tiles import pieces_of
 from jgd._mesh import Placement, spec_of
 from jgd._random import directions
@@ -95,7 +96,7 @@ class Materialized(AllAtOnce):
         total = jnp.zeros((self.size, other.size), jnp.float32)
         for ours, theirs in zip(self.blocks, other.materialize(), strict=True):
             wide = accumulator(jnp.promote_types(ours.dtype, theirs.dtype))
-            total = total + _flat(ours).astype(wide) @ _flat(theirs).astype(wide).T
+            total = total + _flat(ours).astype(wide) @ stored(_flat(theirs).astype(wide)).T
         return total
 
     def self_gram(self) -> jax.Array:

@@ -12,6 +12,7 @@ from jgd._engine.examples import Model, axes_of, pass_over
 from jgd._engine.factored import Factored
 from jgd._engine.plan import PLANNED, Variant, plan_of
 from jgd._engine.program import Program
+from jgd._engine.stored import stored
 from jgd._engine.tiles import map_tiles, pieces_of
 from jgd._materialized import Materialized
 from jgd._mesh import placed_by, spec_of, with_examples
@@ -62,6 +63,7 @@ def gradients_of(
         return _no_examples(program, params, constants, batch)
     size = batch[0].shape[0]
     pieces = pieces_of(batch, size)
+    params, constants, batch = stored((params, constants, batch))
     if strategy == "auto":
         at_once = blocks_at_once(program, size, pieces)
     else:
@@ -72,7 +74,7 @@ def gradients_of(
         values, aux, examples, sums = pass_over(
             plan, model, batch, fuse=pieces == 1, together=together and pieces == 1
         )
-        return values, aux, Factored(model, examples, plan, pieces, sums)
+        return values, aux, Factored(model, stored(examples), plan, pieces, sums)
 
     def value_and_grad(example: list[Any]) -> Any:
         return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)
@@ -81,7 +83,7 @@ def gradients_of(
     # Not by `jax.lax.map(..., batch_size=at_once)`, which refuses arrays without elements.
     made = some(batch, size) if at_once == size else map_tiles(some, batch, [0] * len(batch), size, at_once)
     (values, aux), blocks = made
-    return values, aux, Materialized(blocks)
+    return values, aux, Materialized(stored(blocks))
 
 
 def values_of(program: Program, model: Model, batch: list[Any]) -> tuple[jax.Array, list[Any]]:

@@ -16,12 +16,13 @@ from jgd._engine.examples import Example, deltas_of, site_outputs
 from jgd._engine.gathered import Asked, Gathered
 from jgd._engine.held import Held
 from jgd._engine.regions import Nested, Region, Value
+from jgd._engine.stored import stored
 from jgd._mesh import varying
 
 
 def dot(held: Held, direction: Sequence[jax.Array]) -> jax.Array:
     """⟨g_i, v⟩, `(B,)`, in at least float32, with the direction in its own dtype."""
-    direction = varying(list(direction), held.examples)
+    direction = varying(stored(list(direction)), held.examples)
     without_rule = {part.leaf for part in held.plan.parts for use in part.uses if use.shape is None}
     others = without_rule | held.plan.whole_leaves | held.plan.backward_only
     total, ask = jnp.zeros(held.size, jnp.float32), Asked(Gathered.dot)

@@ -19,6 +19,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.leading import sum_leading, wide
+from jgd._engine.stored import stored
 from jgd._engine.views import Axis, View, merge_axes
 
 
@@ -212,7 +213,7 @@ def square(made: Sequence[Factor]) -> jax.Array:
 def contract(spec: str, a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
     """An einsum of two arrays that accumulates in at least float32."""
     dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
-    return jnp.einsum(spec, a, b, precision=precision, preferred_element_type=dtype)
+    return jnp.einsum(spec, stored(a), stored(b), precision=precision, preferred_element_type=dtype)
 
 
 def place(

@@ -24,6 +24,7 @@ from jgd._engine.jaxprs import bind
 from jgd._engine.parts import Part
 from jgd._engine.regions import Nested, Region, Site, Value
 from jgd._engine.rules import use_of
+from jgd._engine.stored import stored
 from jgd._engine.tiles import Batch
 from jgd._engine.trees import bumped
 from jgd._engine.uses import SiteData, opaque
@@ -195,6 +196,7 @@ def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: jax.Array, tog
 
     def backward(kept: Any, delta: jax.Array) -> Any:
         data, number, together = kept
+        data, delta = stored((data, delta))
         square = probe.part.square(probe.data((data, delta))).astype(number.dtype)
         made = None if together is None else _made_together(probe, data, delta, together)
         return delta, None, square, made

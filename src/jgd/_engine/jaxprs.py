@@ -9,12 +9,13 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple
 
 import jax
-from jax.extend.core import Literal, Var
+from jax.extend.core import Literal, Primitive, Var
 from jax.extend.core import primitives as prim
 from jax.interpreters import ad
 
 __all__ = [
     "Literal",
+    "Primitive",
     "Scan",
     "Var",
     "asks_what_moves",

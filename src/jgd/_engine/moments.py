@@ -12,6 +12,7 @@ import jax.numpy as jnp
 
 from jgd._engine.factors import Outer
 from jgd._engine.leading import mask_rows, scale_rows, sum_leading, sum_present, wide
+from jgd._engine.stored import stored
 from jgd._engine.tiles import Batch
 from jgd._mesh import varying
 
@@ -107,7 +108,7 @@ def square_of_outer(made: Outer, weights: jax.Array | None) -> jax.Array:
 
 def sum_of_outer(left: jax.Array, right: jax.Array) -> jax.Array:
     """Σ l_i r_iᵀ, `(n, p, q)`. Some devices multiply in fewer bits than float32 has, unless they are told not to."""
-    return jnp.einsum("inp,inq->npq", left, right, precision=jax.lax.Precision.HIGHEST)
+    return jnp.einsum("inp,inq->npq", stored(left), stored(right), precision=jax.lax.Precision.HIGHEST)
 
 
 def _sides(made: Outer) -> tuple[jax.Array, jax.Array]:

@@ -15,6 +15,7 @@ from jgd._engine.gathered import Asked, Gathered
 from jgd._engine.held import Held
 from jgd._engine.leading import few_and_long, few_and_short, scaled, sum_leading, sum_present, wide
 from jgd._engine.parts import Part
+from jgd._engine.stored import stored
 from jgd._engine.tiles import Batch
 from jgd._materialized import Materialized, accumulator
 
@@ -82,7 +83,7 @@ def _second_pass(held: Held, weights: jax.Array | None) -> list[jax.Array]:
     values, pull = jax.vjp(losses, [x.astype(wide(x)) for x in held.model.params])
     sums = pull(weights.astype(values.dtype))[0]
     anyone = jnp.any(weights != 0)
-    return [jnp.where(anyone, x, 0) for x in sums]
+    return stored([jnp.where(anyone, x, 0) for x in sums])
 
 
 def _sums_of_blocks(
