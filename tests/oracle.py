@@ -4,6 +4,7 @@ Nothing of jgd is imported here.
 """
 
 import functools
+import math
 from typing import Any
 
 import jax
@@ -61,7 +62,7 @@ def answers(blocks: Any, other: Any, weights: np.ndarray, max_norm: float, direc
         "mean": weighted(np.full(len(rows), 1 / len(rows)), blocks),
         "weighted_mean": weighted(share, blocks),
         "norms": norms,
-        "leaf_norms": jax.tree.map(lambda x: np.linalg.norm(x.reshape(len(x), -1), axis=1), blocks),
+        "leaf_norms": jax.tree.map(lambda x: np.linalg.norm(_rows(x), axis=1), blocks),
         "dot": rows @ matrix(jax.tree.map(lambda x: x[None], direction))[0],
         "gram": rows @ rows.T,
         "cross_gram": rows @ others.T,
@@ -77,7 +78,12 @@ def answers(blocks: Any, other: Any, weights: np.ndarray, max_norm: float, direc
 
 def matrix(blocks: Any) -> np.ndarray:
     """The `(B, P)` Jacobian."""
-    return np.concatenate([x.reshape(len(x), -1) for x in jax.tree.leaves(blocks)], axis=1)
+    return np.concatenate([_rows(x) for x in jax.tree.leaves(blocks)], axis=1)
+
+
+def _rows(x: np.ndarray) -> np.ndarray:
+    """One row an example, even where there is none."""
+    return x.reshape(len(x), math.prod(x.shape[1:]))
 
 
 def weighted(weights: np.ndarray, blocks: Any) -> Any:
@@ -101,6 +107,7 @@ def assert_close(got: Any, want: Any, tolerance: float, *, what: str = "") -> No
     assert jax.tree.structure(got) == jax.tree.structure(want), what
     scale = max([float(np.max(np.abs(x), initial=0)) for x in jax.tree.leaves(want)], default=0.0)
     for (path, x), y in zip(jax.tree.leaves_with_path(got), jax.tree.leaves(want), strict=True):
+        assert not np.iscomplexobj(x), f"{what}{jax.tree_util.keystr(path)} is complex"
         x = np.asarray(x, np.float64)
         assert x.shape == np.shape(y), (
             f"{what}{jax.tree_util.keystr(path)}: shape {x.shape}, not {np.shape(y)}"
