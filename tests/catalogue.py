@@ -11,6 +11,7 @@ from typing import Any
 import jax
 import jax.extend.core.primitives
 import jax.interpreters.ad
+import jax.numpy as jnp
 import numpy as np
 
 try:
@@ -55,4 +56,24 @@ def known_primitives() -> set[str]:
     Packages add to the second list when they are imported: ask in a process that has imported nothing else.
     """
     listed = vars(jax.extend.core.primitives).values()
-    return {p.name for p in [*listed, *jax.interpreters.ad.primitive_jvps] if hasattr(p, "name")}
+    return {p.name for p in [*listed, *jax.interpreters.ad.primitive_jvps] if hasattr(p, "bind")}
+
+
+def primitives_in(fun: Callable[..., Any], *args: Any) -> set[str]:
+    """The names of the primitives that a function of arrays goes through, in all that it calls as well."""
+    found: set[str] = set()
+
+    def visit(jaxpr: Any) -> None:
+        for eqn in jaxpr.eqns:
+            if any(jnp.issubdtype(getattr(x.aval, "dtype", np.int32), jnp.inexact) for x in eqn.invars):
+                found.add(eqn.primitive.name)
+            for inner in jax.tree.leaves(list(eqn.params.values()), is_leaf=lambda x: hasattr(x, "eqns")):
+                visit_any(inner)
+
+    def visit_any(x: Any) -> None:
+        x = getattr(x, "jaxpr", x)
+        if hasattr(x, "eqns"):
+            visit(x)
+
+    visit_any(jax.make_jaxpr(fun)(*args))
+    return found
