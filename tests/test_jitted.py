@@ -15,7 +15,8 @@ import oracle
 import pytest
 from cases import CASES, Problem
 from meshes import is_none, widened
-from programs import WIDE, random_program
+from programs.drawing import MENDED, WIDE
+from programs.writer import random_program
 
 import jgd
 
@@ -153,8 +154,8 @@ def test_every_case_compiled(name):
 
 def compare_program(seed, questions):
     with jax.enable_x64(True):
-        exact, text = random_program(seed, WIDE)
-    return compare(narrow(exact), exact, questions, what=text)
+        program = random_program(seed, MENDED, sizes=WIDE)
+    return compare(narrow(program.problem), program.problem, questions, what=program.text)
 
 
 def test_some_random_programs_compiled():
