@@ -71,7 +71,7 @@ def test_a_stored_operand_is_right(name):
 
 
 def test_a_sum_of_a_broadcast_is_right():
-    """The other error of YNNPACK, which nothing goes round: versions that have it are refused."""
+    """The other error of YNNPACK, which nothing goes round: versions that have it are warned of."""
     total = jax.jit(lambda x: jnp.sum(jnp.broadcast_to(x, (8, 1024, 1024))))
     ones = np.ones((1024, 1), np.float32)
     assert all(total(ones) == 8 * 1024 * 1024 for _ in range(20))
@@ -255,8 +255,6 @@ OPTIONS = {
 @pytest.mark.parametrize("options", OPTIONS)
 @pytest.mark.parametrize("name", LOSSES)
 def test_broadcasts_are_right_in_every_compiled_program(name, options, truth):
-    if (name, options) == ("stepped", "microbatches"):
-        pytest.skip("raises, and not because of the compiler: UnexpectedTracerError")
     check(name, OPTIONS[options], REDUCTIONS, truth)
 
 
@@ -267,7 +265,7 @@ def test_what_is_refused_is_excluded_from_installs():
     project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
     required = {r.name: r.specifier for r in map(Requirement, project["dependencies"])}
     for name in ("jax", "jaxlib"):
-        assert not [bad for bad in _versions.REFUSED if bad in required[name]]
+        assert not [bad for bad in (*_versions.REFUSED, *_versions.DOUBTED) if bad in required[name]]
         assert {"0.10.1", "0.12.0", "0.12.0.1", "0.13.0"} == {
             good for good in ("0.10.1", "0.12.0", "0.12.0.1", "0.13.0") if good in required[name]
         }
@@ -276,10 +274,16 @@ def test_what_is_refused_is_excluded_from_installs():
 @pytest.mark.parametrize("jaxlib", _versions.REFUSED)
 def test_a_refused_version_says_what_to_install(jaxlib):
     with pytest.raises(ImportError, match=rf"jaxlib {re.escape(jaxlib)}.*pip install"):
-        _versions.refuse(jaxlib)
+        _versions.check(jaxlib)
+
+
+@pytest.mark.parametrize("jaxlib", _versions.DOUBTED)
+def test_a_version_that_is_wrong_on_cpus_alone_is_a_warning(jaxlib):
+    with pytest.warns(UserWarning, match=rf"jaxlib {re.escape(jaxlib)}.*pip install"):
+        _versions.check(jaxlib)
 
 
 def test_other_versions_are_not_refused():
     for jaxlib in ("0.10.1", "0.12.0.1", _versions.JAXLIB, "0.13.0.dev20261201"):
-        _versions.refuse(jaxlib)
+        _versions.check(jaxlib)
     assert not _versions.fuses_products("0.10.1") and _versions.fuses_products("0.13.0.dev20261201")

@@ -3,17 +3,15 @@
 docs/xla_report.md has the programs, and what each version makes of them.
 """
 
+import warnings
 from importlib.metadata import version
 
 JAXLIB = version("jaxlib")
 
-# Versions whose errors cannot be gone round, with what they get wrong. pyproject.toml excludes the same ones.
-REFUSED = {
-    "0.10.2": "sums of products that are mapped over examples",
-    "0.11.0": "sums of arrays that are broadcast",
-    "0.11.1": "sums of arrays that are broadcast",
-    "0.11.2": "sums of arrays that are broadcast",
-}
+# The version whose error cannot be gone round, and those whose error cannot be on a CPU alone; with what they get wrong.
+# pyproject.toml excludes them all. Where something else installed one of the latter, as for a GPU, that is a warning.
+REFUSED = {"0.10.2": "sums of products that are mapped over examples"}
+DOUBTED = dict.fromkeys(("0.11.0", "0.11.1", "0.11.2"), "sums of arrays that are broadcast")
 
 # The first version that computes a product and what reduces it in one kernel, wrongly where the product's right operand
 # is broadcast along the product's columns. `tests/test_compiler.py` says when a version no longer does.
@@ -35,14 +33,19 @@ def fuses_products(jaxlib: str) -> bool:
     return release(jaxlib) >= FUSES_PRODUCTS
 
 
-def refuse(jaxlib: str) -> None:
-    """Raises ImportError for a version of jaxlib that pyproject.toml excludes and something else installed."""
+def check(jaxlib: str) -> None:
+    """Raises ImportError for a version of jaxlib that is refused, and warns of one that is doubted."""
+    wrong = "on a CPU it computes {} wrongly, without an error"
+    instead = (
+        "Install a version that is right: `pip install 'jax==0.10.1' 'jaxlib==0.10.1'`, or from Python 3.12 on "
+        "`pip install 'jax>=0.12' 'jaxlib>=0.12'`"
+    )
     if jaxlib in REFUSED:
         raise ImportError(
-            f"jgd does not run with jaxlib {jaxlib}: on a CPU it computes {REFUSED[jaxlib]} wrongly, without an error. "
-            "Install a version that is right: `pip install 'jax==0.10.1' 'jaxlib==0.10.1'`, or from Python 3.12 on "
-            "`pip install 'jax>=0.12' 'jaxlib>=0.12'`"
+            f"jgd does not run with jaxlib {jaxlib}: {wrong.format(REFUSED[jaxlib])}. {instead}"
         )
+    if jaxlib in DOUBTED:
+        warnings.warn(f"jaxlib {jaxlib}: {wrong.format(DOUBTED[jaxlib])}. {instead}", stacklevel=2)
 
 
-refuse(JAXLIB)
+check(JAXLIB)
