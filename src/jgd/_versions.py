@@ -8,7 +8,7 @@ from importlib.metadata import version
 
 JAXLIB = version("jaxlib")
 
-# The version whose error cannot be gone round, and those whose error cannot be on a CPU alone; with what they get wrong.
+# The version whose error cannot be gone round, and those that are wrong on CPUs alone, with what they get wrong.
 # pyproject.toml excludes them all. Where something else installed one of the latter, as for a GPU, that is a warning.
 REFUSED = {"0.10.2": "sums of products that are mapped over examples"}
 DOUBTED = dict.fromkeys(("0.11.0", "0.11.1", "0.11.2"), "sums of arrays that are broadcast")
