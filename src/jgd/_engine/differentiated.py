@@ -44,11 +44,14 @@ def differentiated(eqn: Any, moving: Sequence[bool]) -> Differentiated:
     except TypeError:
         return _looked_at(eqn, moving)
     if key not in _known:
+        if len(_known) >= _MOST_KNOWN:
+            _known.clear()
         _known[key] = _looked_at(eqn, moving)
     return _known[key]
 
 
-_known: dict[Any, Differentiated] = {}
+_MOST_KNOWN = 4096
+_known: dict[Any, Differentiated] = {}  # of JAX's own rules, which stay as they are
 
 
 def _looked_at(eqn: Any, moving: Sequence[bool]) -> Differentiated:
