@@ -1,37 +1,20 @@
 """A loss is answered as it is now, and what was compiled for it serves again as long as it is the same."""
 
-import contextlib
 import functools
 import types
 
 import jax
-import jax.monitoring
 import jax.numpy as jnp
 import numpy as np
 import optax
 import oracle
 import pytest
-from jax.ad_checkpoint import checkpoint_name
+from flax import nnx
 
 import jgd
 
-_compiled: list[str] = []
-jax.monitoring.register_event_duration_secs_listener(
-    lambda event, *_, **__: _compiled.append(event) if event == _COMPILED else None
-)
-_COMPILED = "/jax/core/compile/backend_compile_duration"
-
 X = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
 P = np.random.default_rng(1).normal(size=6).astype("float32")
-
-
-@contextlib.contextmanager
-def compilations():
-    """Counts what is compiled inside."""
-    found = _compiled[len(_compiled) :]
-    start = len(_compiled)
-    yield found
-    found += _compiled[start:]
 
 
 def want(loss, p=P, x=X):
@@ -125,9 +108,7 @@ def what_it_wraps():
 
 def a_partial_of_a_list():
     weights = [1.0]
-    return functools.partial(lambda w, p, x: w[0] * jnp.sum(p * x) ** 2, weights), lambda: weights.insert(
-        0, 4.0
-    )
+    return functools.partial(lambda w, p, x: w[0] * jnp.sum(p * x) ** 2, weights), lambda: weights.insert(0, 4.0)
 
 
 def the_rule_of_a_custom_jvp():
@@ -200,10 +181,7 @@ def a_callback():
 
     def loss(p, x):
         made = jax.pure_callback(
-            lambda x: holder.factor * np.asarray(x),
-            jax.ShapeDtypeStruct((6,), x.dtype),
-            x,
-            vmap_method="sequential",
+            lambda x: holder.factor * np.asarray(x), jax.ShapeDtypeStruct((6,), x.dtype), x, vmap_method="sequential"
         )
         return jnp.sum(jnp.sin(p * made))
 
@@ -239,92 +217,111 @@ def test_a_loss_that_has_changed_is_answered_as_it_is_now(changing, options):
     close(grads.values, jax.vmap(lambda x: loss(P, x))(X))
 
 
-# What is the same is compiled once.
+# Wherever it is asked
 
 
-def relu(p, x):
-    return jnp.sum(jax.nn.relu(p * x - 0.1))
+def by_a_new_jit(loss):
+    return jax.jit(lambda p, x: jgd.materialize(jgd.per_example_grad(loss)(p, x)))(P, X)
 
 
-def softmax(p, x):
-    return -jnp.log(jax.nn.softmax(p * x)[0]) + jax.nn.logsumexp(jax.nn.gelu(p * x))
+def by_a_vmap(loss):
+    return jax.vmap(lambda p: jgd.materialize(jgd.per_example_grad(loss)(p, X)))(jnp.stack([jnp.array(P)] * 2))[0]
 
 
-def scanned(p, x):
-    return jnp.sum(jax.lax.scan(lambda c, s: (jnp.tanh(c + s), jax.nn.relu(c)), p * x, jnp.ones(3))[1])
+def by_a_derivative(loss):
+    summed = lambda p: jnp.sum(jgd.per_example_grad(loss)(p, X).values)
+    return jgd.materialize(jgd.per_example_grad(loss)(P, X)), jax.grad(summed)(jnp.array(P))
 
 
-def checkpointed(p, x):
-    named = jax.checkpoint_policies.save_only_these_names("a")
-    some = lambda p: jnp.sum(jnp.sin(checkpoint_name(jnp.cos(p * x), "a")))
-    return jax.checkpoint(some, policy=named)(p) + jax.checkpoint(some)(p)
+def by_a_new_method(loss, **options):
+    method = jgd.descent(loss, optax.sgd(1.0), **options)
+    return P - method.step(method.init(P), X)[0].params
 
 
-def custom(p, x):
-    @jax.custom_vjp
-    def f(x, k):
-        return jnp.sin(x) * k
-
-    f.defvjp(lambda x, k: (f(x, k), x), lambda x, g: (jnp.clip(g, -0.1, 0.1) * jnp.cos(x), None))
-    return jnp.sum(f(p * x, 3))
+def by_fit(loss, **options):
+    method = jgd.descent(loss, optax.sgd(1.0))
+    return P - jgd.fit(method, P, X, steps=1, key=jax.random.key(0), **{"batch_size": None} | options).params
 
 
-def custom_gradient(p, x):
-    return jnp.sum(jax.custom_gradient(lambda x: (jnp.sin(x), lambda g: g * jnp.cos(x)))(p * x))
+def by_the_clock(loss):
+    return jgd.materialize(jgd.per_example_grad(loss, autotune=jgd.norms)(P, X))
 
 
-def own_rule(p, x):
-    f = jax.custom_jvp(jnp.exp)
-    f.defjvp(lambda p, t: (f(*p), f(*p) * t[0]))  # which uses itself
-    return jnp.sum(f(p * x))
+def by_a_memory_limit(loss):
+    return jgd.materialize(jgd.per_example_grad(loss, max_memory=1 << 30)(P, X))
 
 
-def solved(p, x):
-    a = jnp.diag(1 + jnp.square(x))
-    return jnp.sum(jnp.linalg.solve(a, p)) + jnp.sum(jax.scipy.sparse.linalg.cg(a, p)[0])
+PLACES = [
+    (by_a_new_jit, lambda g: g),
+    (by_a_vmap, lambda g: g),
+    (by_a_derivative, lambda g: (g, g.sum(0))),
+    (by_a_new_method, lambda g: g.mean(0)),
+    (functools.partial(by_a_new_method, derivative="forward"), lambda g: g.mean(0)),
+    (functools.partial(by_a_new_method, microbatch_size=2), lambda g: g.mean(0)),
+    (functools.partial(by_a_new_method, autotune=True), lambda g: g.mean(0)),
+    (by_fit, lambda g: g.mean(0)),
+    (functools.partial(by_fit, callback=lambda *_: None), lambda g: g.mean(0)),
+    (by_the_clock, lambda g: g),
+    (by_a_memory_limit, lambda g: g),
+]
 
 
-def branched(p, x):
-    grown = jax.lax.while_loop(lambda c: c[0] < 3, lambda c: (c[0] + 1, 2 * c[1]), (0, x))[1]
-    return jax.lax.cond(x[0] > 0, lambda p: jnp.sum(p * grown), lambda p: jnp.sum(jnp.sin(p)), p)
+@pytest.mark.parametrize("changing", [a_global, a_captured_array, the_rule_of_a_custom_jvp], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(("ask", "shape"), PLACES, ids=lambda f: getattr(f, "__name__", None))
+def test_wherever_a_changed_loss_is_asked(changing, ask, shape):
+    loss, change = changing()
+    close(ask(loss), shape(want(loss)))
+    change()
+    close(ask(loss), shape(want(loss)))
 
 
-def entropy(p, x):
-    logits = jnp.stack([p * x, p + x])
-    losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([0, 1]))
-    return jnp.sum(losses) + jnp.sum(
-        optax.safe_softmax_cross_entropy(logits, jax.nn.one_hot(jnp.array([0, 1]), 6))
-    )
+def test_explain_tells_of_the_loss_as_it_is_now():
+    body = lambda w, x: jnp.sum(jnp.tanh(x @ w))
+    loss = lambda w, x: body(w, x)
+    w, x = jnp.ones((6, 5)), jnp.ones((4, 6))
+    first = jgd.explain(loss, w, x)
+    assert str(jgd.explain(loss, w, x)) == str(first)
+    body = lambda w, x: jnp.sum(jnp.tanh(x @ w) + w[0] * 2)
+    assert len(jgd.explain(loss, w, x).rows) > len(first.rows)
 
 
-def closes_over_arrays(p, x):
-    helper = jax.jit(lambda x: x @ np.eye(6, dtype="float32"))
-    return jnp.sum(helper(p * x) * np.arange(6.0, dtype="float32")) + optax.huber_loss(jnp.sum(p * x))
+def test_what_jit_has_compiled_stays_as_jit_has_it():
+    """A compiled function of the user's, and a method's step, are what `jax.jit` makes of them."""
+    loss, change = a_global()
+    compiled = jax.jit(lambda p, x: jgd.materialize(jgd.per_example_grad(loss)(p, x)))
+    method = jgd.descent(loss, optax.sgd(1.0))
+    step = lambda: P - method.step(method.init(P), X)[0].params
+    before = want(loss)
+    close(compiled(P, X), before)
+    close(step(), before.mean(0))
+    change()
+    close(compiled(P, X), before)
+    close(step(), before.mean(0))
 
 
-def draws(p, x):
-    return jnp.sum(p * x * jax.random.normal(jax.random.key(0), (6,)))
+def test_a_module_split_again_is_answered_as_it_is_now():
+    net = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+
+    def ask():
+        graph, params, rest = nnx.split(net, nnx.Param, ...)
+        loss = lambda params, x: jnp.sum(nnx.merge(graph, params, rest)(x) ** net.power)
+        gradients = jgd.materialize(jgd.per_example_grad(loss)(params, X))
+        return gradients, jax.vmap(jax.grad(loss), (None, 0))(params, X)
+
+    for power in (2, 3):
+        net.power = power
+        close(*ask())
+        net.kernel[...] = 2 * net.kernel[...]
+        close(*ask())
 
 
-def calls_back(p, x):
-    made = jax.pure_callback(np.sin, jax.ShapeDtypeStruct((6,), x.dtype), x, vmap_method="expand_dims")
-    return jnp.sum(jnp.sin(p * made))
-
-
-LOSSES = [
-    relu, softmax, scanned, checkpointed, custom, custom_gradient, own_rule, solved, branched, entropy,
-    closes_over_arrays, draws, calls_back,
-]  # fmt: skip
-
-
-@pytest.mark.parametrize("loss", LOSSES, ids=lambda f: f.__name__)
-def test_a_second_call_compiles_nothing(loss):
-    def ask(loss):
-        grads = jgd.per_example_grad(loss)(P, X)
-        return jgd.norms(grads), jgd.clipped_sum(grads, 1.0), jgd.materialize(grads)
-
-    close(ask(loss)[2], want(loss))
-    with compilations() as made:
-        ask(loss)
-        ask(lambda p, x: loss(p, x))  # what was traced counts, not the function
-    assert not made
+@pytest.mark.parametrize("options", [{}, {"strategy": "factored"}, {"microbatch_size": 2}], ids=str)
+def test_arrays_of_numpy_are_taken_as_they_are_when_given(options):
+    p, x, shared = np.copy(P), np.tile(X, (64, 64)), np.ones(384, np.float32)
+    p = np.tile(p, 64)
+    loss = lambda p, x, s: jnp.sum(jnp.sin(p * x) * s)
+    before = jax.vmap(jax.grad(loss), (None, 0, None))(*map(jnp.array, (p, x, shared)))
+    grads = jgd.per_example_grad(loss, in_axes=(None, 0, None), **options)(p, x, shared)
+    for array in (p, x, shared):
+        array[:] = 7
+    close(jgd.materialize(grads), before)

@@ -34,10 +34,21 @@ __all__ = [
 ]
 
 
+class OpenJaxpr(NamedTuple):
+    """A jaxpr without its constants' values, which some versions of JAX keep in it."""
+
+    constvars: list[Any]
+    invars: list[Any]
+    eqns: list[Any]
+    outvars: list[Any]
+
+
 def trace_jaxpr(fun: Callable[..., Any], *args: Any) -> tuple[Any, list[Any], Any]:
-    """Traces `fun` on shapes: `(jaxpr, consts, shape of the output)`; the consts are the jaxpr's `constvars`."""
+    """Traces `fun` on shapes: `(jaxpr, consts, shape of the output)`; the consts are of the jaxpr's `constvars`."""
     closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
-    return open_jaxpr(closed), list(closed.consts), shape
+    jaxpr = open_jaxpr(closed)
+    parts = OpenJaxpr(list(jaxpr.constvars), list(jaxpr.invars), list(jaxpr.eqns), list(jaxpr.outvars))
+    return parts, list(closed.consts), shape
 
 
 def open_jaxpr(jaxpr: Any) -> Any:
