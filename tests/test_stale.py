@@ -325,3 +325,24 @@ def test_arrays_of_numpy_are_taken_as_they_are_when_given(options):
     for array in (p, x, shared):
         array[:] = 7
     close(jgd.materialize(grads), before)
+
+
+def test_the_rule_of_a_rule_counts_where_answers_are_differentiated():
+    holder = types.SimpleNamespace(factor=1.0)
+    inner, f = jax.custom_jvp(jnp.sin), jax.custom_jvp(jnp.cos)
+    inner.defjvp(lambda p, t: (inner(p[0]), holder.factor * t[0]))
+    f.defjvp(lambda p, t: (f(p[0]), inner(p[0]) * t[0]))
+    loss = lambda p, x: jnp.sum(f(p * x))
+
+    def slopes(p):
+        ours = jax.grad(lambda p: jnp.sum(jgd.norms(jgd.per_example_grad(loss)(p, X)) ** 2))
+        theirs = jax.grad(lambda p: jnp.sum(jax.vmap(jax.grad(loss), (None, 0))(p, X) ** 2))
+        return ours(p), theirs(p)
+
+    close(*slopes(jnp.array(P)))
+    holder.factor = 5.0
+    close(*slopes(jnp.array(P)))
+    jgd.norms(jgd.per_example_grad(loss)(P, X))
+    holder.factor = 9.0
+    jgd.norms(jgd.per_example_grad(loss)(P, X))
+    close(*slopes(jnp.array(P)))
