@@ -3,7 +3,7 @@
 import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, get_args
+from typing import Any, NamedTuple, get_args
 
 import jax
 import jax.numpy as jnp
@@ -29,8 +29,8 @@ from jgd._whole import Choice, Named, gradients_of
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "aux", "form"],
-    meta_fields=["treedef"],
+    data_fields=["values", "aux", "form", "mark"],
+    meta_fields=["treedef", "made"],
     drop_fields=["sums"],
 )
 @dataclass(frozen=True)
@@ -38,7 +38,8 @@ class PerExampleGrads:
     """B gradients, one for each example, without the `(B, P)` block of them.
 
     An immutable pytree: it goes in and out of `jit`, through `vmap` and `scan`. Ask it with the reductions:
-    `jgd.sum`, `jgd.norms`, `jgd.clipped_sum` and the others; `jgd.materialize` gives the gradients themselves.
+    `jgd.sum`, `jgd.norms`, `jgd.clipped_sum` and the others; `jgd.materialize` gives the gradients themselves. Its
+    leaves are not gradients: one is a PRNG key, which arithmetic refuses, so that `optax.tree.norm(grads)` raises.
     Best in the jitted function that makes it: of layers that a scan steps through, what is asked there without
     weights is made by the backward pass as it goes, and what its steps leave for it is not stored. (Of parameters of
     at least four bytes that a step uses once, outside of a `cond`, on one device.)
@@ -52,6 +53,8 @@ class PerExampleGrads:
     aux: Any
     form: Any = field(repr=False)  # how the gradients are held: `Materialized`, or the engine's factors
     treedef: Any = field(repr=False)  # of the parameters
+    mark: jax.Array = field(repr=False)  # a key: arithmetic over all leaves, as on gradients, raises
+    made: "Made" = field(repr=False)
     # What the pass has made of all examples together: no part of the pytree, and so not computed for one that leaves
     # its program, where nobody may ask for it.
     sums: Sums = field(default=NOTHING, repr=False)
@@ -60,8 +63,21 @@ class PerExampleGrads:
         return self.values.shape[0]
 
     def __repr__(self) -> str:
-        params, held = sum(x.size for x in self.form.like), type(self.form).__name__.lower()
-        return f"PerExampleGrads({len(self)} examples, {params:,} parameters, held as {held})"
+        size, parameters, form, _ = self.made  # the leaves may be anything: JAX puts objects of its own there
+        return f"PerExampleGrads({size} examples, {parameters:,} parameters, held as {form.__name__.lower()})"
+
+
+class Made(NamedTuple):
+    """What gradients were made as: it tells leaves that someone has changed from those."""
+
+    size: int
+    parameters: int
+    form: type
+    leaves: tuple[Any, ...]  # shape and dtype of each
+
+
+def _leaves(*parts: Any) -> tuple[Any, ...]:
+    return tuple((getattr(x, "shape", None), getattr(x, "dtype", None)) for x in jax.tree.leaves(parts))
 
 
 def per_example_grad(
@@ -171,14 +187,16 @@ def _held(
     """The gradients of a batch, made as chosen."""
     if choice.microbatch_size == batch[0].shape[0] and choice.strategy != AGAIN:
         asked_there = any(map(_is_in_a_program, jax.tree.leaves((model, batch))))
-        values, aux, form = _compiled(program, choice.strategy, asked_there, *model, batch)
+        mark, values, aux, form = _compiled(program, choice.strategy, asked_there, *model, batch)
     else:
         form = Microbatched(model, batch, program, *choice)
-        values, aux = _compiled_values(form)
-    sums = NOTHING
+        mark, values, aux = _compiled_values(form)
+    sums, aux = NOTHING, jax.tree.unflatten(program.aux_treedef, aux)
     if isinstance(form, Factored):
         sums, form = form.sums, replace(form, sums=NOTHING)
-    return PerExampleGrads(values, jax.tree.unflatten(program.aux_treedef, aux), form, treedef, sums)
+    parameters = sum(x.size for x in program.param_avals)
+    made = Made(batch[0].shape[0], parameters, type(form), _leaves(values, aux, form))
+    return PerExampleGrads(values, aux, form, treedef, mark, made, sums)
 
 
 def _is_in_a_program(x: Any) -> bool:
@@ -192,19 +210,32 @@ def _is_in_a_program(x: Any) -> bool:
     return False
 
 
-_compiled = jax.jit(gradients_of, static_argnums=(0, 1, 2))
-_compiled_values = jax.jit(placed_by(like_examples)(Microbatched.values))
+def _marked(fun: Callable[..., tuple[Any, ...]]) -> Callable[..., tuple[Any, ...]]:
+    """The function, with a new mark before its results: an array of its own, which may be donated."""
+    key = lambda: jax.random.wrap_key_data(jnp.zeros(2, jnp.uint32), impl="threefry2x32")
+    return functools.wraps(fun)(lambda *args: (key(), *fun(*args)))
+
+
+_compiled = jax.jit(_marked(gradients_of), static_argnums=(0, 1, 2))
+_compiled_values = jax.jit(_marked(placed_by(like_examples)(Microbatched.values)))
 
 
 def held_form(grads: Any) -> tuple[Any, Any]:
     """How gradients are held, and the pytree they make: of `PerExampleGrads`, or of a plain pytree of blocks.
 
     Raises:
-        TypeError: a leaf of a plain pytree is not a floating-point array.
+        TypeError: a leaf of a plain pytree is not a floating-point array, or the leaves of `PerExampleGrads` are not
+            those that they were made with.
         ValueError: its leaves disagree in their leading axis, or there are none.
     """
     if isinstance(grads, PerExampleGrads):
         form = grads.form
+        if _leaves(grads.values, grads.aux, form) != grads.made.leaves or jnp.shape(grads.mark) != ():
+            raise TypeError(
+                f"`grads` is a {grads!r} whose leaves have been changed since, as by `jax.tree.map` or `jax.vmap`, and "
+                "they are not gradients: compute with those that `jgd.materialize(grads)` returns; of what `jax.vmap` "
+                "or `jax.lax.scan` returned, ask under `jax.vmap`"
+            )
         return (replace(form, sums=grads.sums) if isinstance(form, Factored) else form), grads.treedef
     paths, treedef = jax.tree_util.tree_flatten_with_path(grads)
     if not paths:
