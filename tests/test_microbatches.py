@@ -202,6 +202,32 @@ def test_limits_belong_to_reverse_mode():
         jgd.descent(lambda w, x: w * x, optax.sgd(0.1), derivative="forward", microbatch_size=2)
 
 
+def _by_a_rule_with_branches(x):
+    @jax.custom_jvp
+    def f(x):
+        return jnp.sin(x)
+
+    def rule(primals, tangents):
+        (x,), (dx,) = primals, tangents
+        return f(x), jax.lax.cond(jnp.sum(x) > 0, lambda d: d * jnp.cos(x), lambda d: 2 * d, dx)
+
+    f.defjvp(rule)
+    return f(x)
+
+
+@pytest.mark.parametrize("options", [{}, {"autotune": jgd.norms}], ids=str)
+def test_max_memory_where_jax_cannot_differentiate_the_sum_of_the_losses(options):
+    """Each loss has a derivative, but with `vmap` inside there is none: no second backward pass."""
+    loss = lambda p, x: jnp.sum(_by_a_rule_with_branches(jnp.tanh(x @ p)) ** 2)
+    p, x = jnp.ones((64, 64)) / 64, jnp.sin(jnp.arange(8 * 16 * 64.0)).reshape(8, 16, 64)
+    with pytest.raises(NotImplementedError):
+        jax.grad(lambda p: jnp.sum(jax.vmap(loss, (None, 0))(p, x)))(p)
+    with pytest.raises(ValueError, match="`max_memory`=10 bytes is less than .* one example needs"):
+        jgd.per_example_grad(loss, max_memory=10, **options)(p, x)
+    grads = jgd.per_example_grad(loss, max_memory=60_000, **options)(p, x)
+    oracle.assert_close(jgd.norms(grads), jgd.norms(jax.vmap(jax.grad(loss), (None, 0))(p, x)), 1e-5)
+
+
 @pytest.mark.parametrize("options", [{}, {"strategy": "materialized"}, {"microbatch_size": 3}])
 def test_the_norms_of_a_clipped_sum_come_with_it(options):
     case = problem("tied_embedding_and_head", jnp.float32)

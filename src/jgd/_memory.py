@@ -11,7 +11,7 @@ from jgd._engine.plan import AGAIN, goes_again
 from jgd._engine.program import Program
 from jgd._engine.tiles import pieces_of
 from jgd._errors import describe
-from jgd._whole import Choice, Strategy, gradients_of
+from jgd._whole import Choice, Strategy, gradients_of, values_of
 
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
@@ -42,8 +42,7 @@ def choice_within(
     Raises:
         ValueError: one example alone needs more.
     """
-    shapes = lambda leaves: tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
-    made_of = shapes(model.params), shapes(model.constants), shapes(batch)
+    made_of = _shapes(model.params), _shapes(model.constants), _shapes(batch)
 
     def needs(choice: Choice) -> int:
         make = lambda: _temporary_bytes(program, choice.strategy, *made_of, choice.microbatch_size)
@@ -52,7 +51,7 @@ def choice_within(
     sizes = [batch[0].shape[0]]
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
-    again = strategy == "auto" and goes_again(program) and pieces_of(batch, sizes[0]) == 1
+    again = strategy == "auto" and may_go_again(program, model, batch) and pieces_of(batch, sizes[0]) == 1
     strategies: list[Strategy] = [strategy, AGAIN] if again else [strategy]
     for each in strategies:
         for size in sizes:
@@ -62,6 +61,31 @@ def choice_within(
     raise ValueError(
         f"`max_memory`={max_memory:,} bytes is less than the clipped gradient of one example needs: {needed:,}"
     )
+
+
+def may_go_again(program: Program, model: Model, batch: list[Any]) -> bool:
+    """Whether a weighted sum can be a second backward pass, of the losses of a batch together.
+
+    JAX differentiates each example of some losses, but not their sum: `vmap` makes a `select` of a `cond` in a
+    `custom_jvp`, for which there is then no transpose.
+    """
+
+    def summed(params: list[Any], constants: list[Any], batch: list[Any]) -> jax.Array:
+        return jnp.sum(values_of(program, Model(params, constants), batch)[0])
+
+    def differentiates() -> bool:
+        try:
+            jax.eval_shape(jax.grad(summed), *map(list, made_of))
+        except Exception:  # whatever it is, the pass would raise it
+            return False
+        return True
+
+    made_of = _shapes(model.params), _shapes(model.constants), _shapes(batch)
+    return goes_again(program) and program.once(("differentiates", *made_of), differentiates)
+
+
+def _shapes(leaves: list[Any]) -> Shapes:
+    return tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in leaves)
 
 
 def _temporary_bytes(

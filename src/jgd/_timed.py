@@ -13,10 +13,11 @@ from jgd._clipping import clipped_sum
 from jgd._clock import time_interleaved
 from jgd._engine.blocks import blocks_at_once
 from jgd._engine.examples import Model
-from jgd._engine.plan import AGAIN, PLANNED, Variant, goes_again, plan_of
+from jgd._engine.plan import AGAIN, PLANNED, Variant, plan_of
 from jgd._engine.program import Program
 from jgd._engine.shares import factor_bytes
 from jgd._errors import is_concrete
+from jgd._memory import may_go_again
 from jgd._mesh import explicit_mesh
 from jgd._whole import Choice, Strategy
 
@@ -104,7 +105,7 @@ def quickest(
 
     def choose() -> Choice:
         others = _candidates(program, planned.microbatch_size, divide=divide)
-        if max_memory is not None and goes_again(program):
+        if max_memory is not None and may_go_again(program, model, batch):
             others += [Choice(AGAIN, size) for size in sorted({planned.microbatch_size, batch[0].shape[0]})]
         if not others:
             return planned
