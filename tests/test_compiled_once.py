@@ -29,7 +29,6 @@ def close(got, want):
     oracle.assert_close(got, jax.tree.map(np.asarray, want), 1e-4)
 
 
-
 def relu(p, x):
     return jnp.sum(jax.nn.relu(p * x - 0.1))
 
@@ -80,7 +79,9 @@ def branched(p, x):
 def entropy(p, x):
     logits = jnp.stack([p * x, p + x])
     losses = optax.softmax_cross_entropy_with_integer_labels(logits, jnp.array([0, 1]))
-    return jnp.sum(losses) + jnp.sum(optax.safe_softmax_cross_entropy(logits, jax.nn.one_hot(jnp.array([0, 1]), 6)))
+    return jnp.sum(losses) + jnp.sum(
+        optax.safe_softmax_cross_entropy(logits, jax.nn.one_hot(jnp.array([0, 1]), 6))
+    )
 
 
 def closes_over_arrays(p, x):
@@ -161,7 +162,14 @@ def test_another_value_of_what_a_loss_closes_over_compiles_nothing():
 
 @pytest.mark.parametrize(
     ("one", "other"),
-    [(0.0, -0.0), (1.0, 1), (1.0, True), (np.float32(1), np.float32(2)), (float("nan"), 1.0), (1, np.int32(1))],
+    [
+        (0.0, -0.0),
+        (1.0, 1),
+        (1.0, True),
+        (np.float32(1), np.float32(2)),
+        (float("nan"), 1.0),
+        (1, np.int32(1)),
+    ],
     ids=str,
 )
 def test_what_python_takes_for_equal_may_be_another_program(one, other):

@@ -222,7 +222,7 @@ def test_max_memory_where_jax_cannot_differentiate_the_sum_of_the_losses(options
     p, x = jnp.ones((64, 64)) / 64, jnp.sin(jnp.arange(8 * 16 * 64.0)).reshape(8, 16, 64)
     with pytest.raises(NotImplementedError):
         jax.grad(lambda p: jnp.sum(jax.vmap(loss, (None, 0))(p, x)))(p)
-    with pytest.raises(ValueError, match="`max_memory`=10 bytes is less than .* one example needs"):
+    with pytest.raises(ValueError, match=r"`max_memory`=10 bytes is less than .* one example needs"):
         jgd.per_example_grad(loss, max_memory=10, **options)(p, x)
     grads = jgd.per_example_grad(loss, max_memory=60_000, **options)(p, x)
     oracle.assert_close(jgd.norms(grads), jgd.norms(jax.vmap(jax.grad(loss), (None, 0))(p, x)), 1e-5)

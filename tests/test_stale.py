@@ -108,7 +108,9 @@ def what_it_wraps():
 
 def a_partial_of_a_list():
     weights = [1.0]
-    return functools.partial(lambda w, p, x: w[0] * jnp.sum(p * x) ** 2, weights), lambda: weights.insert(0, 4.0)
+    return functools.partial(lambda w, p, x: w[0] * jnp.sum(p * x) ** 2, weights), lambda: weights.insert(
+        0, 4.0
+    )
 
 
 def the_rule_of_a_custom_jvp():
@@ -181,7 +183,10 @@ def a_callback():
 
     def loss(p, x):
         made = jax.pure_callback(
-            lambda x: holder.factor * np.asarray(x), jax.ShapeDtypeStruct((6,), x.dtype), x, vmap_method="sequential"
+            lambda x: holder.factor * np.asarray(x),
+            jax.ShapeDtypeStruct((6,), x.dtype),
+            x,
+            vmap_method="sequential",
         )
         return jnp.sum(jnp.sin(p * made))
 
@@ -225,7 +230,9 @@ def by_a_new_jit(loss):
 
 
 def by_a_vmap(loss):
-    return jax.vmap(lambda p: jgd.materialize(jgd.per_example_grad(loss)(p, X)))(jnp.stack([jnp.array(P)] * 2))[0]
+    return jax.vmap(lambda p: jgd.materialize(jgd.per_example_grad(loss)(p, X)))(
+        jnp.stack([jnp.array(P)] * 2)
+    )[0]
 
 
 def by_a_derivative(loss):
@@ -266,7 +273,9 @@ PLACES = [
 ]
 
 
-@pytest.mark.parametrize("changing", [a_global, a_captured_array, the_rule_of_a_custom_jvp], ids=lambda f: f.__name__)
+@pytest.mark.parametrize(
+    "changing", [a_global, a_captured_array, the_rule_of_a_custom_jvp], ids=lambda f: f.__name__
+)
 @pytest.mark.parametrize(("ask", "shape"), PLACES, ids=lambda f: getattr(f, "__name__", None))
 def test_wherever_a_changed_loss_is_asked(changing, ask, shape):
     loss, change = changing()

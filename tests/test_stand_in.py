@@ -115,7 +115,9 @@ def test_derivatives_cross_jit(options):
         return sum(jnp.sum(x**2) for x in jax.tree.leaves(jax.vmap(jax.grad(loss), (None, 0))(p, X)))
 
     for derivative in (jax.grad, jax.jacfwd):
-        oracle.assert_close(derivative(ours)(PARAMS), jax.tree.map(np.asarray, jax.grad(theirs)(PARAMS)), 1e-4)
+        oracle.assert_close(
+            derivative(ours)(PARAMS), jax.tree.map(np.asarray, jax.grad(theirs)(PARAMS)), 1e-4
+        )
 
 
 @every_form
@@ -123,6 +125,8 @@ def test_its_repr_never_fails(options):
     grads = made(options)
     shown = repr(grads)
     for leaf in (None, object(), 1.0, "leaf"):
-        assert repr(jax.tree.unflatten(jax.tree.structure(grads), [leaf] * len(jax.tree.leaves(grads)))) == shown
+        assert (
+            repr(jax.tree.unflatten(jax.tree.structure(grads), [leaf] * len(jax.tree.leaves(grads)))) == shown
+        )
     assert repr(jax.eval_shape(lambda g: g, grads)) == shown
     jax.jit(lambda g: repr(g) == shown or 1 / 0)(grads)
