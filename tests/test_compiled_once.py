@@ -125,7 +125,7 @@ def a_module(key):
 
 def a_module_of_flax(key):
     net = nn.Sequential([nn.Dense(6), nn.LayerNorm(), nn.swish, nn.Dense(3)])
-    return lambda params, x: jnp.sum(nn.softmax(net.apply(params, x)) ** 2), net.init(key, jnp.ones(6))
+    return lambda params, x: jnp.sum(nn.softmax(net.apply(params, x)) ** 2), dict(net.init(key, jnp.ones(6)))
 
 
 def a_module_of_nnx(key):

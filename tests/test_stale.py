@@ -2,6 +2,7 @@
 
 import functools
 import types
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -26,10 +27,11 @@ def want(loss, p=P, x=X):
 
 
 def a_global():
-    space = {"jnp": jnp}
+    space: dict[str, Any] = {"jnp": jnp}
     exec("def net(p, x): return jnp.sum(p * x) ** 2", space)
     exec("def loss(p, x): return net(p, x)", space)
-    return space["loss"], lambda: exec("def net(p, x): return 5 * jnp.sum(p * x) ** 2", space)
+    loss: Any = space["loss"]
+    return loss, lambda: exec("def net(p, x): return 5 * jnp.sum(p * x) ** 2", space)
 
 
 def a_rebound_variable():
@@ -245,9 +247,11 @@ def by_a_new_method(loss, **options):
     return P - method.step(method.init(P), X)[0].params
 
 
-def by_fit(loss, **options):
+def by_fit(loss, callback=None):
     method = jgd.descent(loss, optax.sgd(1.0))
-    return P - jgd.fit(method, P, X, steps=1, key=jax.random.key(0), **{"batch_size": None} | options).params
+    return (
+        P - jgd.fit(method, P, X, steps=1, key=jax.random.key(0), batch_size=None, callback=callback).params
+    )
 
 
 def by_the_clock(loss):
@@ -309,7 +313,7 @@ def test_what_jit_has_compiled_stays_as_jit_has_it():
 
 
 def test_a_module_split_again_is_answered_as_it_is_now():
-    net = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
+    net: Any = nnx.Linear(6, 6, rngs=nnx.Rngs(0))
 
     def ask():
         graph, params, rest = nnx.split(net, nnx.Param, ...)

@@ -27,16 +27,10 @@ Above = (
 )  # the rules around what is looked at; None where rules are not looked into
 
 
-def fingerprint(jaxpr: Any, *, differentiated: bool) -> Hashable | None:
-    """The key of a jaxpr; None where what was traced does not tell it from others.
-
-    Args:
-        jaxpr: of a loss, whose gradients are taken.
-        differentiated: whether the gradients may be differentiated in turn: then the rules that derivative rules
-            use are compared as well.
-    """
+def fingerprint(jaxpr: Any) -> Hashable | None:
+    """The key of a jaxpr; None where what was traced does not tell it from others."""
     try:
-        key = differentiated, _Keys(differentiated).of_jaxpr(jaxpr, (), ())
+        key = _Keys().of_jaxpr(jaxpr, (), ())
         hash(key)
     except _Unknown:
         return None
@@ -65,8 +59,7 @@ class _Same:
 class _Keys:
     """The keys of one jaxpr and of all inside."""
 
-    def __init__(self, differentiated: bool) -> None:
-        self._differentiated = differentiated
+    def __init__(self) -> None:
         self._known: dict[Any, tuple[Any, Hashable]] = {}  # what has the identity stays there with it
         self._open: set[int] = set()  # functions that are being looked at
 
@@ -143,8 +136,6 @@ class _Keys:
         except Exception as error:  # whatever the rule raises: where it is used, the user sees it
             raise _Unknown from error
         own = self.of_jaxpr(jaxpr, consts, None)
-        if not self._differentiated:
-            return own
         if own in above:
             return "repeats", above.index(own)
         return self.of_jaxpr(jaxpr, consts, (*above, own))

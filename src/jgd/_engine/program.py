@@ -11,7 +11,7 @@ import jax.numpy as jnp
 from jgd._engine import jaxprs
 from jgd._engine.devices import platform_of
 from jgd._engine.fingerprint import fingerprint
-from jgd._errors import describe, is_concrete
+from jgd._errors import describe
 from jgd._loss import Call, example_of
 from jgd._mesh import compiler_places, explicit_mesh, manual_type, unplaced
 
@@ -82,9 +82,7 @@ def trace(call: Call) -> Traced:
     platform = platform_of((*call.param_leaves, *call.batch_leaves))
     with compiler_places((call.param_leaves, call.batch_leaves)):
         program, captured = _trace(call, platform)
-        given = call.param_leaves, call.shared_leaves, call.batch_leaves, captured
-        traced = not all(is_concrete(x) for some in given for x in some)
-        said = fingerprint(program.jaxpr, differentiated=traced)
+        said = fingerprint(program.jaxpr)
     constants = [*call.shared_leaves, *map(_as_now, captured)]
     if said is None:
         return Traced(program, constants)
