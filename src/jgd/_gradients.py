@@ -77,7 +77,7 @@ class Made(NamedTuple):
 
 
 def _leaves(*parts: Any) -> tuple[Any, ...]:
-    return tuple((getattr(x, "shape", None), getattr(x, "dtype", None)) for x in jax.tree.leaves(parts))
+    return tuple((jnp.shape(x), jax.dtypes.result_type(x)) for x in jax.tree.leaves(parts))
 
 
 def per_example_grad(
@@ -167,7 +167,7 @@ def per_example_grad(
         call = bind(loss, args, argnums=argnums, in_axes=in_axes, has_aux=has_aux)
         try:
             program, constants = trace(call)
-        except TypeError as refused:
+        except (TypeError, jax.errors.NonConcreteBooleanIndexError) as refused:
             values, aux, form = gradients_untraced(call, refused)
             return _stand_in(_mark(), values, aux, form, jax.tree.structure(call.params))
         model = Model(call.param_leaves, constants)

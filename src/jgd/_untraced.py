@@ -12,11 +12,11 @@ from jgd._loss import Call
 from jgd._materialized import Materialized
 
 
-def gradients_untraced(call: Call, refused: TypeError) -> tuple[jax.Array, Any, Materialized]:
+def gradients_untraced(call: Call, refused: Exception) -> tuple[jax.Array, Any, Materialized]:
     """Values, auxiliary results and gradients of a batch, by JAX's own transforms.
 
     Raises:
-        TypeError: what was `refused`, where JAX refuses it too.
+        TypeError, IndexError: what was `refused`, where JAX refuses it too.
     """
 
     def loss(params: list[Any], example: list[Any]) -> tuple[Any, Any]:

@@ -1,6 +1,6 @@
 """What a jaxpr says, as a key: two jaxprs with equal keys are the same program, whatever traced them.
 
-Equations, shapes and literals are compared by value, and an array that an inner `jit` closes over by identity. A
+Equations, shapes and literals are compared by value, and an array that a custom derivative closes over by identity. A
 derivative rule is a Python function, made anew by each trace, and may itself refer to what has changed: it is traced
 too, and compared by its own jaxpr. Where none of this can tell two programs apart, there is no key.
 """
@@ -77,7 +77,9 @@ class _Keys:
                 return atom.aval, self.of_value(atom.val, above)
             return numbers[id(atom)]
 
-        inputs = declared(jaxpr.constvars), declared(jaxpr.invars), self.of_value(tuple(consts), above)
+        # By identity too: what is kept holds the first of two equal arrays, and NumPy's change in place.
+        held = tuple((self.of_value(x, above), _Same(x)) for x in consts)
+        inputs = declared(jaxpr.constvars), declared(jaxpr.invars), held
         equations = [
             (self.of_equation(e, above), tuple(map(read, e.invars)), declared(e.outvars)) for e in jaxpr.eqns
         ]
@@ -158,7 +160,9 @@ class _Keys:
             return _Same(x)
         held = self.of_held((cells, x.__defaults__, x.__kwdefaults__), plain)
         self._open.remove(id(x))
-        return x.__code__, _Same(x.__globals__), held
+        # A callback reads its variables when the program runs: equal ones may be different ones by then.
+        variables = tuple(map(_Same, x.__closure__ or ())) if plain is _FIXED else ()
+        return x.__code__, _Same(x.__globals__), held, variables
 
     def of_held(self, x: Any, plain: tuple[type, ...]) -> Hashable:
         """What a function holds on to."""

@@ -24,6 +24,7 @@ __all__ = [
     "called",
     "evaluate",
     "inner_jaxpr",
+    "is_reference",
     "mentions",
     "prim",
     "scan_of",
@@ -46,9 +47,31 @@ class OpenJaxpr(NamedTuple):
 def trace_jaxpr(fun: Callable[..., Any], *args: Any) -> tuple[Any, list[Any], Any]:
     """Traces `fun` on shapes: `(jaxpr, consts, shape of the output)`; the consts are of the jaxpr's `constvars`."""
     closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
+    traced, consts = closed, list(closed.consts)
+    if any(map(_holds_arrays, open_jaxpr(traced).eqns)):
+        opened = lambda *args: _evaluate_opened(open_jaxpr(traced), consts, jax.tree.leaves(args))
+        closed = jax.make_jaxpr(opened)(*args)
     jaxpr = open_jaxpr(closed)
     parts = OpenJaxpr(list(jaxpr.constvars), list(jaxpr.invars), list(jaxpr.eqns), list(jaxpr.outvars))
     return parts, list(closed.consts), shape
+
+
+def _holds_arrays(eqn: Any) -> bool:
+    """Whether an equation is a call of what closes over arrays, or of what holds such a call."""
+    inside = called(eqn)
+    return inside is not None and (bool(inside[1]) or any(map(_holds_arrays, inside[0].eqns)))
+
+
+def _evaluate_opened(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
+    """Runs a jaxpr with those calls opened that close over arrays, which so become constants of their own."""
+    values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
+    read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
+    for eqn in jaxpr.eqns:
+        given, inside = [read(x) for x in eqn.invars], called(eqn)
+        opens = inside is not None and _holds_arrays(eqn)
+        made = _evaluate_opened(*inside, given) if opens else bind(eqn, given)
+        values.update(zip(eqn.outvars, made, strict=True))
+    return [read(x) for x in jaxpr.outvars]
 
 
 def open_jaxpr(jaxpr: Any) -> Any:
@@ -109,9 +132,9 @@ def aval_of(atom: Any) -> jax.ShapeDtypeStruct:
     return jax.ShapeDtypeStruct(atom.aval.shape, atom.aval.dtype)
 
 
-def mentions(eqn: Any, primitive: Any) -> bool:
-    """Whether an equation is an application of `primitive`, or has one inside."""
-    return any(inner.primitive is primitive for inner in _all_within(eqn))
+def mentions(eqn: Any, *primitives: Any) -> bool:
+    """Whether an equation is an application of one of the `primitives`, or has one inside."""
+    return any(inner.primitive in primitives for inner in _all_within(eqn))
 
 
 def asks_what_moves(eqn: Any) -> bool:
@@ -145,7 +168,12 @@ _CALLS = {prim.jit_p, prim.closed_call_p, prim.call_p}
 def touches_references(jaxpr: Any) -> bool:
     """Whether a jaxpr reads or writes array references, at any depth."""
     atoms = [x for eqn in jaxpr.eqns for inner in _all_within(eqn) for x in (*inner.invars, *inner.outvars)]
-    return any(hasattr(x.aval, "inner_aval") for x in (*jaxpr.constvars, *atoms))
+    return any(map(is_reference, (*jaxpr.constvars, *atoms)))
+
+
+def is_reference(x: Any) -> bool:
+    """Whether a variable or a value is an array reference."""
+    return hasattr(getattr(x, "aval", None), "inner_aval")
 
 
 def _all_within(eqn: Any) -> Iterator[Any]:

@@ -4,9 +4,10 @@ import collections
 import math
 from collections.abc import Callable, Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import jax
+import jax.numpy as jnp
 
 from jgd._engine import factors
 from jgd._engine.devices import Device, device_of
@@ -107,12 +108,11 @@ def plan_of(program: Program, variant: Variant) -> Plan:
 def _plan(program: Program, variant: Variant) -> Plan:
     """Reads a program's sites and sorts their uses of each leaf into parts."""
     device = device_of(program.platform)
-    region, asking = _read_as_differentiated(program)
+    region, dense = _read_as_differentiated(program, frozenset())
     parts, whole_leaves = _sorted_uses(region, device, variant)
     spread = _spread(parts, _branched(region), program.param_avals)
-    dense = asking | {part.leaf for part in spread}
     if spread:
-        region = _read(program, dense)
+        region, dense = _read_as_differentiated(program, dense | {part.leaf for part in spread})
         parts, whole_leaves = _sorted_uses(region, device, variant)
     met = {part.leaf for part in parts}
     indirect = {part.leaf for part in parts for use in part.uses if use.batch_factor is None}
@@ -149,22 +149,26 @@ def _summed(parts: Sequence[Part], probes: Probes) -> frozenset[int]:
     return frozenset(part.leaf for part in parts) - {part.leaf for part in parts if id(part) not in probed}
 
 
-def _read_as_differentiated(program: Program) -> tuple[Region, frozenset[int]]:
-    """The program's region, and the leaves that are data in it because it matters that they are differentiated.
+def _read_as_differentiated(program: Program, dense: frozenset[int]) -> tuple[Region, frozenset[int]]:
+    """The program's region with the `dense` leaves as data, and all others that must be differentiated there.
 
     The taps move what is downstream of a site, as the parameters would. A parameter must move itself where it goes
-    into a derivative that asks what moves, or meets data in one that changes the value. Where some derivative asks, so
-    must what meets an operation of several outputs: a tap moves all of them, a parameter maybe one.
+    into a derivative that asks what moves, or meets data in one that changes the value. Where there is such a
+    derivative at all, so must what meets an operation of several outputs: a tap moves all of them, a parameter maybe
+    one. With more data there are more sites, so the new region is looked at again.
     """
+    every = frozenset(range(len(program.param_avals)))
     if touches_references(program.jaxpr):
-        # A reference that was made of a constant may hold data later: no side can be told.
-        dense = frozenset(range(len(program.param_avals)))
-        return _read(program, dense), dense
-    region = _read(program, frozenset())
-    dense = _leaves_at(region, _must_move)
-    if any(map(asks_what_moves, program.jaxpr.eqns)):
-        dense |= _leaves_at(region, lambda op: isinstance(op, Site) and len(op.tapped) > 1)
-    return (_read(program, dense) if dense else region), dense
+        return _read(program, every), every  # one that was made of a constant may hold data later
+    while True:
+        region = _read(program, dense)
+        more = _leaves_at(region, _must_move)
+        several = _leaves_at(region, lambda op: isinstance(op, Site) and len(op.tapped) > 1)
+        if several and any(map(_may_ask, program.jaxpr.eqns)):
+            more |= several
+        if more <= dense:
+            return region, dense
+        dense |= more
 
 
 def _must_move(op: Op) -> bool:
@@ -173,6 +177,12 @@ def _must_move(op: Op) -> bool:
     # A rule of its own may give another value where the parameter moves, and its data need not.
     is_custom = isinstance(op, Site) and op.eqn.primitive in CUSTOM
     return is_custom and differentiated(op.eqn, [bool(x.leaves) for x in op.inputs]).changes
+
+
+def _may_ask(eqn: Any) -> bool:
+    """Whether it matters to an equation which of its inputs move, whatever they are, or to one inside of it."""
+    inexact = [jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in eqn.invars]
+    return asks_what_moves(eqn) or (mentions(eqn, *CUSTOM) and differentiated(eqn, inexact).changes)
 
 
 def _read(program: Program, dense: frozenset[int]) -> Region:

@@ -77,12 +77,16 @@ def trace(call: Call) -> Traced:
     compiled functions, which know it by identity, serve again.
 
     Raises:
-        TypeError: the loss of one example is not a floating-point scalar.
+        TypeError: the loss of one example is not a floating-point scalar, or closes over an array reference.
     """
     platform = platform_of((*call.param_leaves, *call.batch_leaves))
     with compiler_places((call.param_leaves, call.batch_leaves)):
         program, captured = _trace(call, platform)
         said = fingerprint(program.jaxpr)
+    if any(map(jaxprs.is_reference, captured)):
+        raise TypeError(
+            "`loss` closes over an array reference, which is no constant: pass `reference[...]` as a shared argument"
+        )
     constants = [*call.shared_leaves, *map(_as_now, captured)]
     if said is None:
         return Traced(program, constants)
