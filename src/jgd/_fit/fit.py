@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jgd._errors import is_concrete
@@ -16,6 +15,7 @@ from jgd._fit.chunks import Chunks
 from jgd._fit.data import is_batches
 from jgd._fit.epochs import run_epochs
 from jgd._fit.history import History, no_history
+from jgd._fit.identity import Identity, key_identity, optimizer_identity, start_identity
 from jgd._fit.keeper import Keeper
 from jgd._fit.placement import mesh_of, on_mesh
 from jgd._fit.processes import lost_processes_named
@@ -125,23 +125,29 @@ def fit(
     with lost_processes_named(), ExitStack() as stack:
         keeper, start = None, Standing(state, no_history)
         if checkpoint is not None:
-            identity = _identity(key, source, length)
-            keeper = stack.enter_context(Keeper(checkpoint_of(checkpoint), identity, length.inner_steps))
+            plan = checkpoint_of(checkpoint)
+            keeper = stack.enter_context(Keeper(plan, _identity(method, state, key, source, length), length.inner_steps))
             start = keeper.restore(state) or start
             _check_not_past(start, source, length)
         report = stack.enter_context(bar(source.updates)) if progress else None
-        if isinstance(source, Arrays) and callback is None:
+        feed = source.feed(start, keep_position=keeper is not None)
+        stack.callback(feed.close)
+        if keeper and (like := feed.like()) is not None:
+            keeper.check_batches(method, state.params, like)
+        if isinstance(source, Arrays) and callback is None and not start.repeats:
             chunks = Chunks(keeper, report, length.inner_steps) if keeper or report else None
             trained, history = run_epochs(
                 method, start, source.examples, key, source.schedule, check_finite=check_finite, chunks=chunks
             )
         else:
             trained, history = run_steps(
-                method, start, source.batches(start, keep_position=keeper is not None),
-                inner_steps=length.inner_steps, check_finite=check_finite, callback=callback, report=report,
-                keeper=keeper,
+                method, start, feed, inner_steps=length.inner_steps, check_finite=check_finite, callback=callback,
+                report=report, keeper=keeper,
             )  # fmt: skip
-    return FitResult(trained.params, trained, history)
+        result = FitResult(trained.params, trained, history)
+        # The device may still read the data where the host holds them, and the host may write there next.
+        jax.block_until_ready([x for x in jax.tree.leaves(result) if is_concrete(x)])
+    return result
 
 
 def _own(method: Method, params: Any, mesh: Mesh | None) -> MethodState:
@@ -160,17 +166,23 @@ def _check_watchable(arrays: Any, watches: dict[str, bool]) -> None:
         )
 
 
-def _identity(key: jax.Array, source: Source, length: Length) -> dict[str, Any]:
-    """What makes a run the run that it is, in JSON; the state's leaves are compared apart from it."""
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    return {"key": np.asarray(key).tolist(), **source.identity, "inner_steps": length.inner_steps}
+def _identity(method: Method, state: MethodState, key: jax.Array, source: Source, length: Length) -> Identity:
+    """What makes a run the run that it is, as far as that is known before its first batch."""
+    return {
+        "method": method.kind,
+        "key": key_identity(key),
+        **source.identity,
+        "inner_steps": length.inner_steps,
+        "in_axes": repr(method.in_axes),
+        "optimizer": optimizer_identity(method, state),
+        "start": start_identity(state),
+    }
 
 
 def _check_not_past(start: Standing, source: Source, length: Length) -> None:
     if source.is_past(start):
         asked = f"`epochs`={length.epochs}" if length.steps is None else f"`steps`={length.steps}"
         raise ValueError(
-            f"`checkpoint`: the run has made {start.batches * length.inner_steps} updates already, more than {asked} "
+            f"`checkpoint`: the run has made {start.batches * length.inner_steps + start.repeats} updates already, more than {asked} "
             "asks for; ask for as many or more, or give another folder"
         )
