@@ -230,16 +230,17 @@ def _local(drawn: Drawn, in_axes: Any) -> _Local:
 
 def _global(local: _Local, full: int, sizes: np.ndarray, sharding: NamedSharding) -> Batch:
     """The batch of all processes, of which each has `full` rows; `sizes` says how many of these are examples."""
-    full = full or _shards(sharding)  # a batch without any example is all padding
+    if not sizes.any():
+        full, sharding = 0, NamedSharding(sharding.mesh, PartitionSpec(None))  # no examples, nor padding
     index = np.arange(full)
 
     def shared(x: np.ndarray, axis: int | None) -> jax.Array:
         if axis is None:
             return jax.device_put(x, NamedSharding(sharding.mesh, PartitionSpec()))
-        if x.shape[axis] == 0:
+        if x.shape[axis] == 0 and full:
             x = np.zeros((*x.shape[: axis % x.ndim], full, *x.shape[axis % x.ndim + 1 :]), x.dtype)
         elif x.shape[axis] != full:
-            x = np.take(x, index % x.shape[axis], axis)
+            x = np.take(x, index % max(x.shape[axis], 1), axis)
         spec = PartitionSpec(*[None] * (axis % x.ndim), *sharding.spec)
         return jax.make_array_from_process_local_data(NamedSharding(sharding.mesh, spec), x)
 

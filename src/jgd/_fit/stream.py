@@ -7,10 +7,9 @@ from dataclasses import dataclass, field
 from typing import Any, NamedTuple
 
 import jax
-import jax.numpy as jnp
-import numpy as np
 
 from jgd._fit.plain import encoded
+from jgd._fit.traced import shape_of
 from jgd._methods.host import owned_batch
 
 
@@ -71,7 +70,7 @@ class Stream:
             drawn = Drawn(owned_batch(element), self.state())
         self._out.append(drawn)
         if self._keep_state and self.given.like is None:
-            self.given.like = jax.tree.map(_shape, drawn.element)
+            self.given.like = jax.tree.map(shape_of, drawn.element)
         return drawn
 
     def state(self) -> Any:
@@ -135,10 +134,6 @@ def like_of(data: Any, stream: Stream) -> Any:
             stream.given.waiting.clear()
             iterator.set_state(state)
     return stream.given.like
-
-
-def _shape(x: Any) -> jax.ShapeDtypeStruct:
-    return jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(jnp.result_type(x)))
 
 
 def _reference(data: Any) -> Any:

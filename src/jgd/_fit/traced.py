@@ -15,11 +15,18 @@ def digest_of(function: Callable[..., Any], *args: Any) -> str:
 
     A function that a custom derivative holds is told by its name alone where its own trace is not a part of this one.
     """
-    shapes = jax.tree.map(lambda x: jax.ShapeDtypeStruct(np.shape(x), jax.dtypes.canonicalize_dtype(x.dtype)), args)
-    closed = jax.make_jaxpr(function)(*shapes)
+    closed = jax.make_jaxpr(function)(*jax.tree.map(shape_of, args))
     writer = _Writer()
     writer.closed(closed)
     return writer.sha.hexdigest()[:32]
+
+
+def shape_of(x: Any) -> jax.ShapeDtypeStruct:
+    """The shape of an array and the dtype that JAX gives it, wherever it lies."""
+    dtype = x.dtype if hasattr(x, "dtype") else jax.numpy.result_type(x)
+    if not jax.numpy.issubdtype(dtype, jax.dtypes.extended):
+        dtype = jax.dtypes.canonicalize_dtype(dtype)
+    return jax.ShapeDtypeStruct(np.shape(x), dtype)
 
 
 class _Writer:

@@ -131,7 +131,7 @@ def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total) -> Objecti
 
     def objective(params: Any, *batch: Any, weights: Any = None) -> tuple[jax.Array, Any]:
         call = bind(loss, (params, *batch), argnums=0, in_axes=in_axes, has_aux=has_aux)
-        if call.size == 0:
+        if call.size == 0 and total is _mean:
             raise ValueError("the batch holds no examples: its mean loss is not defined")
         program, constants = trace(call)
         values, aux = jax.vmap(functools.partial(program.run, call.param_leaves, constants))(
