@@ -79,7 +79,7 @@ class LoaderFeed:
 
     def like(self) -> Any:
         """The shapes and dtypes of a batch, of which none is lost; None where there is no batch to be had."""
-        return like_of(self._data, self._stream)
+        return like_of(self._stream)
 
     def use(self) -> None:
         """Says that the oldest batch that was given out was trained on to its end."""

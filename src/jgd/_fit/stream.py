@@ -115,24 +115,19 @@ def stream_of(data: Any, *, keep_state: bool) -> Stream:
     return Stream(data, given, keep_state=keep_state)
 
 
-def like_of(data: Any, stream: Stream) -> Any:
-    """The shapes and dtypes of a batch that a stream over `data` gives; None where there is none to be had."""
+def like_of(stream: Stream) -> Any:
+    """The shapes and dtypes of a batch that a stream gives; None where there is none to be had."""
     if stream.given.like is None:
         stream.draw()
         stream.give_back()
-    if stream.given.like is None and not is_stream(data):
-        fresh = stream_of(data, keep_state=True)  # the walk is at its end
-        fresh.draw()
-        return fresh.given.like
-    if stream.given.like is None and stream.has_state:
+    if stream.given.like is None and stream.first is not None:  # it was put to its end
         iterator: Any = stream.iterator
         state = iterator.get_state()
-        if stream.first is not None:
-            iterator.set_state(stream.first)
-            stream.draw()
-            stream.give_back()
-            stream.given.waiting.clear()
-            iterator.set_state(state)
+        iterator.set_state(stream.first)
+        stream.draw()
+        stream.give_back()
+        stream.given.waiting.clear()
+        iterator.set_state(state)
     return stream.given.like
 
 
