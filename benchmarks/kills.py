@@ -132,7 +132,11 @@ def torches() -> Any:
     data = torch.utils.data.TensorDataset(*map(torch.from_numpy, examples()))
     seeded = torch.Generator().manual_seed(1)
     return torch.utils.data.DataLoader(
-        data, BATCH, shuffle=True, generator=seeded, collate_fn=lambda rows: tuple(map(torch.stack, zip(*rows, strict=True)))
+        data,
+        BATCH,
+        shuffle=True,
+        generator=seeded,
+        collate_fn=lambda rows: tuple(map(torch.stack, zip(*rows, strict=True))),
     )
 
 
@@ -233,13 +237,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--kills", type=int, default=20)
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--kinds", nargs="+", choices=KINDS, default=list(KINDS), help="of data")
     parser.add_argument("--longest", type=float, default=4.0, help="seconds that a run lives, at most")
     parser.add_argument("--json", type=Path)
     options = parser.parse_args()
     draw = random.Random(options.seed)
     work = Path(tempfile.mkdtemp())
     try:
-        found = measure(options.kills, options.longest, draw, work)
+        found = measure(options.kills, options.kinds, options.longest, draw, work)
     finally:
         shutil.rmtree(work, ignore_errors=True)
     print("| " + " | ".join(found) + " |")
@@ -250,17 +255,17 @@ def main() -> None:
     raise SystemExit(1 if found["lost runs"] else 0)
 
 
-def measure(wanted: int, longest: float, draw: random.Random, work: Path) -> dict[str, int]:
+def measure(wanted: int, kinds: list[str], longest: float, draw: random.Random, work: Path) -> dict[str, int]:
     """Kills as often as wanted, over as many runs as that takes, each of the next kind of loader."""
     watch, expected = mmap.mmap(-1, 8), {}
-    for kind in KINDS:
+    for kind in kinds:
         child, reader = fork(work, None, watch, kind)
         assert finished(child, 600), f"the run of {kind} that is left alone failed"
         os.close(reader)
         expected[kind] = result(work)
     kills = runs = lost = writing = worst = 0
     while kills < wanted:
-        kind, folder = list(KINDS)[runs % len(KINDS)], work / f"run-{runs}"
+        kind, folder = kinds[runs % len(kinds)], work / f"run-{runs}"
         while True:
             watch[:8] = struct.pack("q", 0)  # a child that is killed at once has made no update
             child, reader = fork(work, folder, watch, kind)
@@ -283,7 +288,7 @@ def measure(wanted: int, longest: float, draw: random.Random, work: Path) -> dic
     return {
         "kills": kills,
         "of them while writing": writing,
-        "kinds of data": len(KINDS),
+        "kinds of data": len(kinds),
         "runs": runs,
         "lost runs": lost,
         "updates between checkpoints": EVERY,

@@ -136,7 +136,9 @@ LOADERS = {
     "stateful": Stateful,
     "uneven": Uneven,
     "grain": dataset,
-    "grain iterator": lambda: dataset().to_iter_dataset(grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)),
+    "grain iterator": lambda: dataset().to_iter_dataset(
+        grain.ReadOptions(num_threads=1, prefetch_buffer_size=2)
+    ),
 }
 
 

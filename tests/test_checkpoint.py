@@ -57,7 +57,9 @@ def dies_after(updates, error=Died):
 
 
 def kept(folder):
-    names = (path.name.split("-") for path in Path(folder).iterdir() if path.is_dir() and "." not in path.name)
+    names = (
+        path.name.split("-") for path in Path(folder).iterdir() if path.is_dir() and "." not in path.name
+    )
     return sorted(int(name[1]) for name in names)
 
 
@@ -194,14 +196,15 @@ class TestInterrupted:
         assert int(ended.state.step) == 7 and kept(folder) == [7]
 
     def test_kills(self, tmp_path):
-        kills(tmp_path, 10)
+        kills(tmp_path, 10, ["arrays, watched", "shuffling"])
 
     @pytest.mark.slow
     def test_many_kills(self, tmp_path):
-        kills(tmp_path, 200)
+        """Over every kind of data. JGD_KILLS says how many; CI makes 40."""
+        kills(tmp_path, int(os.environ.get("JGD_KILLS", 200)), [])
 
 
-def kills(tmp_path, count):
+def kills(tmp_path, count, kinds):
     """Runs killed by SIGKILL at random moments end in the bits of one that was left alone."""
     done = subprocess.run(
         [
@@ -209,6 +212,7 @@ def kills(tmp_path, count):
             ROOT / "benchmarks" / "kills.py",
             "--kills",
             str(count),
+            *(["--kinds", *kinds] if kinds else []),
             "--json",
             tmp_path / "kills.json",
         ],
@@ -293,7 +297,8 @@ class TestDamage:
 
         try:
             with pytest.warns(
-                RuntimeWarning, match=r"could not be written to .*update-5-\w+ is whole.* Make room.* too large"
+                RuntimeWarning,
+                match=r"could not be written to .*update-5-\w+ is whole.* Make room.* too large",
             ):
                 ended = run(every, callback=fills_up)
         finally:
@@ -314,7 +319,10 @@ class TestDamage:
 
 
 OTHER_RUNS = {
-    "key": (dict(seed=1), r"another run.*`key` was \['threefry2x32', \[0, 0\]\], is \['threefry2x32', \[0, 1\]\]"),
+    "key": (
+        dict(seed=1),
+        r"another run.*`key` was \['threefry2x32', \[0, 0\]\], is \['threefry2x32', \[0, 1\]\]",
+    ),
     "batch size": (dict(batch_size=4), "`batch_size` was 5, is 4"),
     "inner steps": (dict(inner_steps=2), "`inner_steps` was 1, is 2"),
     "data": (dict(data=(X[:20], Y[:20])), r"`data` was \['float32\[23,3\]', .* is \['float32\[20,3\]'"),

@@ -25,7 +25,14 @@ METHOD = jgd.descent(lambda w, x: 0.5 * jnp.sum((w - x) ** 2), optax.adam(0.1))
 
 def run(folder=None, epochs=2, seed=0, **options):
     return jgd.fit(
-        METHOD, jnp.zeros(2), X, batch_size=3, epochs=epochs, key=jax.random.key(seed), checkpoint=folder, **options
+        METHOD,
+        jnp.zeros(2),
+        X,
+        batch_size=3,
+        epochs=epochs,
+        key=jax.random.key(seed),
+        checkpoint=folder,
+        **options,
     )
 
 
@@ -68,7 +75,9 @@ def check(kept, whole, tmp_path, damage, number):
     shutil.rmtree(copy)
     chex.assert_trees_all_equal(got, whole)
     said = [str(one.message) for one in said if issubclass(one.category, RuntimeWarning)]
-    assert all("update-8-" in one and "cannot be read" in one and "goes on from update-4-" in one for one in said)
+    assert all(
+        "update-8-" in one and "cannot be read" in one and "goes on from update-4-" in one for one in said
+    )
     return bool(said)
 
 
@@ -166,7 +175,7 @@ class TestOthersThings:
             run(jgd.Checkpoint(folder, every=1, keep=1), seed=1)
         for path in folder.rglob("jgd.json"):
             path.write_text("")
-        with pytest.raises(ValueError, match="holds another run, of which update-8-.* cannot be read"):
+        with pytest.raises(ValueError, match=r"holds another run, of which update-8-.* cannot be read"):
             run(jgd.Checkpoint(folder, every=1, keep=1), seed=1)
         assert checkpoints(folder) == before
 
@@ -251,12 +260,16 @@ class TestStorage:
     def test_a_full_disk(self, tmp_path):
         mounted = tmp_path / "small"
         mounted.mkdir()
-        made = subprocess.run(["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mounted], capture_output=True)
+        made = subprocess.run(
+            ["mount", "-t", "tmpfs", "-o", "size=64k", "tmpfs", mounted], capture_output=True
+        )
         if made.returncode:
             pytest.skip("a small file system needs the right to mount one; RLIMIT_FSIZE is tried elsewhere")
         try:
             (mounted / "filler").write_bytes(b"\0" * 56 * 1024)
-            with pytest.warns(RuntimeWarning, match="could not be written to .* The training goes on without it"):
+            with pytest.warns(
+                RuntimeWarning, match="could not be written to .* The training goes on without it"
+            ):
                 got = run(mounted / "run", callback=lambda state, info: None)
             chex.assert_trees_all_equal(got, run(callback=lambda state, info: None))
             (mounted / "filler").unlink()

@@ -53,9 +53,7 @@ class TestMemoryBelongsToTheLoader:
                 buffer[:] = 0.001 * i
                 yield buffer
 
-        heavy = jgd.descent(
-            lambda w, x: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2), optax.sgd(0.0)
-        )
+        heavy = jgd.descent(lambda w, x: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2), optax.sgd(0.0))
         w = 0.05 * jnp.eye(512) + 0.01
         callback = watch if watched else None
         got = jgd.fit(heavy, w, batches(), batch_size=None, epochs=1, key=KEY, callback=callback)
@@ -66,7 +64,11 @@ class TestMemoryBelongsToTheLoader:
 
     def test_by_steps(self):
         heavy = jgd.descent(lambda w, x: jnp.sum(jnp.tanh(jnp.tanh(x @ w) @ w) ** 2), optax.sgd(0.0))
-        state, buffer, values = heavy.init(0.05 * np.eye(512, dtype=np.float32)), np.empty((256, 512), np.float32), []
+        state, buffer, values = (
+            heavy.init(0.05 * np.eye(512, dtype=np.float32)),
+            np.empty((256, 512), np.float32),
+            [],
+        )
         weights = np.ones(256, np.float32)
         for i in range(12):
             buffer[:], weights[:] = 0.01 * i, 1
@@ -127,7 +129,9 @@ class TestStreams:
     def test_a_live_stream_goes_on_where_it_stands(self, tmp_path, start, keep):
         stream = (x for x in batches())
         fit(stream, start, steps=keep, checkpoint=tmp_path)
-        np.testing.assert_array_equal(fit(stream, start, steps=8, checkpoint=tmp_path).params, np.ones(EXAMPLES))
+        np.testing.assert_array_equal(
+            fit(stream, start, steps=8, checkpoint=tmp_path).params, np.ones(EXAMPLES)
+        )
 
     def test_what_a_stream_gave_before_the_run(self, tmp_path):
         def program(steps):
@@ -154,7 +158,9 @@ class TestStreams:
         stream = (x for x in batches())
         fit(stream, steps=2, checkpoint=tmp_path)
         fit(stream, steps=2)
-        with pytest.raises(ValueError, match="has given 4 batches already, and the run .* stands after batch 2"):
+        with pytest.raises(
+            ValueError, match=r"has given 4 batches already, and the run .* stands after batch 2"
+        ):
             fit(stream, steps=8, checkpoint=tmp_path)
 
     def test_a_batch_that_no_update_was_made_from_is_not_lost(self):
@@ -217,17 +223,17 @@ class TestOddLoaders:
 
     def test_another_structure(self, start):
         data = [rows(range(3)), {"row": rows(range(3, 6))}]
-        with pytest.raises(ValueError, match="gave a batch of structure .* all batches of a run must have one"):
+        with pytest.raises(
+            ValueError, match=r"gave a batch of structure .* all batches of a run must have one"
+        ):
             fit(data, start, epochs=1)
 
-    @pytest.mark.parametrize("leaf", ["text", None and 0, object()])
-    def test_no_arrays(self, leaf):
-        with pytest.raises((TypeError, ValueError)):
+    @pytest.mark.parametrize("leaf", ["text", b"raw", object(), np.array(["a"]), np.array([None])], ids=repr)
+    def test_no_array_of_numbers(self, leaf):
+        with pytest.raises(
+            TypeError, match=r"gave a batch of which `batch\[1\]` is .*, not an array of numbers"
+        ):
             fit([(rows([0]), leaf)], epochs=1)
-
-    def test_no_array_is_named(self):
-        with pytest.raises(TypeError, match=r"`batch\[1\]` is str 'text', not an array of numbers"):
-            fit([(rows([0]), "text")], epochs=1)
 
     @pytest.mark.parametrize("reduce", ["sum", "clipped_sum"])
     def test_empty_batches(self, reduce, start):
@@ -237,13 +243,17 @@ class TestOddLoaders:
         got = fit(data, start, method=method, check_finite=True, epochs=2)
         np.testing.assert_array_equal(got.params, np.repeat([2.0, 0.0], [5, EXAMPLES - 5]))
         values = np.asarray(got.history.value)
-        assert np.isfinite(values[[0, 2, 4, 6]]).all() and (got.history.grad_norm[np.array([1, 3])] == 0).all()
+        assert (
+            np.isfinite(values[[0, 2, 4, 6]]).all() and (got.history.grad_norm[np.array([1, 3])] == 0).all()
+        )
         if reduce == "sum":
             assert (values[[1, 3]] == 0).all()
 
     def test_a_mean_of_nothing_is_refused(self, start):
         method = jgd.ascent(lambda c, row: c @ row, optax.sgd(1.0))
-        with pytest.raises(ValueError, match="holds no examples: the mean over an empty batch is not defined"):
+        with pytest.raises(
+            ValueError, match="holds no examples: the mean over an empty batch is not defined"
+        ):
             fit([rows([0]), rows([])], start, method=method, epochs=1)
 
     def test_an_update_from_nothing_with_a_line_search(self):

@@ -149,8 +149,10 @@ def _epoch(
     return jax.lax.cond(high > one.whole, rest, lambda carry: carry, carry)
 
 
-def _buffer(method: Method, one: Pass, start: Standing, examples: Examples, updates: int) -> tuple[History, bool]:
-    """Room for the history of all updates, that of those made already filled in; and whether the method holds tracers."""
+def _buffer(
+    method: Method, one: Pass, start: Standing, examples: Examples, updates: int
+) -> tuple[History, bool]:
+    """Room for the history of all updates, those made already filled in; and whether the method holds tracers."""
 
     def saw(state: MethodState, examples: Examples) -> History:
         index = None if one.batch_size == examples.size else jnp.arange(one.batch_size)

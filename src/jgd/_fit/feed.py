@@ -16,7 +16,7 @@ from jgd._fit.placement import axes_of, lies_on
 from jgd._fit.position import Position, add_to_digest, stream_at
 from jgd._fit.processes import gathered, several
 from jgd._fit.schedule import Length
-from jgd._fit.stream import Drawn, Stream, like_of, stream_of
+from jgd._fit.stream import Drawn, like_of, stream_of
 
 # Batches about which processes agree at once, so that not every step waits for a message.
 _AGREED_AT_ONCE = 8

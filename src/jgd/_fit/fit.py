@@ -126,7 +126,9 @@ def fit(
         keeper, start = None, Standing(state, no_history)
         if checkpoint is not None:
             plan = checkpoint_of(checkpoint)
-            keeper = stack.enter_context(Keeper(plan, _identity(method, state, key, source, length), length.inner_steps))
+            keeper = stack.enter_context(
+                Keeper(plan, _identity(method, state, key, source, length), length.inner_steps)
+            )
             start = keeper.restore(state) or start
             _check_not_past(start, source, length)
         report = stack.enter_context(bar(source.updates)) if progress else None
@@ -182,7 +184,7 @@ def _identity(method: Method, state: MethodState, key: jax.Array, source: Source
 def _check_not_past(start: Standing, source: Source, length: Length) -> None:
     if source.is_past(start):
         asked = f"`epochs`={length.epochs}" if length.steps is None else f"`steps`={length.steps}"
+        made = start.batches * length.inner_steps + start.repeats
         raise ValueError(
-            f"`checkpoint`: the run has made {start.batches * length.inner_steps + start.repeats} updates already, more than {asked} "
-            "asks for; ask for as many or more, or give another folder"
+            f"`checkpoint`: the run has made {made} updates already, more than {asked} asks for; ask for as many or more, or give another folder"
         )

@@ -64,7 +64,9 @@ def compare(path: Path, run: dict[str, Any], identity: Identity) -> None:
         return
     said = [_difference(part, was[part], identity[part]) for part in differ]
     if run["jax"] != jax.__version__:
-        said.append(f"it was written under JAX {run['jax']}, this is {jax.__version__}, which may trace otherwise")
+        said.append(
+            f"it was written under JAX {run['jax']}, this is {jax.__version__}, which may trace otherwise"
+        )
     if "start" in differ:
         said.append(
             "to go on with it, give what it began with, not what it led to, and more `epochs` or `steps`; calls that "
@@ -89,7 +91,9 @@ def _difference(part: str, was: Any, now: Any) -> str:
 def _difference_at_start(was: dict[str, str], now: dict[str, str]) -> str:
     kinds_was, kinds_now = ({name: _bare(x) for name, x in leaves.items()} for leaves in (was, now))
     if kinds_was != kinds_now:
-        return "it is of another model or optimizer: " + _listed(kinds_was, kinds_now, "`{0}` was {1}, is {2}")
+        return "it is of another model or optimizer: " + _listed(
+            kinds_was, kinds_now, "`{0}` was {1}, is {2}"
+        )
     return "it began with other numbers in " + _listed(was, now, "`{0}`")
 
 

@@ -74,7 +74,10 @@ def batch_identity(method: Method, params: Any, like: Any, leaves: list[Any] | N
     own, treedef = jax.tree.flatten(like)
     if leaves is None:
         leaves = [[list(x.shape), str(x.dtype)] for x in own]
-    shapes = [jax.ShapeDtypeStruct(tuple(shape), _dtype(dtype, x)) for (shape, dtype), x in zip(leaves, own, strict=True)]
+    shapes = [
+        jax.ShapeDtypeStruct(tuple(shape), _dtype(dtype, x))
+        for (shape, dtype), x in zip(leaves, own, strict=True)
+    ]
     batch = splat(jax.tree.unflatten(treedef, shapes))
     traced = {name: digest_of(fun, params, *batch) for name, fun in method.evaluate.reference.items()}
     kinds = [f"{dtype}[{'axis ' * len(shape)}]".replace(" ]", "]") for shape, dtype in leaves]

@@ -122,6 +122,7 @@ class Keeper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if several() and error is not None:
+            self._store.release()
             return  # to wait for the others, of which one may be gone, is to wait for ever
         ended = error is None or isinstance(error, KeyboardInterrupt)
         try:

@@ -6,8 +6,17 @@ from pathlib import Path
 
 try:
     import fcntl
-except ImportError:  # on Windows, where an open file cannot be deleted: that is lock enough
-    fcntl = None  # type: ignore
+
+    def _lock(file: int) -> None:
+        # By process and not by handle: a loader's worker, forked with the handle, outlives a kill.
+        fcntl.lockf(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+
+except ImportError:
+    import msvcrt
+
+    def _lock(file: int) -> None:
+        msvcrt.locking(file, msvcrt.LK_NBLCK, 1)  # type: ignore
+
 
 NAME = "jgd.lock"
 
@@ -31,9 +40,7 @@ class Lock:
                 raise self._taken(folder)
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | getattr(os, "O_CLOEXEC", 0), 0o666)
             try:
-                if fcntl is not None:
-                    # By process and not by handle: a loader's worker, forked with the handle, outlives a kill.
-                    fcntl.lockf(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                _lock(self._file)
             except OSError as error:
                 os.close(self._file)
                 if isinstance(error, BlockingIOError | PermissionError):

@@ -7,8 +7,8 @@ from typing import Any
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jgd._fit.data import Examples, examples_of, is_batches
 from jgd._fit.batch import Feed
+from jgd._fit.data import Examples, examples_of, is_batches
 from jgd._fit.feed import LoaderFeed
 from jgd._fit.fingerprint import fingerprints
 from jgd._fit.identity import list_identity

@@ -147,7 +147,9 @@ class Store:
         # By the handler itself: a checkpointer reads more files, which it writes after the manifest.
         handler = self._ocp.StandardCheckpointHandler()
         try:
-            read = handler.restore(require("etils.epath", "checkpoint").Path(path), args=self._ocp.args.StandardRestore(target))
+            read = handler.restore(
+                require("etils.epath", "checkpoint").Path(path), args=self._ocp.args.StandardRestore(target)
+            )
         finally:
             handler.close()
         history = History(**read["history"])
@@ -254,6 +256,10 @@ class Store:
         """Ends the work in the background; that it fails is nothing to stop for."""
         if self._writer is not None:
             self._close(self._writer)
+        self.release()
+
+    def release(self) -> None:
+        """Lets another run have the folder, whatever is still being written."""
         if self._lock is not None:
             self._lock.release()
 

@@ -66,7 +66,9 @@ class _Writer:
             self._names[id(atom)] = len(self._names)
             self._alive.append(atom)
         aval = atom.aval
-        self.text(f" v{self._names[id(atom)]}:{getattr(aval, 'dtype', type(aval).__name__)}{getattr(aval, 'shape', '')}")
+        self.text(
+            f" v{self._names[id(atom)]}:{getattr(aval, 'dtype', type(aval).__name__)}{getattr(aval, 'shape', '')}"
+        )
 
     def value(self, value: Any) -> None:
         if hasattr(value, "eqns"):
@@ -85,12 +87,16 @@ class _Writer:
                 self.value(item)
                 self.text(",")
             self.text(")")
+        elif isinstance(value, set | frozenset):
+            self.value(sorted(value, key=str))
         elif isinstance(value, Sharding | Mesh) or type(value).__name__ == "AbstractMesh":
             self.text(type(value).__name__)  # where arrays lie may change from one start to the next
         elif callable(value) and not isinstance(value, type):
             self.text(getattr(value, "__qualname__", type(value).__qualname__))
         else:
-            self.text(re.sub(r" at 0x[0-9a-f]+|\b(id|0x)=?[0-9a-f]{6,}", "", f"{type(value).__name__} {value!r}"))
+            self.text(
+                re.sub(r" at 0x[0-9a-f]+|\b(id|0x)=?[0-9a-f]{6,}", "", f"{type(value).__name__} {value!r}")
+            )
 
     def array(self, value: Any) -> None:
         if isinstance(value, jax.Array) and jax.numpy.issubdtype(value.dtype, jax.dtypes.prng_key):
