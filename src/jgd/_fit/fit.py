@@ -68,30 +68,36 @@ def fit(
         data: a pytree of arrays with a common axis of examples: a tuple holds the arguments of the loss after
             the parameters, anything else is the only one; an argument with None in the method's `in_axes`
             goes to every step whole. Or an iterable of batches of that kind: a list, a generator, a data
-            loader; the step is compiled once for each shape of batch.
+            loader. A batch is copied when it is drawn, and no more are drawn than are used; the step is compiled
+            once for each shape of batch. docs/scaling.md says what a loader must do.
         batch_size: 1 updates after every example (stochastic), k after every k (mini-batch), None after all
             of them (full batch, in their own order). None for an iterable, whose batches are made.
         epochs: how often to walk the data; or
         steps: how many updates to make; the last epoch may end early.
         key: a PRNG key for the order of the examples. To go on from a state, give another one.
         inner_steps: updates made from each batch, in a row, before the next.
-        callback: called with `(state, info)` after every update; it ends the training by returning True.
+        callback: called with `(state, info)` after every update; it ends the training by returning True, and by
+            nothing else. Where `fit` filled a batch up, `info.aux` has the rows of its examples alone.
         progress: whether to show a bar with an estimate of the time left (extra `demo`).
         check_finite: whether to stop at a value, gradient or parameter that is not finite. Arrays are checked
-            after every epoch, iterables and watched runs after every update.
+            after every epoch, iterables and watched runs after every update. The mean over a batch without
+            examples is nan, and stops nothing.
         checkpoint: a folder to keep the run in (extra `checkpoint`), or a `jgd.Checkpoint`, which says how often.
             After a run has died, by whatever, the same call goes on from the newest checkpoint that is whole,
-            to the same bits; with more `epochs` or `steps`, from the end of a run that is done.
+            to the same bits; with more `epochs` or `steps`, from the end of a run that is done. That one cannot be
+            written is a RuntimeWarning, and the training goes on.
 
     Returns:
         `FitResult(params, state, history)`.
 
     Raises:
         ValueError: `batch_size` is below 1 or above the number of examples, or given for an iterable; neither
-            or both of `epochs` and `steps`; the data are empty, disagree in length, or ran out; `checkpoint`
-            holds another run, or one that is longer already.
-        TypeError: a count is not an int, or a leaf of the data no array.
-        OSError: `checkpoint` cannot be written to, or the disk is full; earlier checkpoints stay.
+            or both of `epochs` and `steps`; the data are empty, disagree in length or structure, or ran out;
+            `checkpoint` holds another run, or one that is longer already, or a loader gives other batches than
+            the run was trained on.
+        TypeError: a count is not an int, a leaf of the data no array, or a loader's state cannot be kept.
+        OSError: `checkpoint` cannot be written to.
+        BlockingIOError: another run is at work in `checkpoint`.
         RuntimeError: another process of this run has died.
         FloatingPointError: with `check_finite`; its `.state` is the last finite one kept, `.history` all that
             led there.
@@ -186,5 +192,6 @@ def _check_not_past(start: Standing, source: Source, length: Length) -> None:
         asked = f"`epochs`={length.epochs}" if length.steps is None else f"`steps`={length.steps}"
         made = start.batches * length.inner_steps + start.repeats
         raise ValueError(
-            f"`checkpoint`: the run has made {made} updates already, more than {asked} asks for; ask for as many or more, or give another folder"
+            f"`checkpoint`: the run has made {made} updates already, more than {asked} asks for; ask for as "
+            "many or more, or give another folder"
         )
