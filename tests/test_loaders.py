@@ -228,7 +228,11 @@ class TestOddLoaders:
         ):
             fit(data, start, epochs=1)
 
-    @pytest.mark.parametrize("leaf", ["text", b"raw", object(), np.array(["a"]), np.array([None])], ids=repr)
+    @pytest.mark.parametrize(
+        "leaf",
+        ["text", b"raw", object(), np.array(["a"]), np.array([None])],
+        ids=["text", "bytes", "object", "texts", "objects"],
+    )
     def test_no_array_of_numbers(self, leaf):
         with pytest.raises(
             TypeError, match=r"gave a batch of which `batch\[1\]` is .*, not an array of numbers"

@@ -38,7 +38,7 @@ def start(request):
 
 
 class TestEveryLoader:
-    @pytest.mark.parametrize("at", [5, 13, 17])
+    @pytest.mark.parametrize("at, start", [(5, 1), (17, 1), (13, 4)], indirect=["start"])
     @pytest.mark.parametrize("name", [*LOADERS, "memory map"])
     def test_it_goes_on_as_if_nothing_had_happened(self, tmp_path, name, at, start):
         make = LOADERS.get(name) or (lambda: memory_map(tmp_path))
@@ -311,6 +311,7 @@ class TestStopped:
         options = dict(method=counting_in_order(), inner_steps=inner_steps, batch_size=size, epochs=1)
         stopped = fit(make(), checkpoint=tmp_path, callback=stop, **options)
         assert int(stopped.state.step) == at == stopped.history.value.size
+        assert list(tmp_path.glob(f"update-{at}-*"))
         whole = fit(make(), callback=watch, **options)
         chex.assert_trees_all_equal(fit(make(), checkpoint=tmp_path, callback=watch, **options), whole)
 
