@@ -1,6 +1,7 @@
 """`Checkpoint`: where a run is kept, how often, and how many times over."""
 
 import os
+import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -14,7 +15,8 @@ class Checkpoint:
     """Where `jgd.fit` keeps a run, so that the same call goes on from there after it died.
 
     Attributes:
-        directory: a folder of this run alone, on storage that all processes share; made if it is not there.
+        directory: a folder for this run alone, on storage that all processes share; made if it is not there. What
+            else lies in it stays as it is.
         every: how many updates there are from one checkpoint to the next, at the batch after which they are
             reached. By default time decides: there is one every `seconds`.
         seconds: the time between checkpoints, where `every` is None.
@@ -22,7 +24,7 @@ class Checkpoint:
 
     Raises:
         TypeError: `directory` is no path, or a number is not one.
-        ValueError: a number is out of range.
+        ValueError: `directory` is an address such as `gs://…`, or a number is out of range.
 
     Example:
         >>> import jgd
@@ -38,6 +40,11 @@ class Checkpoint:
     def __post_init__(self) -> None:
         if not isinstance(self.directory, str | os.PathLike):
             raise TypeError(f"`directory` must be the path of a folder, got {describe(self.directory)}")
+        if re.match(r"[a-zA-Z][a-zA-Z0-9+.-]+:/", os.fspath(self.directory)):
+            raise ValueError(
+                f"`directory` must be the path of a folder, got the address {os.fspath(self.directory)!r}: a bucket "
+                "must be mounted, and its path given"
+            )
         if self.every is not None:
             count(self.every, "every", least=1, hint=" updates; None saves by time")
         count(self.keep, "keep", least=1)

@@ -1,7 +1,6 @@
 """Epochs as compiled loops over arrays: no dispatch between updates, and the state updated in place."""
 
 import functools
-import warnings
 from typing import Any
 
 import jax
@@ -33,20 +32,18 @@ def run_epochs(
     ends is data of one compiled loop, so that the numbers are the same however the updates are cut into calls.
     """
     one, at = schedule.epoch, start
-    history = _buffer(method, one, start, examples, schedule.updates)
+    history, captures = _buffer(method, one, start, examples, schedule.updates)
     if not all(is_concrete(x) for x in jax.tree.leaves((start.state, examples, key))):
         return _run_all(method, schedule, (start.state, history), examples, key)
-    run = _run if check_finite else _run_in_place
+    # Where the method itself holds what a transformation maps over, the state changes its shape under it.
+    run = _run if check_finite or captures else _run_in_place
     while at.batches < schedule.batches:
         stop = schedule.batches
         if check_finite:
             stop = min(stop, (at.batches // one.batches + 1) * one.batches)
         if chunks:
             stop = chunks.stop(at.batches, stop)
-        with warnings.catch_warnings():
-            # A leaf that the optimizer replaces by one of another layout leaves no room for it.
-            warnings.filterwarnings("ignore", "Some donated buffers were not usable")
-            (state, history), value = run(method, one, (at.state, history), examples, key, at.batches, stop)
+        (state, history), value = run(method, one, (at.state, history), examples, key, at.batches, stop)
         before, at = at, Standing(state, functools.partial(_same, history), stop)
         if check_finite:
             made = [batches * one.inner_steps for batches in (before.batches, stop)]
@@ -152,17 +149,20 @@ def _epoch(
     return jax.lax.cond(high > one.whole, rest, lambda carry: carry, carry)
 
 
-def _buffer(method: Method, one: Pass, start: Standing, examples: Examples, updates: int) -> History:
-    """Room for the history of all updates, that of those made already filled in."""
+def _buffer(
+    method: Method, one: Pass, start: Standing, examples: Examples, updates: int
+) -> tuple[History, bool]:
+    """Room for the history of all updates, those made already filled in; and whether the method holds tracers."""
 
     def saw(state: MethodState, examples: Examples) -> History:
         index = None if one.batch_size == examples.size else jnp.arange(one.batch_size)
         _, info = method.step(state, *examples.take(index))
         return History(info.value, info.grad_norm)
 
-    like = jax.eval_shape(saw, start.state, examples)
+    traced, like = jax.make_jaxpr(saw, return_shape=True)(start.state, examples)
+    captures = not all(is_concrete(x) for x in traced.consts)
     made = start.batches * one.inner_steps
     blank = jax.tree.map(lambda x: jnp.zeros(updates, x.dtype), like)
-    if not made:
-        return blank
-    return jax.tree.map(lambda all, so_far: all.at[:made].set(so_far[:made]), blank, start.history())
+    if made:
+        blank = jax.tree.map(lambda all, so_far: all.at[:made].set(so_far[:made]), blank, start.history())
+    return blank, captures

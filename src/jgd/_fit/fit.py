@@ -7,7 +7,6 @@ from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 from jax.sharding import Mesh
 
 from jgd._errors import is_concrete
@@ -16,6 +15,7 @@ from jgd._fit.chunks import Chunks
 from jgd._fit.data import is_batches
 from jgd._fit.epochs import run_epochs
 from jgd._fit.history import History, no_history
+from jgd._fit.identity import Identity, key_identity, optimizer_identity, start_identity
 from jgd._fit.keeper import Keeper
 from jgd._fit.placement import mesh_of, on_mesh
 from jgd._fit.processes import lost_processes_named
@@ -68,30 +68,36 @@ def fit(
         data: a pytree of arrays with a common axis of examples: a tuple holds the arguments of the loss after
             the parameters, anything else is the only one; an argument with None in the method's `in_axes`
             goes to every step whole. Or an iterable of batches of that kind: a list, a generator, a data
-            loader; the step is compiled once for each shape of batch.
+            loader. A batch is copied when it is drawn, and no more are drawn than are used; the step is compiled
+            once for each shape of batch. docs/scaling.md says what a loader must do.
         batch_size: 1 updates after every example (stochastic), k after every k (mini-batch), None after all
             of them (full batch, in their own order). None for an iterable, whose batches are made.
         epochs: how often to walk the data; or
         steps: how many updates to make; the last epoch may end early.
         key: a PRNG key for the order of the examples. To go on from a state, give another one.
         inner_steps: updates made from each batch, in a row, before the next.
-        callback: called with `(state, info)` after every update; it ends the training by returning True.
+        callback: called with `(state, info)` after every update; it ends the training by returning True, and by
+            nothing else. Where `fit` filled a batch up, `info.aux` has the rows of its examples alone.
         progress: whether to show a bar with an estimate of the time left (extra `demo`).
         check_finite: whether to stop at a value, gradient or parameter that is not finite. Arrays are checked
-            after every epoch, iterables and watched runs after every update.
+            after every epoch, iterables and watched runs after every update. The mean over a batch without
+            examples is nan, and stops nothing.
         checkpoint: a folder to keep the run in (extra `checkpoint`), or a `jgd.Checkpoint`, which says how often.
             After a run has died, by whatever, the same call goes on from the newest checkpoint that is whole,
-            to the same bits; with more `epochs` or `steps`, from the end of a run that is done.
+            to the same bits; with more `epochs` or `steps`, from the end of a run that is done. That one cannot be
+            written is a RuntimeWarning, and the training goes on.
 
     Returns:
         `FitResult(params, state, history)`.
 
     Raises:
         ValueError: `batch_size` is below 1 or above the number of examples, or given for an iterable; neither
-            or both of `epochs` and `steps`; the data are empty, disagree in length, or ran out; `checkpoint`
-            holds another run, or one that is longer already.
-        TypeError: a count is not an int, or a leaf of the data no array.
-        OSError: `checkpoint` cannot be written to, or the disk is full; earlier checkpoints stay.
+            or both of `epochs` and `steps`; the data are empty, disagree in length or structure, or ran out;
+            `checkpoint` holds another run, or one that is longer already, or a loader gives other batches than
+            the run was trained on.
+        TypeError: a count is not an int, a leaf of the data no array, or a loader's state cannot be kept.
+        OSError: `checkpoint` cannot be written to.
+        BlockingIOError: another run is at work in `checkpoint`.
         RuntimeError: another process of this run has died.
         FloatingPointError: with `check_finite`; its `.state` is the last finite one kept, `.history` all that
             led there.
@@ -125,23 +131,31 @@ def fit(
     with lost_processes_named(), ExitStack() as stack:
         keeper, start = None, Standing(state, no_history)
         if checkpoint is not None:
-            identity = _identity(key, source, length)
-            keeper = stack.enter_context(Keeper(checkpoint_of(checkpoint), identity, length.inner_steps))
+            plan = checkpoint_of(checkpoint)
+            keeper = stack.enter_context(
+                Keeper(plan, _identity(method, state, key, source, length), length.inner_steps)
+            )
             start = keeper.restore(state) or start
             _check_not_past(start, source, length)
         report = stack.enter_context(bar(source.updates)) if progress else None
-        if isinstance(source, Arrays) and callback is None:
+        feed = source.feed(start, keep_position=keeper is not None)
+        stack.callback(feed.close)
+        if keeper and (like := feed.like()) is not None:
+            keeper.check_batches(method, state.params, like)
+        if isinstance(source, Arrays) and callback is None and not start.repeats:
             chunks = Chunks(keeper, report, length.inner_steps) if keeper or report else None
             trained, history = run_epochs(
                 method, start, source.examples, key, source.schedule, check_finite=check_finite, chunks=chunks
             )
         else:
             trained, history = run_steps(
-                method, start, source.batches(start, keep_position=keeper is not None),
-                inner_steps=length.inner_steps, check_finite=check_finite, callback=callback, report=report,
-                keeper=keeper,
+                method, start, feed, inner_steps=length.inner_steps, check_finite=check_finite, callback=callback,
+                report=report, keeper=keeper,
             )  # fmt: skip
-    return FitResult(trained.params, trained, history)
+        result = FitResult(trained.params, trained, history)
+        # The device may still read the data where the host holds them, and the host may write there next.
+        jax.block_until_ready([x for x in jax.tree.leaves(result) if is_concrete(x)])
+    return result
 
 
 def _own(method: Method, params: Any, mesh: Mesh | None) -> MethodState:
@@ -160,17 +174,24 @@ def _check_watchable(arrays: Any, watches: dict[str, bool]) -> None:
         )
 
 
-def _identity(key: jax.Array, source: Source, length: Length) -> dict[str, Any]:
-    """What makes a run the run that it is, in JSON; the state's leaves are compared apart from it."""
-    if jnp.issubdtype(key.dtype, jax.dtypes.prng_key):
-        key = jax.random.key_data(key)
-    return {"key": np.asarray(key).tolist(), **source.identity, "inner_steps": length.inner_steps}
+def _identity(method: Method, state: MethodState, key: jax.Array, source: Source, length: Length) -> Identity:
+    """What makes a run the run that it is, as far as that is known before its first batch."""
+    return {
+        "method": method.kind,
+        "key": key_identity(key),
+        **source.identity,
+        "inner_steps": length.inner_steps,
+        "in_axes": repr(method.in_axes),
+        "optimizer": optimizer_identity(method, state),
+        "start": start_identity(state),
+    }
 
 
 def _check_not_past(start: Standing, source: Source, length: Length) -> None:
     if source.is_past(start):
         asked = f"`epochs`={length.epochs}" if length.steps is None else f"`steps`={length.steps}"
+        made = start.batches * length.inner_steps + start.repeats
         raise ValueError(
-            f"`checkpoint`: the run has made {start.batches * length.inner_steps} updates already, more than {asked} "
-            "asks for; ask for as many or more, or give another folder"
+            f"`checkpoint`: the run has made {made} updates already, more than {asked} asks for; ask for as "
+            "many or more, or give another folder"
         )

@@ -2,16 +2,20 @@
 
 import logging
 import time
+import warnings
+from collections.abc import Callable
 from types import TracebackType
 from typing import Any, Self
 
 import jax
 
 from jgd._fit.checkpoint import Checkpoint
+from jgd._fit.folder import OtherRunError
+from jgd._fit.identity import Identity, batch_identity
 from jgd._fit.processes import agreed, several
 from jgd._fit.standing import Standing
 from jgd._fit.store import Snapshot, Store, snapshot_of
-from jgd._methods.method import MethodState
+from jgd._methods.method import Method, MethodState
 
 _log = logging.getLogger("jgd")
 
@@ -23,10 +27,11 @@ class Keeper:
     """Saves a run while it goes, and finds where it stood.
 
     As a context it waits, at its end, for what is being written. A run that ends is saved as it ended; one that
-    Ctrl-C interrupts, after the last batch that was done.
+    Ctrl-C interrupts, after the last batch that was done. That a checkpoint cannot be written is said, and the
+    training goes on: what it leads to is worth more than where it could have gone on from.
     """
 
-    def __init__(self, checkpoint: Checkpoint, identity: dict[str, Any], inner_steps: int) -> None:
+    def __init__(self, checkpoint: Checkpoint, identity: Identity, inner_steps: int) -> None:
         self._plan, self._inner = checkpoint, inner_steps
         self._store = Store(checkpoint.path, checkpoint.keep, identity, inner_steps)
         self._latest: Standing | None = None
@@ -37,8 +42,29 @@ class Keeper:
         """Where the run stood, as `Store.restore` finds it."""
         self._latest = self._store.restore(state)
         if self._latest:
-            self._saved = self._latest.batches * self._inner
+            self._saved = self._updates(self._latest)
         return self._latest
+
+    def check_batches(self, method: Method, params: Any, like: Any) -> None:
+        """Looks whether the loss is the run's, once there is a batch to trace it for.
+
+        Args:
+            method: the method.
+            params: the parameters.
+            like: the shapes and dtypes of a batch of `data`.
+
+        Raises:
+            OtherRunError: it is another.
+        """
+        was = self._store.identity.get("batch")
+        kinds = None if was is None else batch_identity(method, params, like)["batch"]
+        if was is not None and kinds is not None and _kinds(was) != _kinds(kinds):
+            raise OtherRunError(
+                f"`checkpoint`: {self._plan.path} holds another run, whose batches were of another structure: "
+                f"{_kinds(was)}, and `data` now gives {_kinds(kinds)}. Nothing was changed; to start anew, give "
+                "another folder"
+            )
+        self._store.know(batch_identity(method, params, like, was and was["leaves"]))
 
     def stop(self, at: int) -> int | float:
         """The next batch after which a checkpoint is due, from batch `at` on; infinite where time decides."""
@@ -50,20 +76,30 @@ class Keeper:
     def offer(self, at: Standing) -> bool:
         """Copies what there is to save if a checkpoint is due, for `write`. Waits for nothing."""
         self._latest = at
-        if not self._due(at.batches * self._inner):
+        if not self._due(self._updates(at)):
             return False
         self._take(at)
         return True
 
-    def write(self) -> None:
-        """Hands the last copies to the store, which writes them in the background.
+    def end(self, at: Standing) -> None:
+        """Notes where the run has ended, to be saved."""
+        self._latest = at
 
-        Raises:
-            OSError: this checkpoint, or the one before, could not be written.
-        """
+    def write(self) -> None:
+        """Hands the last copies to the store, which writes them in the background."""
         pending, self._pending = self._pending, None
         if pending:
-            self._store.save(pending)
+            self._try(lambda: self._store.save(pending))
+
+    def _try(self, act: Callable[[], None]) -> None:
+        try:
+            act()
+        except OSError as error:
+            _log.error("%s", error)
+            warnings.warn(f"{error}. The training goes on without it", RuntimeWarning, stacklevel=3)
+
+    def _updates(self, at: Standing) -> int:
+        return at.batches * self._inner + at.repeats
 
     def _due(self, updates: int) -> bool:
         if self._plan.every is not None:
@@ -77,7 +113,7 @@ class Keeper:
     def _take(self, at: Standing) -> None:
         self.write()
         self._pending = snapshot_of(at)
-        self._saved, self._when = at.batches * self._inner, time.monotonic()
+        self._saved, self._when = self._updates(at), time.monotonic()
 
     def __enter__(self) -> Self:
         return self
@@ -86,14 +122,15 @@ class Keeper:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         if several() and error is not None:
+            self._store.release()
             return  # to wait for the others, of which one may be gone, is to wait for ever
         ended = error is None or isinstance(error, KeyboardInterrupt)
         try:
             latest = self._latest
-            if ended and latest and latest.batches * self._inner > self._saved and _alive(latest):
+            if ended and latest and self._updates(latest) > self._saved and _alive(latest):
                 self._take(latest)
             self.write()
-            self._store.wait()
+            self._try(self._store.wait)
         except Exception:
             if error is None:
                 raise
@@ -105,3 +142,8 @@ class Keeper:
 def _alive(at: Standing) -> bool:
     """Whether the state was not yet given away to the next one."""
     return not any(x.is_deleted() for x in jax.tree.leaves(at.state))
+
+
+def _kinds(batch: dict[str, Any]) -> list[Any]:
+    """What all batches of a run have in common: they may differ in how long they are."""
+    return [batch["structure"], batch["kinds"]]

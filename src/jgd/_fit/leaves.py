@@ -9,6 +9,7 @@ import numpy as np
 from jax.tree_util import keystr, tree_flatten_with_path
 
 from jgd._errors import describe
+from jgd._fit.fingerprint import sums_of
 from jgd._fit.history import History
 from jgd._methods.method import MethodState
 
@@ -18,7 +19,7 @@ class Stored(NamedTuple):
 
     Attributes:
         leaves: the state's leaves by number, those without elements left out, keys as their data.
-        checksums: `(leaves,)`, of the same.
+        checksums: `(leaves, 2)`, of the same.
     """
 
     leaves: dict[str, jax.Array]
@@ -29,7 +30,7 @@ class Stored(NamedTuple):
 def stored(state: MethodState) -> Stored:
     """Copies of what a checkpoint holds; it waits for nothing."""
     leaves = {name: jnp.copy(leaf) for name, leaf in _named(state).items()}
-    return Stored(leaves, _checksums(leaves))
+    return Stored(leaves, sums_of(list(leaves.values())))
 
 
 def names_of(state: MethodState) -> dict[str, str]:
@@ -58,14 +59,14 @@ def state_from(leaves: dict[str, jax.Array], like: MethodState) -> MethodState:
     return jax.tree.unflatten(treedef, [leaf_from(k, x) for k, x in enumerate(old)])
 
 
-def checksums_of(state: MethodState) -> list[int]:
-    """A sum over the bits of each leaf that is stored, the same wherever its parts lie."""
+def checksums_of(state: MethodState) -> list[list[int]]:
+    """Sums over the bits of each leaf that is stored, the same wherever its parts lie."""
     return np.asarray(_checksums_of_state(state)).tolist()
 
 
 @jax.jit
 def _checksums_of_state(state: MethodState) -> jax.Array:
-    return _checksums(_named(state))
+    return sums_of(list(_named(state).values()))
 
 
 def history_checksum(history: History) -> int:
@@ -84,23 +85,3 @@ def _named(state: MethodState) -> dict[str, jax.Array]:
         return jax.random.key_data(x) if jnp.issubdtype(x.dtype, jax.dtypes.prng_key) else x
 
     return {_name(k): data(x) for k, x in enumerate(jax.tree.leaves(state)) if x.size}
-
-
-def _checksums(leaves: dict[str, jax.Array]) -> jax.Array:
-    return jnp.stack([_checksum(leaf) for leaf in leaves.values()])
-
-
-def _checksum(x: jax.Array) -> jax.Array:
-    """Σ bits_k (2k + 1) modulo 2³²: odd weights let no change of one element through, integers no rounding."""
-    if jnp.issubdtype(x.dtype, jnp.complexfloating):
-        x = jnp.stack([x.real, x.imag])
-    if x.dtype.itemsize == 1 and not jnp.issubdtype(x.dtype, jnp.floating):
-        bits = x.astype(jnp.int32).astype(jnp.uint32)  # bool and int4 have no bits of their own to look at
-    else:
-        unsigned = {1: jnp.uint8, 2: jnp.uint16, 4: jnp.uint32, 8: jnp.uint32}[x.dtype.itemsize]
-        bits = jax.lax.bitcast_convert_type(x, unsigned).astype(jnp.uint32)
-    index = jnp.zeros(bits.shape, jnp.uint32)
-    for axis, size in enumerate(bits.shape):
-        # Not by way of a flat array, for which one that lies on several devices would be gathered.
-        index = index * np.uint32(size) + jax.lax.broadcasted_iota(jnp.uint32, bits.shape, axis)
-    return jnp.sum(bits * (2 * index + 1), dtype=jnp.uint32)

@@ -1,19 +1,22 @@
 """What a run walks, and how far: arrays by a schedule of their own, or an iterable of batches."""
 
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable
 from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
 from jax.sharding import Mesh, NamedSharding, PartitionSpec
 
-from jgd._errors import describe
+from jgd._fit.batch import Feed
 from jgd._fit.data import Examples, examples_of, is_batches
-from jgd._fit.feed import batches_of_iterable
+from jgd._fit.feed import LoaderFeed
+from jgd._fit.fingerprint import fingerprints
+from jgd._fit.identity import list_identity
 from jgd._fit.placement import batch_axes
 from jgd._fit.schedule import Length, Schedule, schedule_of
 from jgd._fit.standing import Standing
-from jgd._fit.stepwise import Batch, batches_of_examples
+from jgd._fit.stepwise import ArrayFeed
+from jgd._fit.stream import is_stream
 
 
 @dataclass(frozen=True)
@@ -32,17 +35,17 @@ class Arrays:
     @property
     def identity(self) -> dict[str, Any]:
         """What makes the data of a run what they are, in JSON."""
-        data = [describe(x) for x in jax.tree.leaves(self.examples.args)]
-        return {"data": data, "batch_size": self.schedule.epoch.batch_size}
+        leaves = jax.tree.leaves(self.examples.args)
+        return {"data": fingerprints(leaves), "batch_size": self.schedule.epoch.batch_size}
 
     def is_past(self, at: Standing) -> bool:
         """Whether a run stands behind its own end."""
-        return at.batches > self.schedule.batches
+        return at.batches + (at.repeats > 0) > self.schedule.batches
 
-    def batches(self, start: Standing, *, keep_position: bool) -> Iterator[Batch]:
+    def feed(self, start: Standing, *, keep_position: bool) -> Feed:
         """The batches that are left; their number says where they stand."""
         del keep_position
-        return batches_of_examples(self.examples, self.key, self.schedule, start.batches)
+        return ArrayFeed(self.examples, self.key, self.schedule, start.batches)
 
 
 @dataclass(frozen=True)
@@ -66,18 +69,19 @@ class Batches:
     @property
     def identity(self) -> dict[str, Any]:
         """What makes the data of a run what they are, in JSON."""
-        return {"data": "batches", "batch_size": None}
+        digest = f" {list_identity(self.data)}" if isinstance(self.data, list) else ""
+        return {"data": f"batches{digest}", "batch_size": None}
 
     def is_past(self, at: Standing) -> bool:
         """Whether a run stands behind its own end."""
         if self.length.steps is not None:
-            return at.batches * self.length.inner_steps > self.length.steps
-        epoch, place = at.position[:2] if at.position else (0, 0)
-        return epoch + (place > 0) > (self.length.epochs or 0)
+            return at.batches * self.length.inner_steps + at.repeats > self.length.steps
+        epoch, place = (at.position.epoch, at.position.place) if at.position else (0, 0)
+        return epoch + (place > 0 or at.repeats > 0) > (self.length.epochs or 0)
 
-    def batches(self, start: Standing, *, keep_position: bool) -> Iterator[Batch]:
-        """The batches that are left, each with where the iterable stands after it if that is to be kept."""
-        return batches_of_iterable(
+    def feed(self, start: Standing, *, keep_position: bool) -> Feed:
+        """The batches that are left, each with where the loader stands after it."""
+        return LoaderFeed(
             self.data, self.length, start.position, in_axes=self.in_axes, keep_position=keep_position,
             sharding=self.sharding,
         )  # fmt: skip
@@ -122,7 +126,7 @@ def _check_batches(data: Iterable[Any], batch_size: Any, length: Length) -> None
             f"`batch_size`={batch_size!r} was given, but `data` is an iterable ({type(data).__name__}) whose "
             "batches are made: give None; or give the examples as arrays, several arguments as a tuple"
         )
-    if iter(data) is data and length.epochs is not None and length.epochs > 1:
+    if length.epochs is not None and length.epochs > 1 and is_stream(data):
         raise ValueError(
             f"`data` is an iterator, which can be walked only once, but `epochs` is {length.epochs}: give "
             "what starts anew each time, such as a list or a data loader, or say `steps`"

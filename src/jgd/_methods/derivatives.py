@@ -7,6 +7,7 @@ the same. `weights` is `(B,)`, and weight 0 is an absent example.
 import functools
 import inspect
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any, Literal, NamedTuple, get_args
 
 import jax
@@ -40,6 +41,24 @@ class Evaluation(NamedTuple):
 Evaluate = Callable[..., Evaluation]
 
 
+@dataclass(frozen=True)
+class Evaluator:
+    """Evaluates a batch, and says of what: `(params, *batch, weights=None)` to an `Evaluation`.
+
+    Attributes:
+        evaluate: the evaluation, by whatever plan.
+        reference: the objective and the gradient as functions of `(params, *batch)` that no plan changes, nor the
+            device: two methods of the same numbers trace to the same programs.
+    """
+
+    evaluate: Evaluate
+    reference: dict[str, Callable[..., Any]]
+
+    def __call__(self, params: Any, *batch: Any, weights: Any = None) -> Evaluation:
+        """The evaluation of one batch."""
+        return self.evaluate(params, *batch, weights=weights)
+
+
 def evaluation_by(
     derivative: Derivative,
     loss: Loss,
@@ -50,8 +69,8 @@ def evaluation_by(
     microbatch_size: int | None = None,
     max_memory: int | None = None,
     autotune: bool = False,
-) -> Evaluate:
-    """The function that evaluates a batch by the derivative chosen.
+) -> Evaluator:
+    """What evaluates a batch by the derivative chosen.
 
     Raises:
         ValueError: the derivative is unknown, or knows only the batch's gradient and was given a `reduce`,
@@ -81,7 +100,7 @@ def evaluation_by(
             f"derivative={derivative!r}"
         )
     if callable(derivative):
-        return _by_callable(derivative, has_aux)
+        return _explained(_by_callable(derivative, has_aux), derivative)
     objective = _objective(loss, in_axes, has_aux, _sum if reduce is sum_ else _mean)
     if derivative == "reverse":
         question = Reduced(reduce) if autotune is True else autotune
@@ -89,8 +108,18 @@ def evaluation_by(
             loss, in_axes=in_axes, has_aux=has_aux,
             microbatch_size=microbatch_size, max_memory=max_memory, autotune=question,
         )  # fmt: skip
-        return _by_reverse(per_example, objective, reduce)
-    return _by_coordinates(objective, _forward if derivative == "forward" else _central_difference)
+        plain = per_example_grad(loss, in_axes=in_axes, has_aux=has_aux, strategy="materialized")
+        return Evaluator(
+            _by_reverse(per_example, objective, reduce),
+            {"loss": objective, "gradient": lambda params, *batch: reduce(plain(params, *batch))},
+        )
+    slopes = _forward if derivative == "forward" else _central_difference
+    return _explained(_by_coordinates(objective, slopes), objective)
+
+
+def _explained(evaluate: Evaluate, objective: Callable[..., Any]) -> Evaluator:
+    reference = lambda params, *batch: evaluate(params, *batch)[:2]
+    return Evaluator(evaluate, {"loss": objective, "gradient": reference})
 
 
 Objective = Callable[..., tuple[jax.Array, Any]]
@@ -102,7 +131,7 @@ def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total) -> Objecti
 
     def objective(params: Any, *batch: Any, weights: Any = None) -> tuple[jax.Array, Any]:
         call = bind(loss, (params, *batch), argnums=0, in_axes=in_axes, has_aux=has_aux)
-        if call.size == 0:
+        if call.size == 0 and total is _mean:
             raise ValueError("the batch holds no examples: its mean loss is not defined")
         program, constants = trace(call)
         values, aux = jax.vmap(functools.partial(program.run, call.param_leaves, constants))(

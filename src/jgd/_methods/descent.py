@@ -108,7 +108,7 @@ def ascent(
         derivative, objective, reduce=reduce, in_axes=in_axes, has_aux=has_aux,
         microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune,
     )  # fmt: skip
-    return Method(evaluate, ascending(checked(optimizer, "optimizer")), in_axes)
+    return Method(evaluate, ascending(checked(optimizer, "optimizer")), in_axes, "ascent")
 
 
 def descent_ascent(
@@ -156,4 +156,4 @@ def descent_ascent(
         microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune,
     )  # fmt: skip
     minimiser, maximiser = checked(min_optimizer, "min_optimizer"), checked(max_optimizer, "max_optimizer")
-    return Method(evaluate, simultaneous(minimiser, ascending(maximiser)), in_axes)
+    return Method(evaluate, simultaneous(minimiser, ascending(maximiser)), in_axes, "descent_ascent")

@@ -10,7 +10,8 @@ from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, Float, Int
 
 from jgd._errors import describe, leaf_name
-from jgd._methods.derivatives import Evaluate
+from jgd._methods.derivatives import Evaluator
+from jgd._methods.host import owned
 
 
 class MethodState(NamedTuple):
@@ -33,7 +34,9 @@ class StepInfo(NamedTuple):
     Attributes:
         value: the objective of the batch: the mean of its losses, or their sum under `reduce=jgd.sum`.
         grad_norm: the Euclidean norm of the gradient that the optimizer was given.
-        aux: what the loss returned beside its value, with a leading axis B; None without `has_aux`.
+        aux: what the loss returned beside its value, with a leading axis B; None without `has_aux`. `method.step`
+            with `weights` gives all rows, those of weight 0 too; a callback of `jgd.fit` sees none of what `fit`
+            itself filled a batch up with.
     """
 
     value: Float[Array, ""]
@@ -48,11 +51,12 @@ class Method:
     Compared by identity: each method compiles its step once for each shape of a batch.
     """
 
-    evaluate: Evaluate = field(repr=False)
+    evaluate: Evaluator = field(repr=False)
     optimizer: optax.GradientTransformationExtraArgs = field(
         repr=False
     )  # minimises; ascent is folded into it
     in_axes: Any = None
+    kind: str = "descent"
 
     def init(self, params: Any) -> MethodState:
         """The state to start from.
@@ -71,7 +75,7 @@ class Method:
                     "eqx.is_inexact_array)` or `nnx.split(model, nnx.Param, ...)`, and let the loss join the "
                     "parts"
                 )
-        params = _strongly_typed(params)
+        params = _strongly_typed(owned(params))
         return MethodState(params, _strongly_typed(self.optimizer.init(params)), jnp.zeros((), jnp.int32))
 
     def step(
@@ -82,7 +86,8 @@ class Method:
         Args:
             state: what `init` or the last step returned. It is left intact, so it can be kept or stepped from
                 again; `jgd.fit`, which owns its states, updates in place.
-            batch: the arguments of the loss after the parameters, with a leading axis B.
+            batch: the arguments of the loss after the parameters, with a leading axis B. NumPy arrays are copied:
+                they may be written to as soon as this returns.
             weights: `(B,)`, handed to `reduce`, and weighing the losses in `info.value`. Weight 0 is an absent
                 example, which fills a batch up to a common size and counts for nothing.
 
@@ -98,7 +103,7 @@ class Method:
                 "`state` must be the MethodState that `method.init(params)` returned, got "
                 f"{type(state).__name__}"
             )
-        return _step(self, state, batch, weights)
+        return update(self, *owned((state, batch, weights)))
 
 
 def _update(
@@ -119,11 +124,19 @@ _step = jax.jit(_update, static_argnums=0)
 _step_in_place = jax.jit(_update, static_argnums=0, donate_argnums=1)
 
 
-def step_in_place(
-    method: Method, state: MethodState, *batch: Any, weights: jax.Array | None = None
+def update(
+    method: Method,
+    state: MethodState,
+    batch: tuple[Any, ...],
+    weights: jax.Array | None,
+    *,
+    in_place: bool = False,
 ) -> tuple[MethodState, StepInfo]:
-    """`method.step`, for a caller who owns every leaf of the state: its memory goes to the next one."""
-    return _step_in_place(method, state, batch, weights)
+    """`method.step`, for a caller to whom the memory of all arguments belongs: it is read in its place.
+
+    With `in_place` the state's memory goes to the next one.
+    """
+    return (_step_in_place if in_place else _step)(method, state, batch, weights)
 
 
 def _strongly_typed(tree: Any) -> Any:
@@ -137,12 +150,30 @@ def _strongly_typed(tree: Any) -> Any:
 
 
 def _typed_like(tree: Any, like: Any) -> Any:
-    """The optimizer's state in the types that it had: a scan carries it, and some optimizers widen theirs."""
+    """The optimizer's state in the types that it had: a scan carries it, and some optimizers widen theirs.
 
-    def cast(new: Any, old: jax.Array) -> jax.Array:
-        return new if getattr(new, "dtype", None) == old.dtype else jnp.asarray(new, old.dtype)
+    Raises:
+        TypeError: a leaf would lose more than digits, as a float does that becomes an int.
+    """
 
-    return _strongly_typed(jax.tree.map(cast, tree, like))
+    def cast(path: Any, new: Any, old: jax.Array) -> jax.Array:
+        dtype = getattr(new, "dtype", None) or jnp.result_type(new)
+        if dtype == old.dtype:
+            return jnp.asarray(new, dtype)
+        if _kind(dtype) > _kind(old.dtype):
+            raise TypeError(
+                f"{leaf_name('opt_state', path)} was {describe(old)} after the optimizer's `init` and is {dtype} "
+                "after its `update`: its values would be cut. Let `init` return the dtype that `update` does"
+            )
+        return jnp.asarray(new, old.dtype)
+
+    return _strongly_typed(jax.tree_util.tree_map_with_path(cast, tree, like))
+
+
+def _kind(dtype: Any) -> int:
+    """The kind of a number; one of a larger kind does not fit into a smaller one."""
+    kinds = (jnp.bool_, jnp.integer, jnp.floating, jnp.complexfloating)
+    return next((k for k, kind in enumerate(kinds) if jnp.issubdtype(dtype, kind)), len(kinds))
 
 
 def _norm(tree: Any) -> jax.Array:
