@@ -120,7 +120,7 @@ NOT_COVERED: dict[str, str] = {
          "sharding_constraint", "layout_constraint", "inspect_sharding", "with_memory_space_constraint"), _MESH),
     **dict.fromkeys(
         ("accum_grad_in_ref", "empty_ref", "free_ref", "box_get", "box_set", "new_box", "new_log", "log_extend",
-         "log_read", "run_state"), _STATE),
+         "log_read", "run_state", "addupdate"), _STATE),
     **dict.fromkeys(
         ("call", "closed_call", "custom_lin", "call_hi_primitive", "check", "dce_sink", "eval_jaxpr", "remat_opt",
          "stage", "tie", "one_minus_square", "polynomial"), _INTERNAL),

@@ -26,6 +26,7 @@ from jgd._engine.jaxprs import trace_jaxpr
 from jgd._engine.parts import Part
 from jgd._engine.plan import Variant, plan_of
 from jgd._engine.views import View, overlap
+from jgd._gradients import held_as
 
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
 
@@ -150,9 +151,7 @@ def test_each_method_of_each_rule(rule, build, t, x64):
     for method in ("pairs", "block"):
         forced = dataclasses.replace(plan, parts=(dataclasses.replace(part, method=method),))
         examples = grads.form.examples._replace(squares={})  # what the pass itself made of the norms
-        held = dataclasses.replace(
-            grads, form=dataclasses.replace(grads.form, plan=forced, examples=examples)
-        )
+        held = held_as(grads, dataclasses.replace(grads.form, plan=forced, examples=examples))
         oracle.assert_close(jgd.norms(held), norms, 1e-9, what=method)
         clipped = oracle.answers(blocks, blocks, WEIGHTS, 0.7 * norms.mean(), problem.params)["clipped_sum"]
         oracle.assert_close(jgd.clipped_sum(held, 0.7 * norms.mean()), clipped, 1e-9, what=method)
@@ -381,7 +380,7 @@ def test_tiles_of_every_number_of_examples(tile, monkeypatch, forget, x64):
     plan = tiled_answers(monkeypatch, tile=tile)
     rules = {use.rule for part in plan.parts for use in part.uses}
     assert rules >= {"dot_general", "convolution", "lookup", "opaque"}
-    assert len(plan.whole_leaves) == 1 and len(plan.backward_only) == 1
+    assert len(plan.whole_leaves) == 2 and len(plan.dense) == len(plan.backward_only) == 1
 
 
 @pytest.mark.parametrize("tile", [1, 2, 5])

@@ -208,6 +208,11 @@ def _stand_in(mark: jax.Array, values: jax.Array, aux: Any, form: Any, treedef: 
     return PerExampleGrads(values, aux, form, treedef, mark, made, sums)
 
 
+def held_as(grads: PerExampleGrads, form: Any) -> PerExampleGrads:
+    """The gradients, held in another form."""
+    return _stand_in(grads.mark, grads.values, grads.aux, form, grads.treedef)
+
+
 def _is_in_a_program(x: Any) -> bool:
     """Whether `x` is traced to be compiled, when what nobody asks for is dropped, and not for a derivative alone."""
     while isinstance(x, Tracer):

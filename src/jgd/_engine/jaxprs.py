@@ -191,7 +191,7 @@ def inner_jaxprs(eqn: Any) -> list[Any]:
 
 
 def _listed(value: Any) -> Sequence[Any]:
-    return value if isinstance(value, tuple | list) else (value,)
+    return value if isinstance(value, tuple | list) and not hasattr(value, "eqns") else (value,)
 
 
 class Scan(NamedTuple):

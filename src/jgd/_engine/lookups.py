@@ -111,7 +111,7 @@ def gram(ours: Rows, theirs: Rows | None, rows: int) -> jax.Array:
     total = _partners(index[order], owner[order], right[order], rows, size)
     # A gradient that is not finite has no finite inner product, with rows that it does not meet either.
     finite = jnp.concatenate([jnp.all(jnp.isfinite(x), axis=(1, 2)) for x in rights])
-    total = jnp.where((finite[:, None] & finite) | ~jnp.isfinite(total), total, jnp.nan)
+    total = jnp.where((finite[:, None] & finite[None, :]) | ~jnp.isfinite(total), total, jnp.nan)
     return total if theirs is None else total[: lengths[0][0], lengths[0][0] :]
 
 
