@@ -46,7 +46,7 @@ def forget_the_programs():
 
 @pytest.mark.parametrize("part", range(10))
 def test_random_programs(part, x64):
-    search(part, 15, QUARTERS[part % 4])
+    search(part, 5, QUARTERS[part % 4])
 
 
 @pytest.mark.slow
