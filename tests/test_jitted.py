@@ -6,6 +6,7 @@ Outside of `jit` the pass and the reductions compile themselves too, so the othe
 
 import dataclasses
 import gc
+import os
 import random
 
 import jax
@@ -146,8 +147,12 @@ def test_some_cases_compiled(name):
     compare(*case_of(name), sampled(QUESTIONS, 4, name), what=name)
 
 
+# Of how many cases and random programs the slow tests are: all of them, which takes most of an hour, or some.
+SWEEP = int(os.environ.get("JGD_SWEEP", 0)) or None
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("name", CASES)
+@pytest.mark.parametrize("name", sampled(CASES, SWEEP, "sweep") if SWEEP else CASES)
 def test_every_case_compiled(name):
     compare(*case_of(name), QUESTIONS, what=name)
 
@@ -164,7 +169,7 @@ def test_some_random_programs_compiled():
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("seed", range(100))
+@pytest.mark.parametrize("seed", range(SWEEP or 100))
 def test_many_random_programs_compiled(seed):
     if not compare_program([1, seed], QUESTIONS):
         pytest.skip("no finite gradients, or float32 rounds too much")
