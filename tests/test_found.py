@@ -104,6 +104,25 @@ def test_a_callback_whose_variable_changed_since_is_not_called():
     np.testing.assert_allclose(norms(made(1.0)[0], POINTS), want, rtol=1e-12)
 
 
+def test_rules_that_read_alike_and_use_other_ones():
+    """The third derivative of the first function is the third one's rule."""
+
+    def tower(c):
+        f, g, h = (jax.custom_jvp(jnp.sin) for _ in range(3))
+        h.defjvp(lambda p, t: (jnp.sin(p[0]), c * jnp.cos(p[0]) * t[0]))
+        g.defjvp(lambda p, t: (jnp.sin(p[0]), h(p[0]) * t[0]))
+        f.defjvp(lambda p, t: (jnp.sin(p[0]), g(p[0]) * t[0]))
+        return lambda p, x: jnp.sum(f(p * x))
+
+    def slope(c, gradients):
+        return jax.hessian(lambda p: jnp.sum(jgd.norms(gradients(tower(c))(p, POINTS)) ** 2))(jnp.array(W))
+
+    for c in (1.0, 5.0):
+        got = slope(c, lambda loss: jgd.per_example_grad(loss, strategy="factored"))
+        want = slope(c, lambda loss: jax.vmap(jax.grad(loss), (None, 0)))
+        np.testing.assert_allclose(got, want, rtol=1e-10)
+
+
 def test_gradients_with_a_shared_number_cross_a_program():
     of = jgd.per_example_grad(
         lambda p, x, c: jnp.sum(jnp.sin(p * x)) * c, in_axes=(None, 0, None), microbatch_size=2

@@ -137,7 +137,8 @@ class _Keys:
             )
         except Exception as error:  # whatever the rule raises: where it is used, the user sees it
             raise _Unknown from error
-        own = self.of_jaxpr(jaxpr, consts, None)
+        # Rules that read alike may still use other ones: it is the same functions that repeat.
+        own = self.of_jaxpr(jaxpr, consts, None), _functions_of(eqn)
         if own in above:
             return "repeats", above.index(own)
         return self.of_jaxpr(jaxpr, consts, (*above, own))
@@ -171,6 +172,24 @@ class _Keys:
         if isinstance(x, types.FunctionType | functools.partial):
             return self.of_function(x, plain)
         return self.of_value(x, ()) if x is None or type(x) in plain else _Same(x)
+
+
+def _functions_of(eqn: Any) -> frozenset[_Same]:
+    """The functions of a user's, or of JAX's, that the rules of an equation come to, as JAX wraps them."""
+    found: set[_Same] = set()
+
+    def wraps(x: Any) -> bool:
+        if hasattr(x, "call_wrapped"):
+            inner = getattr(x, "f", None)
+            if not wraps(inner):
+                found.add(_Same(inner))
+            return True
+        cells = (x.__closure__ or ()) if isinstance(x, types.FunctionType) else ()
+        return any([wraps(cell.cell_contents) for cell in cells])
+
+    for x in eqn.params.values():
+        wraps(x)
+    return frozenset(found)
 
 
 # What cannot change after the trace. A policy's sets of names are its own.
