@@ -131,6 +131,14 @@ def test_gradients_with_a_shared_number_cross_a_program():
     np.testing.assert_allclose(jgd.norms(jax.jit(lambda g: g)(grads)), jgd.norms(grads))
 
 
+@pytest.mark.parametrize("flag", [True, False])
+def test_a_shared_flag_is_one(flag):
+    loss = lambda p, x, m: jnp.sum(jnp.sin(p * x) if m is True else jnp.cos(p * x))
+    grads = jgd.per_example_grad(loss, in_axes=(None, 0, None))(W, POINTS, flag)
+    want = jax.vmap(jax.grad(loss), (None, 0, None))(W, POINTS, flag)
+    oracle.assert_close(jgd.materialize(grads), np.asarray(want), 1e-12)
+
+
 def test_a_reference_that_the_loss_closes_over():
     reference = jax.new_ref(jnp.ones(5))
     loss = lambda p, x: jnp.sum(jnp.sin(p * x * reference[...]))

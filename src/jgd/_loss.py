@@ -27,12 +27,15 @@ class Signature:
     argnums: int | tuple[int, ...]
     has_aux: bool
     treedef: Hashable  # of all the arguments
-    roles: tuple[tuple[str, int], ...]  # of each leaf of them: which list holds it, and where
+    roles: tuple[
+        tuple[str, int], ...
+    ]  # of each leaf of them: which list holds it, and where; or a flag itself
 
     def call(self, params: Sequence[Any], shared: Sequence[Any], example: Sequence[Any]) -> tuple[Any, Any]:
         """The loss of one example, from leaves: `(value, aux)`, with `aux` None unless `has_aux`."""
         leaves = {"params": params, "shared": shared, "batch": example}
-        args = jax.tree.unflatten(self.treedef, [leaves[role][place] for role, place in self.roles])
+        read = lambda role, place: place if role == "flag" else leaves[role][place]
+        args = jax.tree.unflatten(self.treedef, [read(*role) for role in self.roles])
         out = self.loss(*args)
         if not self.has_aux:
             return out, None
@@ -88,6 +91,11 @@ def bind(
         for (path, leaf), axis in zip(leaves, _leaf_axes(axes[number], args[number], number), strict=True):
             if number in chosen:
                 role, leaf = "params", _check_param(leaf, argument, path)
+            elif isinstance(leaf, bool) and axis is None:
+                roles[number].append(
+                    ("flag", leaf)
+                )  # a Python bool is for Python to look at, as under `vmap(grad)`
+                continue
             elif axis is None:
                 role, leaf = "shared", on_device(leaf)
             else:
