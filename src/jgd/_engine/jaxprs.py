@@ -67,9 +67,9 @@ def _evaluate_opened(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
     for eqn in jaxpr.eqns:
-        given, inside = [read(x) for x in eqn.invars], called(eqn)
-        opens = inside is not None and _holds_arrays(eqn)
-        made = _evaluate_opened(*inside, given) if opens else bind(eqn, given)
+        given = [read(x) for x in eqn.invars]
+        inside = called(eqn) if _holds_arrays(eqn) else None
+        made = bind(eqn, given) if inside is None else _evaluate_opened(*inside, given)
         values.update(zip(eqn.outvars, made, strict=True))
     return [read(x) for x in jaxpr.outvars]
 
