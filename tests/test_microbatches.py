@@ -11,6 +11,7 @@ import pytest
 from cases import B, problem
 
 import jgd
+from jgd import _versions
 from jgd._engine.plan import AGAIN
 
 CASES = ("mlp_classifier", "tied_embedding_and_head", "auxiliary_output")
@@ -98,8 +99,10 @@ def test_max_memory_chooses_a_microbatch_that_stays_within():
     whole = temporary(clipped(loss), params, x)
     limit = whole // 3
     within = clipped(loss, max_memory=limit)
-    # Beside the microbatch there is the sum that grows: the parameters' size.
-    assert temporary(within, params, x) <= limit + 3 * sum(p.nbytes for p in params)
+    # Beside the microbatch there is the sum that grows: the parameters' size. Where the way round XLA's products is
+    # needed, a product's operand that would be made in its loop is stored too.
+    copies = 4 if _versions.fuses_products(_versions.JAXLIB) else 3
+    assert temporary(within, params, x) <= limit + copies * sum(p.nbytes for p in params)
     want = clipped(loss)(params, x)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), within(params, x), want)
 
