@@ -138,7 +138,7 @@ def per_example_grad(
         >>> jgd.norms(grads)
         Array([1., 2.], dtype=float32)
 
-    Outside of `jit` the trace is 2 to 70 ms a call for the suite's models (some 0.1 ms for each equation, 2 to 5 ms
+    Outside of `jit` the trace is 2 to 100 ms a call for the suite's models (some 0.1 ms for each equation, 2 to 5 ms
     for each `custom_jvp` or `custom_vjp`, jax.nn.relu among them): in a loop, call it from a jitted function.
 
     Cost: one forward and one backward pass without the products that make the weights' gradients; those are
