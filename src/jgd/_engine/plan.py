@@ -2,25 +2,23 @@
 
 import collections
 import math
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Collection, Iterator, Sequence
 from dataclasses import dataclass, replace
-from typing import Any, NamedTuple
+from typing import NamedTuple
 
 import jax
-import jax.numpy as jnp
 
 from jgd._engine import factors
+from jgd._engine.dense import leaves_at, read_as_differentiated
 from jgd._engine.devices import Device, device_of
-from jgd._engine.differentiated import CUSTOM, differentiated
 from jgd._engine.fused import Probes, probes_of
-from jgd._engine.jaxprs import asks_what_moves, mentions, prim, touches_references
+from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.parts import Method, Part, common_shape
 from jgd._engine.program import Program
-from jgd._engine.reading import read_regions
-from jgd._engine.regions import Nested, Op, Region, Side, Site, Value, recorded, sites_of
+from jgd._engine.regions import Nested, Region, Site, recorded, sites_of
 from jgd._engine.rules import use_of
 from jgd._engine.uses import Use
-from jgd._engine.views import Axis, overlap, whole
+from jgd._engine.views import Axis, overlap
 
 # A block that is kept wins where pairs are not quicker by this factor: it also saves the sum's product.
 _TIE = 0.95
@@ -108,11 +106,11 @@ def plan_of(program: Program, variant: Variant) -> Plan:
 def _plan(program: Program, variant: Variant) -> Plan:
     """Reads a program's sites and sorts their uses of each leaf into parts."""
     device = device_of(program.platform)
-    region, dense = _read_as_differentiated(program, frozenset())
+    region, dense = read_as_differentiated(program, frozenset())
     parts, whole_leaves = _sorted_uses(region, device, variant)
     spread = _spread(parts, _branched(region), program.param_avals)
     if spread:
-        region, dense = _read_as_differentiated(program, dense | {part.leaf for part in spread})
+        region, dense = read_as_differentiated(program, dense | {part.leaf for part in spread})
         parts, whole_leaves = _sorted_uses(region, device, variant)
     met = {part.leaf for part in parts}
     indirect = {part.leaf for part in parts for use in part.uses if use.batch_factor is None}
@@ -147,57 +145,6 @@ def _summed(parts: Sequence[Part], probes: Probes) -> frozenset[int]:
     """The leaves that have probes in all their parts, which see all of their sum."""
     probed = {id(probe.of) for some in probes.values() for probe in some if probe.is_summed}
     return frozenset(part.leaf for part in parts) - {part.leaf for part in parts if id(part) not in probed}
-
-
-def _read_as_differentiated(program: Program, dense: frozenset[int]) -> tuple[Region, frozenset[int]]:
-    """The program's region with the `dense` leaves as data, and all others that must be differentiated there.
-
-    The taps move what is downstream of a site, as the parameters would. A parameter must move itself where it goes
-    into a derivative that asks what moves, or meets data in one that changes the value. Where there is such a
-    derivative at all, so must what meets an operation of several outputs: a tap moves all of them, a parameter maybe
-    one. With more data there are more sites, so the new region is looked at again.
-    """
-    every = frozenset(range(len(program.param_avals)))
-    if touches_references(program.jaxpr):
-        return _read(program, every), every  # one that was made of a constant may hold data later
-    while True:
-        region = _read(program, dense)
-        more = _leaves_at(region, _must_move)
-        several = _leaves_at(region, lambda op: isinstance(op, Site) and len(op.tapped) > 1)
-        if several and any(map(_may_ask, program.jaxpr.eqns)):
-            more |= several
-        if more <= dense:
-            return region, dense
-        dense |= more
-
-
-def _must_move(op: Op) -> bool:
-    if asks_what_moves(op.eqn):
-        return True
-    # A rule of its own may give another value where the parameter moves, and its data need not.
-    is_custom = isinstance(op, Site) and op.eqn.primitive in CUSTOM
-    return is_custom and differentiated(op.eqn, [bool(x.leaves) for x in op.inputs]).changes
-
-
-def _may_ask(eqn: Any) -> bool:
-    """Whether it matters to an equation which of its inputs move, whatever they are, or to one inside of it."""
-    inexact = [jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in eqn.invars]
-    return asks_what_moves(eqn) or (mentions(eqn, *CUSTOM) and differentiated(eqn, inexact).changes)
-
-
-def _read(program: Program, dense: frozenset[int]) -> Region:
-    """The program's region, in which the `dense` leaves are data."""
-    jaxpr, n = program.jaxpr, len(program.param_avals)
-    constants = [Value(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype), Side.CONST) for v in jaxpr.constvars]
-    inputs = []
-    for k, var in enumerate(jaxpr.invars):
-        aval = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
-        if k < n and k not in dense:
-            inputs.append(Value(aval, Side.PARAM, frozenset([k]), whole(k, aval.shape)))
-        else:
-            shared = n <= k < n + program.num_shared
-            inputs.append(Value(aval, Side.CONST if shared else Side.DATA))
-    return read_regions(jaxpr, constants, inputs)
 
 
 def _sorted_uses(region: Region, device: Device, variant: Variant) -> tuple[list[Part], frozenset[int]]:
@@ -273,18 +220,7 @@ def _meetings(region: Region) -> Iterator[frozenset[int]]:
 
 
 def _backward_only(region: Region) -> frozenset[int]:
-    return _leaves_at(region, lambda op: mentions(op.eqn, prim.custom_vjp_call_p))
-
-
-def _leaves_at(region: Region, wanted: Callable[[Op], bool]) -> frozenset[int]:
-    """The leaves that go into the wanted equations, themselves or by a path without data."""
-    leaves: frozenset[int] = frozenset()
-    for op in region.ops:
-        if isinstance(op, Nested):
-            leaves = leaves.union(*(_leaves_at(inner, wanted) for inner in op.regions))
-        elif op.eqn is not None and any(x.leaves for x in op.inputs) and wanted(op):
-            leaves = leaves.union(*(x.leaves for x in op.inputs))
-    return leaves
+    return leaves_at(region, lambda op: mentions(op.eqn, prim.custom_vjp_call_p))
 
 
 def _branched(region: Region) -> frozenset[int]:

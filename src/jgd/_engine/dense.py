@@ -1,0 +1,79 @@
+"""Which leaves are dense: those for which it matters, to some derivative, that they are differentiated themselves.
+
+The pass perturbs the outputs of sites. A dense leaf is data in the region, and the pass perturbs the leaf itself.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jgd._engine.differentiated import CUSTOM, differentiated
+from jgd._engine.jaxprs import asks_what_moves, mentions, touches_references
+from jgd._engine.program import Program
+from jgd._engine.reading import read_regions
+from jgd._engine.regions import Nested, Op, Region, Side, Site, Value
+from jgd._engine.views import whole
+
+
+def read_as_differentiated(program: Program, dense: frozenset[int]) -> tuple[Region, frozenset[int]]:
+    """The program's region with the `dense` leaves as data, and all others that must be differentiated there.
+
+    The taps move what is downstream of a site, as the parameters would. A parameter must move itself where it goes
+    into a derivative that asks what moves, or meets data in one that changes the value. Where there is such a
+    derivative at all, so must what meets an operation of several outputs: a tap moves all of them, a parameter maybe
+    one. With more data there are more sites, so the new region is looked at again.
+    """
+    every = frozenset(range(len(program.param_avals)))
+    if touches_references(program.jaxpr):
+        return _read(program, every), every  # one that was made of a constant may hold data later
+    while True:
+        region = _read(program, dense)
+        more = leaves_at(region, _must_move)
+        several = leaves_at(region, lambda op: isinstance(op, Site) and len(op.tapped) > 1)
+        if several and any(map(_may_ask, program.jaxpr.eqns)):
+            more |= several
+        if more <= dense:
+            return region, dense
+        dense |= more
+
+
+def _must_move(op: Op) -> bool:
+    if asks_what_moves(op.eqn):
+        return True
+    # A rule of its own may give another value where the parameter moves, and its data need not.
+    is_custom = isinstance(op, Site) and op.eqn.primitive in CUSTOM
+    return is_custom and differentiated(op.eqn, [bool(x.leaves) for x in op.inputs]).changes
+
+
+def _may_ask(eqn: Any) -> bool:
+    """Whether it matters to an equation which of its inputs move, whatever they are, or to one inside of it."""
+    inexact = [jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in eqn.invars]
+    return asks_what_moves(eqn) or (mentions(eqn, *CUSTOM) and differentiated(eqn, inexact).changes)
+
+
+def _read(program: Program, dense: frozenset[int]) -> Region:
+    """The program's region, in which the `dense` leaves are data."""
+    jaxpr, n = program.jaxpr, len(program.param_avals)
+    constants = [Value(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype), Side.CONST) for v in jaxpr.constvars]
+    inputs = []
+    for k, var in enumerate(jaxpr.invars):
+        aval = jax.ShapeDtypeStruct(var.aval.shape, var.aval.dtype)
+        if k < n and k not in dense:
+            inputs.append(Value(aval, Side.PARAM, frozenset([k]), whole(k, aval.shape)))
+        else:
+            shared = n <= k < n + program.num_shared
+            inputs.append(Value(aval, Side.CONST if shared else Side.DATA))
+    return read_regions(jaxpr, constants, inputs)
+
+
+def leaves_at(region: Region, wanted: Callable[[Op], bool]) -> frozenset[int]:
+    """The leaves that go into the wanted equations, themselves or by a path without data."""
+    leaves: frozenset[int] = frozenset()
+    for op in region.ops:
+        if isinstance(op, Nested):
+            leaves = leaves.union(*(leaves_at(inner, wanted) for inner in op.regions))
+        elif op.eqn is not None and any(x.leaves for x in op.inputs) and wanted(op):
+            leaves = leaves.union(*(x.leaves for x in op.inputs))
+    return leaves
