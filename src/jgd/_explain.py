@@ -11,15 +11,14 @@ from jgd._clipping import clipped_sum, root, total
 from jgd._clock import time_interleaved
 from jgd._engine.blocks import blocks_at_once
 from jgd._engine.costs import Cost, weight_gradient
-from jgd._engine.examples import Model
-from jgd._engine.parts import Part
+from jgd._engine.flops import work_of
+from jgd._engine.parts import Part, Use
 from jgd._engine.plan import PLANNED, Plan, plan_of
-from jgd._engine.program import Program, trace
-from jgd._engine.regions import Site, sites_of
+from jgd._engine.residuals import Model
 from jgd._engine.shares import DeviceShare, share_of
-from jgd._engine.tiles import pieces_of
-from jgd._engine.uses import Use
-from jgd._engine.work import work_of
+from jgd._engine.sites import Site, sites_of
+from jgd._engine.tiles import num_shards_of
+from jgd._engine.trace import TracedLoss, trace
 from jgd._errors import describe, is_concrete
 from jgd._loss import Call, Loss, bind
 from jgd._timed import ready
@@ -138,7 +137,7 @@ def explain(
     call = bind(loss, (params, *batch), argnums=argnums, in_axes=in_axes, has_aux=has_aux)
     program, constants = trace(call)
     plan = plan_of(program, PLANNED)
-    at_once = blocks_at_once(plan.program, call.size, pieces_of(call.batch_leaves, call.size))
+    at_once = blocks_at_once(plan.program, call.size, num_shards_of(call.batch_leaves, call.size))
     predicted = _predicted(plan, call.size, factored=at_once is None)
     measured = _measured(program, constants, call) if measure else (None, None)
     total = sum(x.size for x in plan.program.param_avals)
@@ -159,21 +158,24 @@ def explain(
 def _predicted(plan: Plan, size: int, *, factored: bool) -> tuple[float, float]:
     """The times of norms and of the clipped sum, in units of the plain gradient's, for one of `size` examples."""
     avals, device = plan.program.param_avals, plan.device
-    own = lookups = again = (
-        0.0  # backward to the parameters; what of it is lookups; a weighted sum after the norms
+    own = lookups = again = squares = (
+        0.0  # backward to the parameters; what of it is lookups; a sum after the norms
     )
+    factored_leaves = set(plan.factored)
     for part in plan.parts:
         products = 0.0
-        for use in part.uses:
-            seconds = weight_gradient(use.sizes, lookup=use.rule == "lookup").seconds(device)
-            products += seconds
-            lookups += seconds if use.rule == "lookup" else 0
+        for rule in part.rules.rules:
+            seconds = weight_gradient(rule.sizes, lookup=rule.is_lookup).seconds(device)
+            products += seconds if rule.has_factors else 0
+            lookups += seconds if rule.is_lookup else 0
         own += products
-        again += device.seconds(moved=part.size) if part.leaf in plan.kept else products
+        again += device.seconds(moved=part.rules.size) if part.leaf in plan.kept else products
+        squares += part.rules.cost.seconds(device) if part.leaf in factored_leaves else products
     blocks = sum(
-        Cost(2 * avals[leaf].size, 0, 2 * avals[leaf].size).seconds(device) for leaf in plan.whole_leaves
+        Cost(2 * avals[leaf].size, 0, 2 * avals[leaf].size).seconds(device)
+        for leaf in plan.dense | plan.computed
     )
-    squares = sum(part.cost.seconds(device) for part in plan.parts) + blocks
+    squares += blocks
     numbers = sum(x.size for x in avals)
     written = device.seconds(moved=numbers) / max(size, 1)
     # Rows are looked up on the way forward and added to on the way back.
@@ -188,7 +190,7 @@ def _predicted(plan: Plan, size: int, *, factored: bool) -> tuple[float, float]:
     return norms / plain, clipped / plain
 
 
-def _measured(program: Program, constants: list[Any], call: Call) -> tuple[float, float]:
+def _measured(program: TracedLoss, constants: list[Any], call: Call) -> tuple[float, float]:
     """The times of norms and of the clipped sum by "auto", in units of the plain gradient's."""
     model = Model(call.param_leaves, constants)
     for x in (*model.params, *model.constants, *call.batch_leaves):
@@ -220,15 +222,15 @@ def _cell(value: Any) -> str:
 
 def _rows(plan: Plan) -> list[ExplainRow]:
     parts = {(id(use.site), use.position): (part, use) for part in plan.parts for use in part.uses}
-    rows = []
+    factored, rows = set(plan.factored), []
     for site in sites_of(plan.region):
         for position in site.params:
-            found = parts.get((id(site), position))
-            if found is None:
-                leaves = sorted(site.inputs[position].leaves)
-                rows += [_whole_row(plan, site, position, leaf) for leaf in leaves]
+            part, use = parts[id(site), position]
+            if part.leaf in factored:
+                rows.append(_part_row(plan, part, use))
             else:
-                rows.append(_part_row(plan, *found))
+                leaves = sorted(site.inputs[position].leaves)
+                rows += [_whole_row(plan, site, part, leaf) for leaf in leaves]
     rows += [_spread_row(plan, part, use) for part in plan.spread for use in part.uses]
     return rows + [_dense_row(plan, leaf) for leaf in sorted(plan.dense - {p.leaf for p in plan.spread})]
 
@@ -238,11 +240,10 @@ def _primitive(site: Site) -> str:
 
 
 def _part_row(plan: Plan, part: Part, use: Use) -> ExplainRow:
-    cost, sizes = part.cost, use.sizes
-    rule = part.method if part.positions > 1 or part.method == "block" else "norms"
-    n, t, p, q = sizes if use.shape is not None else (0, 0, 0, 0)
+    cost = part.rules.cost
+    rule = part.rules.method if part.rules.positions > 1 or part.rules.method == "block" else "norms"
     return ExplainRow(
-        plan.program.param_paths[part.leaf], _primitive(use.site), n, t, p, q, len(part.uses), rule,
+        plan.program.param_paths[part.leaf], _primitive(use.site), *use.rule.sizes, len(part.uses), rule,
         cost.flops, 4 * cost.numbers, _why(plan, part, use),
     )  # fmt: skip
 
@@ -255,23 +256,24 @@ def _spread_row(plan: Plan, part: Part, use: Use) -> ExplainRow:
 def _dense_row(plan: Plan, leaf: int) -> ExplainRow:
     size = plan.program.param_avals[leaf].size
     why = (
-        "a derivative on its way depends on what is differentiated, or its loss uses array references: the backward "
-        "pass makes its block, as `jax.grad` does"
+        "it meets data in an equation without a rule, in too many places, or on a way whose derivative depends on what "
+        "is differentiated: the backward pass makes its block, as `jax.vmap(jax.grad(loss))` does"
     )
     return ExplainRow(plan.program.param_paths[leaf], "—", 0, 0, 0, 0, 1, "dense", 4 * size, 4 * size, why)
 
 
 def _why(plan: Plan, part: Part, use: Use) -> str:
+    rules = part.rules
     shared = f"; {len(part.uses)} uses add up before the square" if len(part.uses) > 1 else ""
-    if use.shape is None:
+    if not use.rule.has_factors:
         return f"no product over positions: the gradient at the operand is the size of the operand{shared}"
-    if part.shape is None:
+    if not rules.has_pairs:
         return f"its uses lie in the leaf in different ways: the block holds their sum{shared}"
-    if part.method == "pairs" and use.rule == "lookup":
+    if rules.method == "pairs" and use.rule.is_lookup:
         return f"only the rows looked up have a gradient: pairs of lookups of one row{shared}"
-    if part.method == "pairs" and part.positions == 1:
+    if rules.method == "pairs" and rules.positions == 1:
         return "one position: the norm of a product is the product of the norms"
-    verb = "take" if part.method == "pairs" else "would take"
+    verb = "take" if rules.method == "pairs" else "would take"
     kept = (
         "; the blocks stay, being little larger than the factors, and make the clipped sum"
         if part.leaf in plan.kept
@@ -279,17 +281,17 @@ def _why(plan: Plan, part: Part, use: Use) -> str:
         if plan.is_probed(part)
         else ""
     )
-    seconds = {method: cost.seconds(plan.device) for method, cost in part.costs.items()}
+    seconds = {method: cost.seconds(plan.device) for method, cost in rules.costs.items()}
     ratio = seconds["pairs"] / seconds["block"]
     return f"pairs of positions {verb} {ratio:.2g}× the predicted time of the block{shared}{kept}"
 
 
-def _whole_row(plan: Plan, site: Site, position: int, leaf: int) -> ExplainRow:
+def _whole_row(plan: Plan, site: Site, part: Part, leaf: int) -> ExplainRow:
     size = plan.program.param_avals[leaf].size
-    if site.inputs[position].view is None:
-        why = "the path from leaf to operand computes: the leaf's gradient is pulled back through it"
+    if part.leaf != leaf:
+        why = "the operand is computed from the leaf: the operand's gradient is carried back to the leaf"
     else:
-        why = "another use of this leaf overlaps, or is reached by a path that computes: the uses add up in the leaf"
+        why = "another use of this leaf overlaps, or is computed from it: the uses add up in the leaf"
     return ExplainRow(
         plan.program.param_paths[leaf], _primitive(site), 0, 0, 0, 0, 1, "whole leaf", 4 * size, 4 * size, why
     )

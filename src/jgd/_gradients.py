@@ -10,18 +10,17 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
-from jgd._engine.examples import Model
-from jgd._engine.factored import Factored
-from jgd._engine.fused import NOTHING, Sums
-from jgd._engine.plan import AGAIN, Variant
-from jgd._engine.program import Program, trace
+from jgd._engine.gradients import DenseGradients, FactoredGradients
+from jgd._engine.plan import SECOND_PASS, Variant
+from jgd._engine.residuals import Model
+from jgd._engine.scan_reductions import NOTHING, ScanReductions
 from jgd._engine.stored import stored
+from jgd._engine.trace import TracedLoss, trace
 from jgd._errors import common_length, describe, leaf_name
 from jgd._loss import Loss, bind
-from jgd._materialized import Materialized
 from jgd._memory import checked_sizes, choice_within
 from jgd._mesh import like_examples, placed_by
-from jgd._microbatched import Microbatched
+from jgd._microbatched import MicrobatchedGradients
 from jgd._timed import Question, clipped_sum_with_norms, quickest
 from jgd._untraced import gradients_untraced
 from jgd._whole import Choice, Named, gradients_of
@@ -51,20 +50,20 @@ class PerExampleGrads:
 
     values: jax.Array
     aux: Any
-    form: Any = field(repr=False)  # how the gradients are held: `Materialized`, or the engine's factors
+    form: Any = field(repr=False)  # how the gradients are held: `DenseGradients`, or the engine's factors
     treedef: Any = field(repr=False)  # of the parameters
     mark: jax.Array = field(repr=False)  # a key: arithmetic over all leaves, as on gradients, raises
     made: "Made" = field(repr=False)  # what it was made as
     # What the pass has made of all examples together: no part of the pytree, and so not computed for one that leaves
     # its program, where nobody may ask for it.
-    sums: Sums = field(default=NOTHING, repr=False)
+    sums: ScanReductions = field(default=NOTHING, repr=False)
 
     def __len__(self) -> int:
         return self.values.shape[0]
 
     def __repr__(self) -> str:
         size, parameters, form, _ = self.made  # the leaves may be anything: JAX puts objects of its own there
-        return f"PerExampleGrads({size} examples, {parameters:,} parameters, held as {form.__name__.lower()})"
+        return f"PerExampleGrads({size} examples, {parameters:,} parameters, held as {form.__name__.removesuffix('Gradients').lower()})"
 
 
 class Made(NamedTuple):
@@ -187,22 +186,22 @@ def per_example_grad(
 
 
 def _held(
-    program: Program, treedef: Any, choice: Choice, model: Model, batch: list[jax.Array]
+    program: TracedLoss, treedef: Any, choice: Choice, model: Model, batch: list[jax.Array]
 ) -> PerExampleGrads:
     """The gradients of a batch, made as chosen."""
-    if choice.microbatch_size == batch[0].shape[0] and choice.strategy != AGAIN:
+    if choice.microbatch_size == batch[0].shape[0] and choice.strategy != SECOND_PASS:
         asked_there = any(map(_is_in_a_program, jax.tree.leaves((model, batch))))
         mark, values, aux, form = _compiled(program, choice.strategy, asked_there, *model, batch)
     else:
-        form = Microbatched(model, batch, program, *choice)
+        form = MicrobatchedGradients(model, batch, program, *choice)
         mark, values, aux = _compiled_values(form)
     return _stand_in(mark, values, jax.tree.unflatten(program.aux_treedef, aux), form, treedef)
 
 
 def _stand_in(mark: jax.Array, values: jax.Array, aux: Any, form: Any, treedef: Any) -> PerExampleGrads:
     sums = NOTHING
-    if isinstance(form, Factored):
-        sums, form = form.sums, replace(form, sums=NOTHING)
+    if isinstance(form, FactoredGradients):
+        sums, form = form.reductions, replace(form, reductions=NOTHING)
     parameters = sum(x.size for x in form.like)
     made = Made(values.shape[0], parameters, type(form), _leaves(values, aux, form))
     return PerExampleGrads(values, aux, form, treedef, mark, made, sums)
@@ -234,7 +233,7 @@ def _mark() -> jax.Array:
 
 
 _compiled = jax.jit(_marked(gradients_of), static_argnums=(0, 1, 2))
-_compiled_values = jax.jit(_marked(placed_by(like_examples)(Microbatched.values)))
+_compiled_values = jax.jit(_marked(placed_by(like_examples)(MicrobatchedGradients.values)))
 
 
 def held_form(grads: Any) -> tuple[Any, Any]:
@@ -253,7 +252,9 @@ def held_form(grads: Any) -> tuple[Any, Any]:
                 "they are not gradients: compute with those that `jgd.materialize(grads)` returns; of what `jax.vmap` "
                 "or `jax.lax.scan` returned, ask under `jax.vmap`"
             )
-        return (replace(form, sums=grads.sums) if isinstance(form, Factored) else form), grads.treedef
+        return (
+            replace(form, reductions=grads.sums) if isinstance(form, FactoredGradients) else form
+        ), grads.treedef
     paths, treedef = jax.tree_util.tree_flatten_with_path(grads)
     if not paths:
         raise ValueError("`grads` is a pytree without leaves: it holds no gradients")
@@ -267,4 +268,4 @@ def held_form(grads: Any) -> tuple[Any, Any]:
             )
         lengths[name] = leaf.shape[0]
     common_length(lengths, "`grads`", may_be_empty=True)
-    return Materialized([stored(jnp.asarray(leaf)) for _, leaf in paths]), treedef
+    return DenseGradients([stored(jnp.asarray(leaf)) for _, leaf in paths]), treedef

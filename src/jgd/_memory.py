@@ -6,10 +6,10 @@ import jax
 import jax.numpy as jnp
 
 from jgd._clipping import clipped_sum
-from jgd._engine.examples import Model
-from jgd._engine.plan import AGAIN, goes_again
-from jgd._engine.program import Program
-from jgd._engine.tiles import pieces_of
+from jgd._engine.plan import SECOND_PASS, has_second_pass
+from jgd._engine.residuals import Model
+from jgd._engine.tiles import num_shards_of
+from jgd._engine.trace import TracedLoss
 from jgd._errors import describe
 from jgd._whole import Choice, Strategy, gradients_of, values_of
 
@@ -33,7 +33,7 @@ def checked_sizes(microbatch_size: Any, max_memory: Any) -> None:
 
 
 def choice_within(
-    max_memory: int, program: Program, strategy: Strategy, model: Model, batch: list[Any]
+    max_memory: int, program: TracedLoss, strategy: Strategy, model: Model, batch: list[Any]
 ) -> Choice:
     """The largest B, B/2, B/4, ... rounded up, of which a clipped sum stays within so many temporary bytes.
 
@@ -51,8 +51,12 @@ def choice_within(
     sizes = [batch[0].shape[0]]
     while sizes[-1] > 1:
         sizes.append(-(-sizes[-1] // 2))
-    again = strategy == "auto" and may_go_again(program, model, batch) and pieces_of(batch, sizes[0]) == 1
-    strategies: list[Strategy] = [strategy, AGAIN] if again else [strategy]
+    again = (
+        strategy == "auto"
+        and may_use_second_pass(program, model, batch)
+        and num_shards_of(batch, sizes[0]) == 1
+    )
+    strategies: list[Strategy] = [strategy, SECOND_PASS] if again else [strategy]
     for each in strategies:
         for size in sizes:
             if size == 0 or needs(Choice(each, size)) <= max_memory:
@@ -63,7 +67,7 @@ def choice_within(
     )
 
 
-def may_go_again(program: Program, model: Model, batch: list[Any]) -> bool:
+def may_use_second_pass(program: TracedLoss, model: Model, batch: list[Any]) -> bool:
     """Whether a weighted sum can be a second backward pass, of the losses of a batch together.
 
     JAX differentiates each example of some losses, but not their sum: `vmap` makes a `select` of a `cond` in a
@@ -81,7 +85,7 @@ def may_go_again(program: Program, model: Model, batch: list[Any]) -> bool:
         return True
 
     made_of = _shapes(model.params), _shapes(model.constants), _shapes(batch)
-    return goes_again(program) and program.once(("differentiates", *made_of), differentiates)
+    return has_second_pass(program) and program.once(("differentiates", *made_of), differentiates)
 
 
 def _shapes(leaves: list[Any]) -> Shapes:
@@ -89,7 +93,7 @@ def _shapes(leaves: list[Any]) -> Shapes:
 
 
 def _temporary_bytes(
-    program: Program, strategy: Strategy, params: Shapes, constants: Shapes, batch: Shapes, size: int
+    program: TracedLoss, strategy: Strategy, params: Shapes, constants: Shapes, batch: Shapes, size: int
 ) -> int:
     def clipped(params: list[Any], constants: list[Any], batch: list[Any]) -> list[jax.Array]:
         *_, form = gradients_of(program, strategy, True, params, constants, batch)

@@ -18,8 +18,8 @@ from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jgd._errors import is_concrete, leaf_name
 
 
-def pieces(x: Any, axis: int) -> int:
-    """Into how many pieces an axis of `x` may be cut by the mesh: exactly where that is known, else at most."""
+def num_shards(x: Any, axis: int) -> int:
+    """Into how many shards an axis of `x` may be cut by the mesh: exactly where that is known, else at most."""
     sharding = jax.typeof(x).sharding
     mesh = sharding.mesh
     open_to = (*mesh.auto_axes, *_names(sharding.spec[axis]))

@@ -13,10 +13,10 @@ import jax.numpy as jnp
 import optax.microbatching as micro
 from jax.sharding import PartitionSpec
 
-from jgd._engine.examples import Model
 from jgd._engine.factors import sum_squares
 from jgd._engine.moments import inverse
-from jgd._engine.program import Program
+from jgd._engine.residuals import Model
+from jgd._engine.trace import TracedLoss
 from jgd._mesh import Placement, spec_of
 from jgd._weighing import sums
 from jgd._whole import Strategy, gradients_of, values_of
@@ -26,12 +26,12 @@ _SUM, _CONCAT = micro.AccumulationType.SUM, micro.AccumulationType.CONCAT
 
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
-class Microbatched:
+class MicrobatchedGradients:
     """B gradients, as what makes them."""
 
     model: Model
     batch: list[jax.Array]
-    program: Program = field(metadata={"static": True})
+    program: TracedLoss = field(metadata={"static": True})
     strategy: Strategy = field(metadata={"static": True})
     microbatch_size: int = field(metadata={"static": True})
 
@@ -84,12 +84,15 @@ class Microbatched:
             order = jnp.minimum(jnp.arange(self.size + padding), self.size - 1)
             batch = [x[order] for x in batch]
             weights = jnp.pad(jnp.ones(self.size) if weights is None else weights, (0, padding))
+        joined = _Joined()
         if weights is None:
-            walk = micro.microbatch(lambda batch: fun(batch, None), 0, size, (_SUM, _CONCAT))
-            return walk(batch)
-        walk = micro.microbatch(fun, (0, 1), size, (_SUM, _CONCAT))
-        sums, each = walk(batch, weights)
-        return sums, jax.tree.map(lambda x: x[: self.size], each)
+            walk = micro.microbatch(lambda batch: joined.split(fun(batch, None)), 0, size, (_SUM, _CONCAT))
+            sums, each = walk(batch)
+        else:
+            split = lambda batch, weights: joined.split(fun(batch, weights))
+            walk = micro.microbatch(split, (0, 1), size, (_SUM, _CONCAT))
+            sums, each = walk(batch, weights)
+        return sums, joined.whole([x[: self.size] for x in each], self.size)
 
     def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
         """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
@@ -128,3 +131,20 @@ class Microbatched:
 
 def _is_key(x: jax.Array) -> bool:
     return jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+
+
+class _Joined:
+    """A tree of arrays to be joined along their leading axis: optax cannot join those without elements."""
+
+    def split(self, made: tuple[Any, Any]) -> tuple[Any, list[jax.Array]]:
+        """What is summed, and those arrays of what is joined that have elements."""
+        sums, each = made
+        leaves, self._treedef = jax.tree.flatten(each)
+        self._shapes = [jax.ShapeDtypeStruct(x.shape, x.dtype) for x in leaves]
+        return sums, [x for x in leaves if x.size]
+
+    def whole(self, joined: list[jax.Array], size: int) -> Any:
+        """The tree of what was joined; of `size` examples."""
+        filled = iter(joined)
+        empty = lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype)
+        return jax.tree.unflatten(self._treedef, [next(filled) if x.size else empty(x) for x in self._shapes])

@@ -12,12 +12,12 @@ import jax.numpy as jnp
 from jgd._clipping import clipped_sum
 from jgd._clock import time_interleaved
 from jgd._engine.blocks import blocks_at_once
-from jgd._engine.examples import Model
-from jgd._engine.plan import AGAIN, PLANNED, Variant, plan_of
-from jgd._engine.program import Program
+from jgd._engine.plan import PLANNED, SECOND_PASS, Variant, plan_of
+from jgd._engine.residuals import Model
 from jgd._engine.shares import factor_bytes
+from jgd._engine.trace import TracedLoss
 from jgd._errors import is_concrete
-from jgd._memory import may_go_again
+from jgd._memory import may_use_second_pass
 from jgd._mesh import explicit_mesh
 from jgd._whole import Choice, Strategy
 
@@ -71,7 +71,7 @@ def ready(compute: Callable[[Model, list[Any]], Any], model: Model, batch: list[
 
 
 def quickest(
-    program: Program,
+    program: TracedLoss,
     hold: Callable[[Choice, Model, list[Any]], Any],
     model: Model,
     batch: list[Any],
@@ -105,8 +105,10 @@ def quickest(
 
     def choose() -> Choice:
         others = _candidates(program, planned.microbatch_size, divide=divide)
-        if max_memory is not None and may_go_again(program, model, batch):
-            others += [Choice(AGAIN, size) for size in sorted({planned.microbatch_size, batch[0].shape[0]})]
+        if max_memory is not None and may_use_second_pass(program, model, batch):
+            others += [
+                Choice(SECOND_PASS, size) for size in sorted({planned.microbatch_size, batch[0].shape[0]})
+            ]
         if not others:
             return planned
         with jax.ensure_compile_time_eval():  # a trace may be under way
@@ -142,7 +144,7 @@ def _on_one_device(arrays: list[Any]) -> bool:
     return not meshed and jax.process_count() == 1 and all(len(devices) == 1 for devices in placed)
 
 
-def _candidates(program: Program, size: int, *, divide: bool) -> list[Choice]:
+def _candidates(program: TracedLoss, size: int, *, divide: bool) -> list[Choice]:
     """What may be quicker than the planner's choice."""
     at_once = blocks_at_once(program, size, 1)
     if at_once == size:
@@ -152,7 +154,7 @@ def _candidates(program: Program, size: int, *, divide: bool) -> list[Choice]:
     different: dict[Any, Variant] = {}
     for variant in (PLANNED, Variant(near="block"), Variant(near="pairs"), Variant(keeps=False)):
         plan = plan_of(program, variant)
-        different.setdefault((tuple(part.method for part in plan.parts), plan.kept), variant)
+        different.setdefault((tuple(part.rules.method for part in plan.parts), plan.kept), variant)
     choices = [
         Choice(variant, size) for variant in different.values() if variant != PLANNED or not as_factors
     ]

@@ -8,11 +8,11 @@ from typing import Any
 
 import jax
 
+from jgd._engine.gradients import DenseGradients
 from jgd._loss import Call
-from jgd._materialized import Materialized
 
 
-def gradients_untraced(call: Call, refused: Exception) -> tuple[jax.Array, Any, Materialized]:
+def gradients_untraced(call: Call, refused: Exception) -> tuple[jax.Array, Any, DenseGradients]:
     """Values, auxiliary results and gradients of a batch, by JAX's own transforms.
 
     Raises:
@@ -27,4 +27,4 @@ def gradients_untraced(call: Call, refused: Exception) -> tuple[jax.Array, Any, 
         (values, aux), blocks = each(call.param_leaves, call.batch_leaves)
     except Exception:
         raise refused from None
-    return values, aux, Materialized(blocks)
+    return values, aux, DenseGradients(blocks)

@@ -8,13 +8,12 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jgd._engine.blocks import blocks_at_once
-from jgd._engine.examples import Model, axes_of, pass_over
-from jgd._engine.factored import Factored
+from jgd._engine.gradients import DenseGradients, FactoredGradients
 from jgd._engine.plan import PLANNED, Variant, plan_of
-from jgd._engine.program import Program
+from jgd._engine.residuals import Model, axes_of, pass_over
 from jgd._engine.stored import stored
-from jgd._engine.tiles import map_tiles, pieces_of
-from jgd._materialized import Materialized
+from jgd._engine.tiles import map_tiles, num_shards_of
+from jgd._engine.trace import TracedLoss
 from jgd._mesh import placed_by, spec_of, with_examples
 
 Named = Literal["auto", "factored", "materialized"]
@@ -36,18 +35,18 @@ def _specs_of_pass(
     examples = spec_of(batch[0])[0]
     along = lambda axis: PartitionSpec(*(None,) * axis, examples)
     leaves, form = [spec_of(p) for p in params], out[2]
-    if isinstance(form, Materialized):
+    if isinstance(form, DenseGradients):
         blocks: list[Any] = [with_examples(examples, leaf) for leaf in leaves]
-        return along(0), along(0), Materialized(blocks)
+        return along(0), along(0), DenseGradients(blocks)
     model = Model(leaves, [spec_of(x) for x in constants])
     lie = jax.tree.map(along, axes_of(form.plan))
-    sums = jax.tree.map(lambda _: PartitionSpec(), form.sums)
-    return along(0), along(0), replace(form, model=model, examples=lie, sums=sums)
+    reductions = jax.tree.map(lambda _: PartitionSpec(), form.reductions)
+    return along(0), along(0), replace(form, model=model, residuals=lie, reductions=reductions)
 
 
 @placed_by(_specs_of_pass)
 def gradients_of(
-    program: Program,
+    program: TracedLoss,
     strategy: Strategy,
     together: bool,
     params: list[Any],
@@ -62,19 +61,20 @@ def gradients_of(
     if batch[0].shape[0] == 0:
         return _no_examples(program, params, constants, batch)
     size = batch[0].shape[0]
-    pieces = pieces_of(batch, size)
+    num_shards = num_shards_of(batch, size)
     params, constants, batch = stored((params, constants, batch))
     if strategy == "auto":
-        at_once = blocks_at_once(program, size, pieces)
+        at_once = blocks_at_once(program, size, num_shards)
     else:
         at_once = size if strategy == "materialized" else None
     if at_once is None:
         plan = plan_of(program, strategy if isinstance(strategy, Variant) else PLANNED)
         model = Model(params, constants)
-        values, aux, examples, sums = pass_over(
-            plan, model, batch, fuse=pieces == 1, together=together and pieces == 1
+        one_device = num_shards == 1
+        values, aux, residuals, reductions = pass_over(
+            plan, model, batch, fuse=one_device, together=together and one_device
         )
-        return values, aux, Factored(model, stored(examples), plan, pieces, sums)
+        return values, aux, FactoredGradients(model, stored(residuals), plan, num_shards, reductions)
 
     def value_and_grad(example: list[Any]) -> Any:
         return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)
@@ -83,16 +83,16 @@ def gradients_of(
     # Not by `jax.lax.map(..., batch_size=at_once)`, which refuses arrays without elements.
     made = some(batch, size) if at_once == size else map_tiles(some, batch, [0] * len(batch), size, at_once)
     (values, aux), blocks = made
-    return values, aux, Materialized(stored(blocks))
+    return values, aux, DenseGradients(stored(blocks))
 
 
-def values_of(program: Program, model: Model, batch: list[Any]) -> tuple[jax.Array, list[Any]]:
+def values_of(program: TracedLoss, model: Model, batch: list[Any]) -> tuple[jax.Array, list[Any]]:
     """The losses and the auxiliary leaves of a batch, by a forward pass alone."""
     return jax.vmap(lambda example: program.run(model.params, model.constants, example))(batch)
 
 
-def _no_examples(program: Program, params: list[Any], constants: list[Any], batch: list[Any]) -> Any:
+def _no_examples(program: TracedLoss, params: list[Any], constants: list[Any], batch: list[Any]) -> Any:
     example = [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in batch]
     value, aux = jax.eval_shape(program.run, params, constants, example)
     empty = lambda x: jnp.zeros((0, *x.shape), x.dtype)
-    return empty(value), [empty(x) for x in aux], Materialized([empty(jnp.asarray(p)) for p in params])
+    return empty(value), [empty(x) for x in aux], DenseGradients([empty(jnp.asarray(p)) for p in params])

@@ -14,16 +14,8 @@ FEATURES = frozenset({
     "changed", "complex", "asking", "nonlinear", "primal", "windows", "ids", "computed", "unrolled", "small",
 })  # fmt: skip
 
-# Those that still fail, and by which item of the list of known defects. The tests draw from the others.
-KNOWN_TO_FAIL: dict[str, str] = {
-    "changed": "1: a loss that has changed is answered as it was",
-    "complex": "7: a real weight that meets complex activations",
-    "asking": "6: derivatives that ask what is perturbed",
-    "nonlinear": "8: derivatives that are not linear, in a loop",
-    "primal": "a value that is another one where it is differentiated",
-    "ids": "3, 15: narrow ids, ids out of range",
-    "small": "5, 10, 14: sizes 0 and 1",
-}
+# Those that still fail, and why. The tests draw from the others.
+KNOWN_TO_FAIL: dict[str, str] = {}
 MENDED = FEATURES - set(KNOWN_TO_FAIL)
 
 

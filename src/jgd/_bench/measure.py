@@ -22,7 +22,7 @@ BASELINE = "plain gradient"
 
 
 @dataclass(frozen=True)
-class Program:
+class TracedLoss:
     """A compiled function with the arguments it is run on.
 
     Attributes:
@@ -78,7 +78,7 @@ class Missing:
     why: str
 
 
-def compile_program(function: Callable[..., Any], *args: Any) -> Program:
+def compile_program(function: Callable[..., Any], *args: Any) -> TracedLoss:
     """Compiles a function for its arguments, and asks XLA what it will need."""
     start = time.perf_counter()
     lowered = jax.jit(function).lower(*args)
@@ -86,7 +86,7 @@ def compile_program(function: Callable[..., Any], *args: Any) -> Program:
     compiled = lowered.compile()
     done = time.perf_counter()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    return Program(
+    return TracedLoss(
         run=lambda: jax.block_until_ready(compiled(*args)),
         temporary_bytes=int(getattr(memory, "temp_size_in_bytes", 0)),
         output_bytes=int(getattr(memory, "output_size_in_bytes", 0)),
@@ -123,10 +123,10 @@ def measure(
         A measurement for the plain gradient, then one for each method and quantity that it has; and what is missing.
     """
     args = jax.device_put((model.params, *model.batch))
-    programs: dict[tuple[str, str], Program] = {}
+    programs: dict[tuple[str, str], TracedLoss] = {}
     missing = []
 
-    def built(quantity: str, method: str) -> Program:
+    def built(quantity: str, method: str) -> TracedLoss:
         nonlocal model
         say(f"{model.name}: compiling {quantity} by {method}")
         if from_scratch:
@@ -158,7 +158,7 @@ def measure(
     return found, missing
 
 
-def _sooner(program: Program, again: Program) -> Program:
+def _sooner(program: TracedLoss, again: TracedLoss) -> TracedLoss:
     """A program with the least times that it took to build, of two."""
     return replace(
         program,
@@ -172,7 +172,7 @@ def _renamed(loss: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: loss(*args)
 
 
-def _fitting(program: Program) -> Program:
+def _fitting(program: TracedLoss) -> TracedLoss:
     """The program, where the memory that it needs is there.
 
     Raises:
@@ -196,9 +196,9 @@ def _measurement(
     model: str,
     quantity: str,
     method: str,
-    program: Program,
+    program: TracedLoss,
     times: list[float],
-    base: Program,
+    base: TracedLoss,
     base_times: list[float],
 ) -> Measurement:
     return Measurement(

@@ -10,7 +10,7 @@ import optax
 
 import jgd
 from jgd._bench.models import Model
-from jgd._engine.plan import AGAIN
+from jgd._engine.plan import SECOND_PASS
 from jgd._errors import require
 
 MAX_NORM = 1.0
@@ -64,7 +64,7 @@ def by_second_pass(model: Model, quantity: str) -> Compute:
     """
     if quantity != "clipped_sum":
         raise Absent("only a weighted sum has a second backward pass")
-    return by_jgd(model, quantity, strategy=AGAIN)
+    return by_jgd(model, quantity, strategy=SECOND_PASS)
 
 
 def by_vmap(model: Model, quantity: str) -> Compute:

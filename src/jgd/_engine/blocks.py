@@ -13,9 +13,9 @@ import jax
 from jgd._engine.devices import device_of
 from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.plan import PLANNED, plan_of
-from jgd._engine.program import Program
 from jgd._engine.shares import bytes_of, factor_bytes
 from jgd._engine.tiles import tile_of
+from jgd._engine.trace import TracedLoss
 
 # Gradients of this many numbers in all are held as they are: less than one tile, and quicker to compile.
 _MATERIALIZED_BELOW = 1 << 13
@@ -27,15 +27,15 @@ _FACTORS = 4
 _SHARED = 4
 
 
-def blocks_at_once(program: Program, size: int, pieces: int) -> int | None:
+def blocks_at_once(program: TracedLoss, size: int, num_shards: int) -> int | None:
     """How many of `size` gradients "auto" makes at a time, to hold all as they are; None where it holds factors.
 
     Args:
         program: the traced loss.
         size: the number of the examples, B. It is returned itself only where all gradients are few numbers.
-        pieces: how many devices may share them; with several, factors are held.
+        num_shards: how many devices may share them; with several, factors are held.
     """
-    if pieces > 1:
+    if num_shards > 1:
         return None
     if size * sum(x.size for x in program.param_avals) <= _MATERIALIZED_BELOW:
         return size
@@ -46,7 +46,7 @@ def blocks_at_once(program: Program, size: int, pieces: int) -> int | None:
     return tile_of(size, left, cache) if 2 * left <= cache < size * left else None
 
 
-def _left_by_an_example(program: Program, most_shared: int) -> int:
+def _left_by_an_example(program: TracedLoss, most_shared: int) -> int:
     """The bytes that one example leaves for its backward pass; 0 where its gradient is no small part of them."""
     params, constants, example = program.avals()
     if bytes_of((params, constants)) > most_shared:

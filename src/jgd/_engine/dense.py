@@ -1,9 +1,11 @@
-"""Which leaves are dense: those for which it matters, to some derivative, that they are differentiated themselves.
+"""Which leaves are dense because some derivative depends on their being differentiated themselves.
 
-The pass perturbs the outputs of sites. A dense leaf is data in the region, and the pass perturbs the leaf itself.
+The backward pass perturbs the outputs of sites. A dense leaf is data in the region, and the pass perturbs the leaf
+itself, as `jax.grad` does.
 """
 
 from collections.abc import Callable
+from dataclasses import dataclass
 from typing import Any
 
 import jax
@@ -11,14 +13,33 @@ import jax.numpy as jnp
 
 from jgd._engine.differentiated import CUSTOM, differentiated
 from jgd._engine.jaxprs import asks_what_moves, mentions, touches_references
-from jgd._engine.program import Program
 from jgd._engine.reading import read_regions
-from jgd._engine.regions import Nested, Op, Region, Side, Site, Value
+from jgd._engine.sites import Nested, Op, Region, Side, Site, Value
+from jgd._engine.trace import TracedLoss
 from jgd._engine.views import whole
 
 
-def read_as_differentiated(program: Program, dense: frozenset[int]) -> tuple[Region, frozenset[int]]:
-    """The program's region with the `dense` leaves as data, and all others that must be differentiated there.
+@dataclass(frozen=True, eq=False)
+class Reading:
+    """A loss as it was read.
+
+    Attributes:
+        region: its sites, among its equations.
+        computed: the values that are computed from parameters and are a view of none, see `read_regions`.
+        dense: the leaves that were read as data.
+    """
+
+    region: Region
+    computed: tuple[Value, ...]
+    dense: frozenset[int]
+
+    def leaves_at(self, wanted: Callable[[Op], bool]) -> frozenset[int]:
+        """The leaves that go into the wanted equations, themselves or by a path without data."""
+        return _leaves_at(self.region, wanted)
+
+
+def read_as_differentiated(program: TracedLoss, dense: frozenset[int]) -> Reading:
+    """The loss with the `dense` leaves as data, and all others that must be differentiated themselves.
 
     The taps move what is downstream of a site, as the parameters would. A parameter must move itself where it goes
     into a derivative that asks what moves, or meets data in one that changes the value. Where there is such a
@@ -27,15 +48,15 @@ def read_as_differentiated(program: Program, dense: frozenset[int]) -> tuple[Reg
     """
     every = frozenset(range(len(program.param_avals)))
     if touches_references(program.jaxpr):
-        return _read(program, every), every  # one that was made of a constant may hold data later
+        return _read(program, every)  # a reference that was made of a constant may hold data later
     while True:
-        region = _read(program, dense)
-        more = leaves_at(region, _must_move)
-        several = leaves_at(region, lambda op: isinstance(op, Site) and len(op.tapped) > 1)
+        reading = _read(program, dense)
+        more = reading.leaves_at(_must_move)
+        several = reading.leaves_at(lambda op: isinstance(op, Site) and len(op.tapped) > 1)
         if several and any(map(_may_ask, program.jaxpr.eqns)):
             more |= several
         if more <= dense:
-            return region, dense
+            return reading
         dense |= more
 
 
@@ -53,8 +74,7 @@ def _may_ask(eqn: Any) -> bool:
     return asks_what_moves(eqn) or (mentions(eqn, *CUSTOM) and differentiated(eqn, inexact).changes)
 
 
-def _read(program: Program, dense: frozenset[int]) -> Region:
-    """The program's region, in which the `dense` leaves are data."""
+def _read(program: TracedLoss, dense: frozenset[int]) -> Reading:
     jaxpr, n = program.jaxpr, len(program.param_avals)
     constants = [Value(jax.ShapeDtypeStruct(v.aval.shape, v.aval.dtype), Side.CONST) for v in jaxpr.constvars]
     inputs = []
@@ -65,15 +85,16 @@ def _read(program: Program, dense: frozenset[int]) -> Region:
         else:
             shared = n <= k < n + program.num_shared
             inputs.append(Value(aval, Side.CONST if shared else Side.DATA))
-    return read_regions(jaxpr, constants, inputs)
+    region, computed = read_regions(jaxpr, constants, inputs, n)
+    return Reading(region, computed, dense)
 
 
-def leaves_at(region: Region, wanted: Callable[[Op], bool]) -> frozenset[int]:
+def _leaves_at(region: Region, wanted: Callable[[Op], bool]) -> frozenset[int]:
     """The leaves that go into the wanted equations, themselves or by a path without data."""
     leaves: frozenset[int] = frozenset()
     for op in region.ops:
         if isinstance(op, Nested):
-            leaves = leaves.union(*(leaves_at(inner, wanted) for inner in op.regions))
+            leaves = leaves.union(*(_leaves_at(inner, wanted) for inner in op.regions))
         elif op.eqn is not None and any(x.leaves for x in op.inputs) and wanted(op):
             leaves = leaves.union(*(x.leaves for x in op.inputs))
     return leaves

@@ -1,4 +1,4 @@
-"""The gradient of one example with respect to a part of one leaf, as factors.
+"""The gradient of one example in a part of one leaf, as factors.
 
 A *part* is a set of the leaf's elements: an offset and axes, in the leaf's memory. In it the gradient is
 
@@ -18,12 +18,12 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.leading import sum_leading, wide
+from jgd._engine.batch_sums import accumulation_dtype, sum_leading
 from jgd._engine.stored import stored
 from jgd._engine.views import Axis, View, merge_axes
 
 
-class Shape(NamedTuple):
+class Layout(NamedTuple):
     """Where the axes n, p and q of a part lie in the leaf's memory; each group in order of falling stride."""
 
     n: tuple[Axis, ...]
@@ -35,13 +35,13 @@ class Shape(NamedTuple):
         """All axes in the order of memory."""
         return merge_axes(sorted((*self.n, *self.p, *self.q), key=_falling))
 
-    def merged(self) -> "Shape":
+    def merged(self) -> "Layout":
         """The same, written in the one way that can be compared."""
-        return Shape(merge_axes(self.n), merge_axes(self.p), merge_axes(self.q))
+        return Layout(merge_axes(self.n), merge_axes(self.p), merge_axes(self.q))
 
-    def swapped(self) -> "Shape":
+    def swapped(self) -> "Layout":
         """With p and q exchanged."""
-        return Shape(self.n, self.q, self.p)
+        return Layout(self.n, self.q, self.p)
 
     def sizes(self) -> tuple[int, int, int]:
         """N, P and Q."""
@@ -74,19 +74,19 @@ def _falling(axis: Axis) -> int:
 
 
 @dataclass(frozen=True)
-class Arrangement:
+class AxisGrouping:
     """How an array becomes a factor: which axes are summed away, and which make up each of its own."""
 
     summed: tuple[int, ...]
     groups: tuple[tuple[int, ...], ...]
 
-    def with_batch(self, axis: int, group: int) -> "Arrangement":
+    def with_batch(self, axis: int, group: int) -> "AxisGrouping":
         """The same for a batch of arrays, whose batch axis joins a group in the place it has in memory."""
         moved = lambda axes: tuple(a + (a >= axis) for a in axes)
         groups = [moved(axes) for axes in self.groups]
         before = sum(1 for a in groups[group] if a < axis)
         groups[group] = (*groups[group][:before], axis, *groups[group][before:])
-        return Arrangement(moved(self.summed), tuple(groups))
+        return AxisGrouping(moved(self.summed), tuple(groups))
 
     def __call__(self, array: jax.Array) -> jax.Array:
         """The array with one axis for each group."""
@@ -132,13 +132,13 @@ Factor = Outer | Rows | Full
 
 def add(arrays: Sequence[jax.Array]) -> jax.Array:
     """The sum of some arrays, in at least float32 where there are several."""
-    return functools.reduce(lambda total, x: total.astype(wide(total)) + x, arrays)
+    return functools.reduce(lambda total, x: total.astype(accumulation_dtype(total)) + x, arrays)
 
 
 def sum_squares(x: jax.Array) -> jax.Array:
     """Σ x², in at least float32, along one axis: a sum over several would not take the squares in."""
     flat = x.reshape(-1)
-    return jnp.sum(jnp.square(flat.astype(wide(x))))
+    return jnp.sum(jnp.square(flat.astype(accumulation_dtype(x))))
 
 
 def after(mask: jax.Array, x: jax.Array) -> jax.Array:
@@ -166,13 +166,13 @@ def concatenate(factors: Sequence[Any]) -> Factor:
     return Outer(join([f.left for f in factors], 1), join([f.right for f in factors], 1))
 
 
-def block(factor: Factor, shape: Shape) -> jax.Array:
+def block(factor: Factor, shape: Layout) -> jax.Array:
     """The `(N, P, Q)` gradient that a factor stands for."""
     if isinstance(factor, Full):
         return shape.unflatten(factor.flat)
     if isinstance(factor, Rows):
         _, p, q = shape.sizes()
-        empty = jnp.zeros((1, p, q), wide(factor.right))
+        empty = jnp.zeros((1, p, q), accumulation_dtype(factor.right))
         return empty.at[:, factor.index].add(factor.right.astype(empty.dtype), mode="drop")
     return contract("ntp,ntq->npq", factor.left, factor.right)
 
@@ -198,13 +198,34 @@ def inner_sum(ours: Sequence[Factor], theirs: Sequence[Factor]) -> jax.Array:
     return functools.reduce(jnp.add, (inner(a, b) for a in ours for b in theirs))
 
 
+def dot(factor: Factor, direction: jax.Array) -> jax.Array:
+    """⟨G, V⟩ with a `(N, P, Q)` direction of any dtype, whose digits all count."""
+    exact = jax.lax.Precision.HIGHEST
+    if isinstance(factor, Full):
+        return inner_product(factor.flat, direction)
+    if isinstance(factor, Rows):
+        picked = jnp.take(direction[0], factor.index, axis=0, mode="fill", fill_value=0)
+        met = (factor.index < factor.rows)[:, None]  # a lookup that met no row may have a nan cotangent
+        return inner_product(jnp.where(met, factor.right[0], 0), picked)
+    if direction.shape[1] >= direction.shape[2]:  # the smaller of the two possible intermediate results
+        return inner_product(factor.right, contract("ntp,npq->ntq", factor.left, direction, exact))
+    return inner_product(factor.left, contract("ntq,npq->ntp", factor.right, direction, exact))
+
+
+def inner_product(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Σ a·b of two arrays of one size, in at least float32; of complex numbers its real part."""
+    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    product = a.reshape(-1).astype(dtype) * b.reshape(-1).astype(dtype)
+    return jnp.sum(jnp.real(product))
+
+
 def square(made: Sequence[Factor]) -> jax.Array:
     """‖Σ G‖² over factors of one shape."""
     only = made[0]
     if len(made) == 1 and isinstance(only, Outer) and only.left.shape[1] == 1:
         if only.left.shape[0] == 1:
             return sum_squares(only.left) * sum_squares(only.right)
-        left, right = (jnp.sum(jnp.square(x[:, 0].astype(wide(x))), axis=1) for x in only)
+        left, right = (jnp.sum(jnp.square(x[:, 0].astype(accumulation_dtype(x))), axis=1) for x in only)
         return jnp.sum(left * right)
     # Rounding can leave a sum of pairs a little below 0, where the gradient nearly vanishes.
     return jnp.maximum(inner_sum(made, made), 0)

@@ -14,8 +14,8 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import lookups
+from jgd._engine.batch_sums import accumulation_dtype
 from jgd._engine.factors import Outer, Rows, add, contract
-from jgd._engine.leading import wide
 from jgd._engine.tiles import fold_tiles
 from jgd._mesh import everywhere, varying
 
@@ -23,10 +23,10 @@ from jgd._mesh import everywhere, varying
 _TILE = 1 << 20
 
 
-def of_blocks(ours: jax.Array, theirs: jax.Array | None = None, *, pieces: int = 1) -> jax.Array:
-    """From flat gradients, `(B, size)` and `(B', size)`; `pieces` says how many devices may hold a batch."""
+def of_blocks(ours: jax.Array, theirs: jax.Array | None = None, *, num_shards: int = 1) -> jax.Array:
+    """From flat gradients, `(B, size)` and `(B', size)`; `num_shards` says how many devices may hold a batch."""
     theirs = ours if theirs is None else theirs
-    if pieces == 1:
+    if num_shards == 1:
         return contract("is,js->ij", ours, theirs)
     width = max(1, min(ours.shape[1], _TILE // theirs.shape[0]))
     columns = lambda blocks, _: contract("is,js->ij", blocks[0], everywhere(blocks[1], 0))
@@ -68,9 +68,9 @@ def _of_columns(ours: Sequence[Outer | Rows], theirs: Sequence[Outer | Rows] | N
         if isinstance(factor, Rows):
             inside = (factor.index >= start) & (factor.index < start + width)
             place = lambda index, right: (
-                jnp.zeros((1, width, right.shape[2]), wide(right))
+                jnp.zeros((1, width, right.shape[2]), accumulation_dtype(right))
                 .at[:, index]
-                .add(right.astype(wide(right)), mode="drop")
+                .add(right.astype(accumulation_dtype(right)), mode="drop")
             )
             return jax.vmap(place)(jnp.where(inside, factor.index - start, width), factor.right)
         left = jax.lax.dynamic_slice_in_dim(factor.left, start, width, 3)

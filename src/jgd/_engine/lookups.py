@@ -10,8 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jgd._engine.batch_sums import accumulation_dtype, mask_rows, scale_rows
 from jgd._engine.factors import Rows, after, contract, sum_squares
-from jgd._engine.leading import mask_rows, scale_rows, wide
 from jgd._engine.moments import inverse
 from jgd._engine.tiles import fold_tiles, tile_of
 from jgd._mesh import everywhere, varying
@@ -35,7 +35,7 @@ def _empty(made: Rows, rows: int, number: int, *, one_device: bool) -> jax.Array
     XLA would make one table for all of them, and copy it for each to be written into: it must not see that they are
     equal. A row's number is never below 0, which is known here alone. Over several devices it would have to be sent.
     """
-    shape, dtype = (rows, made.right.shape[3]), wide(made.right)
+    shape, dtype = (rows, made.right.shape[3]), accumulation_dtype(made.right)
     if not one_device or made.index.size == 0:
         return jnp.zeros(shape, dtype)
     some = made.index.reshape(-1)[number % made.index.size]
@@ -75,7 +75,7 @@ def squared_sum(made: Rows, rows: int, *, in_cache: bool) -> jax.Array:
     number, places = _numbered(made.index, rows)
 
     def of_columns(some: jax.Array, count: int) -> jax.Array:
-        some = some.reshape(number.size, count).astype(wide(some))
+        some = some.reshape(number.size, count).astype(accumulation_dtype(some))
         total = jnp.zeros((places.size, count), some.dtype).at[number].add(some, mode="drop")
         return sum_squares(mask_rows(places < rows, total))
 
@@ -147,7 +147,7 @@ def _partners(index: jax.Array, owner: jax.Array, right: jax.Array, rows: int, s
 
 def _by_row(index: jax.Array, right: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
     """Which lookup is the first of its row in its example, and the whole δ of its row there, `(B, T, Q)`."""
-    right = right[:, 0].astype(wide(right))
+    right = right[:, 0].astype(accumulation_dtype(right))
     same = jax.vmap(after)(index[:, :, None] == index[:, None, :], right)
     earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
     first = ~jnp.any(same & earlier[None], axis=2) & (index < rows)

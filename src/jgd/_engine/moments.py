@@ -10,8 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
+from jgd._engine.batch_sums import accumulation_dtype, mask_rows, scale_rows, sum_leading, sum_present
 from jgd._engine.factors import Outer
-from jgd._engine.leading import mask_rows, scale_rows, sum_leading, sum_present, wide
 from jgd._engine.stored import stored
 from jgd._engine.tiles import Batch
 from jgd._mesh import varying
@@ -33,7 +33,11 @@ class Spread(NamedTuple):
 
 def spread_of(blocks: jax.Array, weights: jax.Array | None, *, one_device: bool) -> Spread:
     """The spread of some gradients, by two looks at them."""
-    dtype = wide(blocks) if weights is None else jnp.promote_types(wide(blocks), weights.dtype)
+    dtype = (
+        accumulation_dtype(blocks)
+        if weights is None
+        else jnp.promote_types(accumulation_dtype(blocks), weights.dtype)
+    )
     weight = jnp.asarray(blocks.shape[0], dtype) if weights is None else jnp.sum(weights)
     if blocks.shape[0] == 1:
         only = _present(blocks, weights).astype(dtype)[0]
@@ -47,7 +51,7 @@ def spread_of_tiles(
     batch: Batch, blocks: Callable[[Any, int], jax.Array], size: int, weights: jax.Array | None
 ) -> Spread:
     """The spread of the gradients, of so many elements each, that `blocks` makes of some examples and their number."""
-    one_device = batch.pieces == 1
+    one_device = batch.num_shards == 1
     if weights is None:
         of_tile = lambda some, number: spread_of(blocks(some, number), None, one_device=one_device)
     else:
@@ -112,7 +116,7 @@ def sum_of_outer(left: jax.Array, right: jax.Array) -> jax.Array:
 
 
 def _sides(made: Outer) -> tuple[jax.Array, jax.Array]:
-    left, right = (x[:, :, 0].astype(wide(x)) for x in made)
+    left, right = (x[:, :, 0].astype(accumulation_dtype(x)) for x in made)
     return left, right
 
 

@@ -1,10 +1,9 @@
-"""Parts of leaves: the elements that the same uses meet, and how their gradients' norms and sums are made."""
+"""Parts of leaves: the elements that the same operands lie at, and how gradients in them are computed."""
 
-import functools
 import math
-from collections.abc import Hashable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import jax
 import jax.numpy as jnp
@@ -12,31 +11,50 @@ import jax.numpy as jnp
 from jgd._engine import costs, factors
 from jgd._engine.costs import Cost, Sizes
 from jgd._engine.devices import Device
-from jgd._engine.factors import Factor, Full, Outer, Rows, Shape
-from jgd._engine.uses import SiteData, Use
-from jgd._engine.views import Axis, merge_axes
+from jgd._engine.factors import Factor, Full, Layout, Outer, Rows
+from jgd._engine.rules.rule import Rule, SiteData
+from jgd._engine.sites import Site
+from jgd._engine.views import Axis, View, merge_axes
 
-Method = Literal["pairs", "block"]
+NormMethod = Literal["pairs", "block"]
 
 # How many times larger than its factors a block may be and still be kept for the clipped sum.
 _KEPT = 2
 
 
 @dataclass(frozen=True, eq=False)
-class Part:
-    """A set of one leaf's elements, with all the uses that meet it and no other use.
+class Use:
+    """One operand of one site, as a use of the leaf that it is a view of."""
 
-    `shape` is the one that all factored uses have, where they agree: then inner products can be taken pair by
-    pair. `swaps` says which of them have p and q exchanged.
+    site: Site
+    position: int
+    view: View
+    rule: Rule
+
+    @property
+    def is_wide(self) -> bool:
+        """Whether sums over examples may be kept in the operand's own dtype."""
+        return self.site.inputs[self.position].aval.dtype.itemsize >= 4
+
+
+@dataclass(frozen=True)
+class PartRules:
+    """How gradients in a part are computed, from what its uses left: a value, equal for all parts of a kind.
+
+    Attributes:
+        axes: the axes of the part, in the leaf's memory.
+        rules: of the part's uses, which add up.
+        layout: the layout that all rules with factors share, so that inner products can be taken pair by pair; None
+            where they do not.
+        swaps: which of the rules have p and q exchanged.
+        method: how squared norms are computed.
     """
 
-    leaf: int
-    offset: int
     axes: tuple[Axis, ...]
-    uses: tuple[Use, ...]
-    shape: Shape | None
+    rules: tuple[Rule, ...]
+    layout: Layout | None
     swaps: tuple[bool, ...]
-    method: Method
+    method: NormMethod
 
     @property
     def size(self) -> int:
@@ -46,67 +64,107 @@ class Part:
     @property
     def positions(self) -> int:
         """T, over all uses."""
-        return sum(use.positions for use in self.uses)
+        return sum(rule.positions for rule in self.rules)
 
-    @functools.cached_property
-    def kind(self) -> Hashable:
-        """What parts have in common whose gradients are made alike, from arrays of the same shapes.
+    @property
+    def has_pairs(self) -> bool:
+        """Whether inner products can be taken pair by pair."""
+        return self.layout is not None and all(rule.has_factors for rule in self.rules)
 
-        None where that cannot be said: of an operand whose gradient takes the whole loss to compute.
-        """
-        kinds = [use.kind for use in self.uses]
-        return None if None in kinds else (self.axes, self.shape, self.swaps, self.method, *kinds)
+    @property
+    def is_lookup(self) -> bool:
+        """Whether all uses are lookups of rows."""
+        return all(rule.is_lookup for rule in self.rules)
 
-    def factors(self, data: dict[int, SiteData], *, batch: bool = False) -> list[Factor]:
-        """One example's factors, or those of the sum over a `batch`; those of a kind joined into one; needs `shape`."""
+    @property
+    def is_outer(self) -> bool:
+        """Whether each gradient is one outer product, of which moments are products."""
+        return len(self.rules) == 1 and self.rules[0].is_outer
+
+    # One example: `data` has what it left at each use.
+
+    def factors(self, data: Sequence[SiteData]) -> list[Factor]:
+        """One example's factors, those of a kind joined into one."""
+        return self._joined([rule.factor(one) for rule, one in zip(self.rules, data, strict=True)])
+
+    def _joined(self, made: Sequence[Factor]) -> list[Factor]:
         kinds: dict[type, list[Factor]] = {}
-        for use, swap in zip(self.uses, self.swaps, strict=True):
-            at = data[id(use.site)]
-            assert use.batch_factor is not None or not batch
-            factor = use.batch_factor(at, None) if batch and use.batch_factor else use.factor(at)
+        for factor, swap in zip(made, self.swaps, strict=True):
             if swap:
                 assert isinstance(factor, Outer)
                 factor = Outer(factor.right, factor.left)
             kinds.setdefault(type(factor), []).append(factor)
         return [factors.concatenate(same) for same in kinds.values()]
 
-    @property
-    def lookups(self) -> int:
-        """How many of the positions are lookups of rows."""
-        return sum(use.positions for use in self.uses if use.rule == "lookup")
+    def native(self, data: Sequence[SiteData]) -> jax.Array:
+        """One example's gradient, in whatever order of axes is cheapest: to change it would take a copy."""
+        if len(self.rules) == 1:
+            return self.rules[0].native(data[0])
+        return self.gradient(data)
 
-    @property
-    def looks_up(self) -> bool:
-        """Whether all uses are lookups of rows."""
-        return all(use.rule == "lookup" for use in self.uses)
+    def to_leaf_order(self, native: jax.Array) -> jax.Array:
+        """What `native` returned, or a sum of such, flat in the order of the leaf's memory."""
+        return self.rules[0].to_leaf_order(native) if len(self.rules) == 1 else native
 
-    def short_sum(self, size: int, device: Device) -> bool:
-        """Whether the sum over `size` examples has its norm by a shorter way than by itself: from rows or pairs."""
-        if self.shape is not None and self.looks_up:
-            return True
-        if self.shape is None or any(use.batch_factor is None for use in self.uses):
-            return False
-        sizes = _sizes(self.shape, self.positions * size)
-        pairs = costs.pairs(sizes, lookups=self.lookups * size)
-        return pairs.seconds(device) < costs.block(sizes).seconds(device)
+    def gradient(self, data: Sequence[SiteData]) -> jax.Array:
+        """One example's gradient, flat in the order of the leaf's memory."""
+        return factors.add([rule.gradient(one) for rule, one in zip(self.rules, data, strict=True)])
 
-    def square(self, data: dict[int, SiteData]) -> jax.Array:
-        """The squared norm of one example's gradient in this part, by the part's method."""
+    def square(self, data: Sequence[SiteData]) -> jax.Array:
+        """The squared norm of one example's gradient, by the part's method."""
         if self.method == "pairs":
             return factors.square(self.factors(data))
-        use = self.uses[0]
-        if len(self.uses) == 1 and use.square is not None:
-            return use.square(data[id(use.site)])
-        return factors.sum_squares(self.gradient(data))
+        known = self.rules[0].square(data[0]) if len(self.rules) == 1 else None
+        return factors.sum_squares(self.native(data)) if known is None else known
+
+    def dot(self, data: Sequence[SiteData], direction: jax.Array) -> jax.Array:
+        """The inner product of one example's gradient with a direction, flat in the order of the leaf's memory."""
+        return factors.add([rule.dot(one, direction) for rule, one in zip(self.rules, data, strict=True)])
+
+    def projected(self, data: Sequence[SiteData], rows: jax.Array, columns: jax.Array) -> jax.Array:
+        """⟨G, r_k cᵀ_k⟩ for each k, where the part is a matrix: Σ_t (left_t · r_k)(right_t · c_k)."""
+        assert self.layout is not None
+        n, p, _ = self.layout.sizes()
+        rows = rows.reshape(-1, n, p)
+        total = jnp.zeros(rows.shape[0], jnp.float32)
+        for factor in self.factors(data):
+            assert not isinstance(factor, Full)
+            if isinstance(factor, Rows):
+                left = jnp.take(rows[:, 0], factor.index, axis=1, mode="fill", fill_value=0).T[None]
+            else:
+                left = factors.contract("ntp,knp->ntk", factor.left, rows)
+            right = factors.contract("ntq,kq->ntk", factor.right, columns)
+            total = total + jnp.sum(left * right, axis=(0, 1))
+        return total
+
+    # A batch: the examples lie behind the loops in each array.
+
+    def batch_gradient(self, data: Sequence[SiteData], weights: jax.Array | None) -> jax.Array:
+        """Σ w_i G_i, flat in the order of the leaf's memory."""
+        each = zip(self.rules, data, strict=True)
+        return factors.add([rule.batch_gradient(one, weights) for rule, one in each])
+
+    def batch_factors(self, data: Sequence[SiteData]) -> list[Factor]:
+        """The factors of Σ G_i."""
+        each = zip(self.rules, data, strict=True)
+        return self._joined([rule.batch_factor(one, None) for rule, one in each])
+
+    # Costs
 
     @property
-    def costs(self) -> dict[str, Cost]:
+    def _lookups(self) -> int:
+        return sum(rule.positions for rule in self.rules if rule.is_lookup)
+
+    @property
+    def costs(self) -> dict[NormMethod, Cost]:
         """What `square` would cost for one example by each method that is open to it."""
-        made = [costs.weight_gradient(use.sizes) for use in self.uses if use.shape is not None]
+        made = [costs.weight_gradient(rule.sizes) for rule in self.rules if rule.has_factors]
         flops, moved = sum(cost.flops for cost in made), sum(cost.moved for cost in made)
-        open_to = {"block": Cost(2 * self.size + flops, self.size, 2 * self.size + moved)}
-        if self.shape is not None:
-            open_to["pairs"] = costs.pairs(_sizes(self.shape, self.positions), lookups=self.lookups)
+        open_to: dict[NormMethod, Cost] = {
+            "block": Cost(2 * self.size + flops, self.size, 2 * self.size + moved)
+        }
+        if self.has_pairs:
+            open_to["pairs"] = costs.pairs(self._sizes(self.positions), lookups=self._lookups)
         return open_to
 
     @property
@@ -114,80 +172,83 @@ class Part:
         """What `square` costs for one example."""
         return self.costs[self.method]
 
-    def as_matrix(self, shape: Sequence[int]) -> bool:
-        """Whether the part is a whole leaf of this shape, its rows made of n and p and its columns of q."""
-        columns = shape[-1] if shape else 1
-        leaf = merge_axes(((self.size // columns, columns), (columns, 1)))
-        if self.shape is None or self.offset != 0 or self.axes != leaf or math.prod(shape) != self.size:
+    def _sizes(self, positions: int) -> Sizes:
+        assert self.layout is not None
+        n, p, q = self.layout.sizes()
+        return Sizes(n, positions, p, q)
+
+    def sum_has_short_norm(self, size: int, device: Device) -> bool:
+        """Whether the sum over `size` examples has its norm by a shorter way than by itself: from rows or pairs."""
+        if not self.has_pairs:
             return False
-        rows = merge_axes((*self.shape.n, *self.shape.p))
-        return rows == merge_axes(((self.size // columns, columns),)) and self.shape.merged().q == merge_axes(
-            ((columns, 1),)
-        )
+        if self.is_lookup:
+            return True
+        if not all(rule.folds_batch for rule in self.rules):
+            return False
+        sizes = self._sizes(self.positions * size)
+        pairs = costs.pairs(sizes, lookups=self._lookups * size)
+        return pairs.seconds(device) < costs.block(sizes).seconds(device)
 
-    def projected(self, made: Sequence[Factor], rows: jax.Array, columns: jax.Array) -> jax.Array:
-        """⟨G, r_k cᵀ_k⟩ for each k, where the part is a matrix: Σ_t (left_t · r_k)(right_t · c_k)."""
-        assert self.shape is not None
-        n, p, _ = self.shape.sizes()
-        rows = rows.reshape(-1, n, p)
-        total = jnp.zeros(rows.shape[0], jnp.float32)
-        for factor in made:
-            assert not isinstance(factor, Full)
-            if isinstance(factor, Rows):
-                left = jnp.take(rows[:, 0], factor.index, axis=1, mode="fill", fill_value=0).T[None]
-            else:
-                left = factors.contract("ntp,knp->ntk", factor.left, rows)
-            total = total + jnp.sum(
-                left * factors.contract("ntq,kq->ntk", factor.right, columns), axis=(0, 1)
-            )
-        return total
-
-    def keeps(self, device: Device) -> bool:
+    def may_be_kept(self, device: Device) -> bool:
         """Whether the block may stay until the norms are known, and make the clipped sum.
 
         It must be little larger than the factors, and quicker to read again than to make again.
         """
-        products = {use.rule for use in self.uses} <= {"dot_general", "convolution"}
-        sides = sum(use.sizes.n * use.sizes.t * (use.sizes.p + use.sizes.q) for use in self.uses)
-        again = sum(costs.weight_gradient(use.sizes).seconds(device) for use in self.uses)
+        products = all(rule.is_product for rule in self.rules)
+        sides = sum(r.sizes.n * r.sizes.t * (r.sizes.p + r.sizes.q) for r in self.rules)
+        again = sum(costs.weight_gradient(rule.sizes).seconds(device) for rule in self.rules)
         quicker = device.seconds(moved=self.size) < again
         return products and self.method == "block" and self.size <= _KEPT * sides and quicker
 
-    def unordered(self, data: dict[int, SiteData]) -> jax.Array:
-        """One example's gradient in this part, in the order in which it comes: to change it would take a copy."""
-        first, *others = self.uses
-        return self.gradient(data) if others else first.unordered(data[id(first.site)])
 
-    def in_memory(self, gradient: jax.Array) -> jax.Array:
-        """What `unordered` made, or a sum of such, flat, in the order of the leaf's memory."""
-        first, *others = self.uses
-        return gradient if others else first.in_memory(gradient)
+@dataclass(frozen=True, eq=False)
+class Part:
+    """A set of elements of a leaf, or of a computed operand, with all the uses that meet it."""
 
-    def dot(self, data: dict[int, SiteData], direction: jax.Array) -> jax.Array:
-        """⟨G, v⟩ for one example, with a direction that is flat in the order of memory."""
-        return factors.add([use.dot(data[id(use.site)], direction) for use in self.uses])
+    leaf: int
+    offset: int
+    uses: tuple[Use, ...]
+    rules: PartRules
 
-    def gradient(self, data: dict[int, SiteData]) -> jax.Array:
-        """One example's gradient in this part, flat, in the order of the leaf's memory."""
-        return factors.add([use.gradient(data[id(use.site)]) for use in self.uses])
+    @property
+    def axes(self) -> tuple[Axis, ...]:
+        """Its axes, in the leaf's memory."""
+        return self.rules.axes
+
+    def is_matrix(self, shape: Sequence[int]) -> bool:
+        """Whether it is a whole leaf of this shape whose rows are made of n and p and whose columns of q."""
+        layout, columns = self.rules.layout, shape[-1] if shape else 1
+        if (
+            not self.rules.has_pairs
+            or layout is None
+            or self.offset != 0
+            or math.prod(shape) != self.rules.size
+        ):
+            return False
+        matrix = merge_axes(((self.rules.size // columns, columns), (columns, 1)))
+        rows = merge_axes((*layout.n, *layout.p))
+        is_rows = rows == merge_axes(((self.rules.size // columns, columns),))
+        return self.axes == matrix and is_rows and layout.merged().q == merge_axes(((columns, 1),))
 
 
-def common_shape(uses: Sequence[Use]) -> tuple[Shape | None, tuple[bool, ...]]:
-    """The shape that all uses have, where they agree, and which of them have it with p and q exchanged."""
-    nothing = None, (False,) * len(uses)
-    lookups = [use for use in uses if use.rule == "lookup"]
-    shape = (lookups or list(uses))[0].shape
+def part_of(leaf: int, offset: int, axes: tuple[Axis, ...], uses: Sequence[Use], method: Any) -> Part:
+    """The part of some uses that lie at the same elements; `method` chooses how its norms are computed."""
+    rules = tuple(use.rule for use in uses)
+    layout, swaps = _common_layout(rules)
+    made = PartRules(axes, rules, layout, swaps, "block")
+    chosen = PartRules(axes, rules, layout, swaps, method(made))
+    return Part(leaf, offset, tuple(uses), chosen)
+
+
+def _common_layout(rules: Sequence[Rule]) -> tuple[Layout | None, tuple[bool, ...]]:
+    """The layout that all rules have, if they agree, and which of them have it with p and q exchanged."""
+    lookups = [rule for rule in rules if rule.is_lookup]
+    layout = (lookups or list(rules))[0].layout
     swaps = []
-    for use in uses:
-        if use.shape is None or shape is None:
-            return nothing
-        same, swapped = use.shape.merged() == shape.merged(), use.shape.swapped().merged() == shape.merged()
-        if not same and not (swapped and use.rule != "lookup"):
-            return nothing
+    for rule in rules:
+        same = rule.layout.merged() == layout.merged()
+        swapped = rule.layout.swapped().merged() == layout.merged()
+        if not same and not (swapped and rule.has_factors and not rule.is_lookup):
+            return None, (False,) * len(rules)
         swaps.append(not same)
-    return shape, tuple(swaps)
-
-
-def _sizes(shape: Shape, positions: int) -> Sizes:
-    n, p, q = shape.sizes()
-    return Sizes(n, positions, p, q)
+    return layout, tuple(swaps)

@@ -1,23 +1,22 @@
-"""The plan of a program: which uses of a leaf make up which of its parts, and what is done with each."""
+"""The plan of a loss: which leaves are factored, in which parts, and what is done with each."""
 
 import collections
 import math
-from collections.abc import Collection, Iterator, Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import NamedTuple
 
 import jax
 
 from jgd._engine import factors
-from jgd._engine.dense import leaves_at, read_as_differentiated
+from jgd._engine.dense import Reading, read_as_differentiated
 from jgd._engine.devices import Device, device_of
-from jgd._engine.fused import Probes, probes_of
 from jgd._engine.jaxprs import mentions, prim
-from jgd._engine.parts import Method, Part, common_shape
-from jgd._engine.program import Program
-from jgd._engine.regions import Nested, Region, Site, recorded, sites_of
-from jgd._engine.rules import use_of
-from jgd._engine.uses import Use
+from jgd._engine.parts import NormMethod, Part, PartRules, Use, part_of
+from jgd._engine.rules import rule_of
+from jgd._engine.scan_reductions import Probes, probes_of
+from jgd._engine.sites import Nested, Region, sites_of
+from jgd._engine.trace import TracedLoss
 from jgd._engine.views import Axis, overlap
 
 # A block that is kept wins where pairs are not quicker by this factor: it also saves the sum's product.
@@ -26,66 +25,87 @@ _TIE = 0.95
 # How many times longer than the best method one may be predicted to take, and still be worth a trial.
 _NEAR = 3
 
-# How many times larger than a leaf the arrays must be over which it is spread, for its blocks to be made at once.
+# How many times larger than a leaf the arrays must be over which it is spread, for the pass to make its blocks.
 _SPREAD = 4
 
-_ELEMENTWISE = {prim.add_p, prim.sub_p, prim.mul_p, prim.div_p}
+_FARTHEST = 2**31 - 1  # place in a leaf that an index has the bits for, where JAX has no wider ones
+_MANY = 64  # parts of one leaf beyond which a program for each, and a look at every pair, is too much
 
 
 class Variant(NamedTuple):
     """What a plan is asked to do otherwise than by prediction, so that the clock can decide.
 
     Attributes:
-        near: the method of those parts of which both are predicted to take about as long.
+        near: the method for the norms of those parts of which both are predicted to take about as long.
         keeps: whether blocks may stay until the clipped sum.
-        again: whether a weighted sum is a second backward pass, with the weights on the losses. Nothing of an
-            example has to stay for it.
+        second_pass: whether a weighted sum is a second backward pass, with the weights on the losses. No residuals
+            have to stay for it.
     """
 
-    near: Method | None = None
+    near: NormMethod | None = None
     keeps: bool = True
-    again: bool = False
+    second_pass: bool = False
 
 
 PLANNED = Variant()
-AGAIN = Variant(keeps=False, again=True)
+SECOND_PASS = Variant(keeps=False, second_pass=True)
 
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """Everything the engine decided about a program before any number was seen."""
+    """Everything the engine decided about a loss before any number was seen.
 
-    program: Program
-    region: Region
+    Attributes:
+        program: the traced loss.
+        reading: its region, and the operands in it that are computed from parameters.
+        parts: of the factored leaves, of the computed operands, and of the leaves that have parts beside these.
+        computed: the leaves whose gradients are put together: from parts that overlap, or from computed operands.
+        operands: the computed operands that meet data, by number.
+        dense: the leaves whose `(B, leaf)` blocks the backward pass makes, as `vmap(grad)` would.
+        spread: the parts that those dense leaves would have that are spread over many positions.
+        kept: leaves whose blocks, built for the norms, also make the clipped sum.
+        probes: of those parts whose squared norms the backward pass of a scan can take as it goes.
+        summed: leaves whose sum these probes see.
+        second_pass: whether a weighted sum is a second backward pass.
+    """
+
+    program: TracedLoss
+    reading: Reading
     parts: tuple[Part, ...]
-    # Leaves that are data in the region: the pass itself makes their blocks, as `jax.grad` would.
-    dense: frozenset[int]
-    spread: tuple[Part, ...]  # the parts of those among them that are spread over many positions
-    whole_leaves: frozenset[
-        int
-    ]  # leaves that are one block each: the dense ones, and those whose path is lost
-    # Leaves whose gradient is taken for each example apart: the dense ones, those that pass through a `custom_vjp`,
-    # which has no forward derivative, and those without rule in a `cond`, whose other branch may have no derivative.
-    backward_only: frozenset[int]
-    summed: frozenset[int]  # leaves whose sum the probes make
-    direct: tuple[int, ...]  # leaves all of whose uses can sum over a batch by themselves
-    kept: frozenset[int]  # leaves whose blocks, built for the norms, also make the clipped sum
-    probes: Probes  # of those parts whose squared norms the backward pass can take as it goes
-    guarded: frozenset[int]  # leaves with a site without rule
-    fragile: bool  # whether one of these sites may have no derivative where its data is 0
-    again: bool  # whether a weighted sum is a second backward pass
-    together: tuple[frozenset[int], ...]  # leaves that one equation takes in, before they meet data
+    computed: frozenset[int]
+    operands: frozenset[int]
+    spread: tuple[Part, ...]
+    kept: frozenset[int]
+    probes: Probes
+    summed: frozenset[int]
+    second_pass: bool
+
+    @property
+    def region(self) -> Region:
+        """The loss as it was read."""
+        return self.reading.region
+
+    @property
+    def dense(self) -> frozenset[int]:
+        """The leaves whose blocks the backward pass makes."""
+        return self.reading.dense
+
+    @property
+    def factored(self) -> tuple[int, ...]:
+        """The leaves all of whose gradient is in parts that do not overlap."""
+        leaves = range(len(self.program.param_avals))
+        met = {part.leaf for part in self.parts}
+        return tuple(leaf for leaf in leaves if leaf in met - self.computed)
+
+    def operand_struct(self, number: int) -> jax.ShapeDtypeStruct:
+        """Shape and dtype of a computed operand, all steps of the scans around it leading."""
+        value = self.reading.computed[number - len(self.program.param_avals)]
+        assert value.view is not None
+        return jax.ShapeDtypeStruct(value.view.array.shape, value.aval.dtype)
 
     def is_probed(self, part: Part) -> bool:
         """Whether the backward pass can take the part's squared norm as it goes."""
         return any(probe.of is part for some in self.probes.values() for probe in some)
-
-    def pulled_with(self, leaves: Collection[int]) -> list[int]:
-        """The leaves, and those that are differentiated along with them: not every equation takes fewer at a time."""
-        found = set(leaves)
-        for group in self.together:
-            found |= group if not found.isdisjoint(group) else set()
-        return sorted(found)
 
     @property
     def device(self) -> Device:
@@ -93,52 +113,135 @@ class Plan:
         return device_of(self.program.platform)
 
 
-def goes_again(program: Program) -> bool:
-    """Whether weights on the losses weigh their gradients: a `custom_vjp` need not be linear in what it is given."""
+def has_second_pass(program: TracedLoss) -> bool:
+    """Whether weights on the losses weigh their gradients: a `custom_vjp` may be nonlinear in its cotangent."""
     return not any(mentions(eqn, prim.custom_vjp_call_p) for eqn in program.jaxpr.eqns)
 
 
-def plan_of(program: Program, variant: Variant) -> Plan:
-    """The plan of a program for its platform, which is kept with the program and goes with it."""
+def plan_of(program: TracedLoss, variant: Variant) -> Plan:
+    """The plan of a loss for its platform, which is kept with the loss and goes with it."""
     return program.once(("plan", variant), lambda: _plan(program, variant))
 
 
-def _plan(program: Program, variant: Variant) -> Plan:
-    """Reads a program's sites and sorts their uses of each leaf into parts."""
+def _plan(program: TracedLoss, variant: Variant) -> Plan:
+    """Reads a loss until every leaf is either dense or has a rule at each of its sites."""
     device = device_of(program.platform)
-    region, dense = read_as_differentiated(program, frozenset())
-    parts, whole_leaves = _sorted_uses(region, device, variant)
-    spread = _spread(parts, _branched(region), program.param_avals)
-    if spread:
-        region, dense = read_as_differentiated(program, dense | {part.leaf for part in spread})
-        parts, whole_leaves = _sorted_uses(region, device, variant)
-    met = {part.leaf for part in parts}
-    indirect = {part.leaf for part in parts for use in part.uses if use.batch_factor is None}
-    without_rule = [use for part in parts for use in part.uses if use.rule == "opaque"]
-    guarded = whole_leaves | {use.leaf for use in without_rule}
-    backward_only = _backward_only(region) | (guarded & _branched(region))
-    kept = met - backward_only - {part.leaf for part in parts if not part.keeps(device)}
-    direct = tuple(sorted(met - indirect - backward_only))
-    kept = frozenset(kept if variant.keeps else ())
-    passed = [part for part in parts if part.leaf not in backward_only]
-    probes = probes_of(region, passed, lambda part: replace(part, method=_method(part, device, variant)))
+    method = lambda rules: _method(rules, device, variant)
+    spread: tuple[Part, ...] = ()
+    reading = read_as_differentiated(program, frozenset())
+    while True:
+        uses, more = _uses(reading)
+        parts, overlapping, too_many = _parts(uses, method)
+        more |= _real(program, reading, too_many)
+        if not more:
+            found = _spread(program, reading, parts)
+            spread, more = (*spread, *found), frozenset(part.leaf for part in found)
+        if more <= reading.dense:
+            break
+        reading = read_as_differentiated(program, reading.dense | more)
+    leaves = len(program.param_avals)
+    operands = frozenset(part.leaf for part in parts if part.leaf >= leaves)
+    computed = overlapping.union(*(reading.computed[k - leaves].leaves for k in operands))
+    computed = frozenset(leaf for leaf in computed if leaf < leaves)
+    factored = [part for part in parts if part.leaf < leaves and part.leaf not in computed]
+    kept = {part.leaf for part in factored}
+    kept -= {part.leaf for part in factored if not part.rules.may_be_kept(device)}
+    probes = probes_of(reading.region, factored, lambda rules: replace(rules, method=method(rules)))
     return Plan(
         program,
-        region,
+        reading,
         tuple(parts),
-        dense,
-        spread,
-        whole_leaves | dense,
-        backward_only | dense,
-        _summed(parts, probes),
-        direct,
-        kept,
+        computed,
+        operands,
+        tuple(part for part in spread if part.leaf in reading.dense),
+        frozenset(kept if variant.keeps else ()),
         probes,
-        frozenset(guarded),
-        bool(whole_leaves) or any(recorded(use.site) for use in without_rule),
-        variant.again,
-        _together(region),
+        _summed(parts, probes),
+        variant.second_pass,
     )
+
+
+def _uses(reading: Reading) -> tuple[list[Use], frozenset[int]]:
+    """The uses that have a rule, and the leaves with an operand that has none."""
+    uses: list[Use] = []
+    # A `custom_vjp` may be nonlinear in its cotangent, so it must see each example's separately.
+    more = reading.leaves_at(lambda op: mentions(op.eqn, prim.custom_vjp_call_p))
+    for site in sites_of(reading.region):
+        for i in site.params:
+            view = site.inputs[i].view
+            rule = None if view is None else rule_of(site, i, view)
+            if rule is None or view is None:
+                more |= site.inputs[i].leaves
+            else:
+                uses.append(Use(site, i, view, rule))
+    return uses, more
+
+
+def _real(program: TracedLoss, reading: Reading, numbers: frozenset[int]) -> frozenset[int]:
+    """Leaves, and in the place of computed operands the leaves that these are computed from."""
+    leaves = len(program.param_avals)
+    own = frozenset(k for k in numbers if k < leaves)
+    return own.union(*(reading.computed[k - leaves].leaves for k in numbers if k >= leaves))
+
+
+def _parts(
+    uses: Sequence[Use], method: Callable[[PartRules], NormMethod]
+) -> tuple[list[Part], frozenset[int], frozenset[int]]:
+    """The parts of all leaves and computed operands; those whose parts overlap; those with too many or too far."""
+    by_leaf: dict[int, dict[tuple[int, tuple[Axis, ...]], list[Use]]] = {}
+    for use in uses:
+        places = by_leaf.setdefault(use.view.leaf, {})
+        places.setdefault((use.view.offset, use.rule.layout.axes), []).append(use)
+    parts: list[Part] = []
+    overlapping: set[int] = set()
+    too_many: set[int] = set()
+    for leaf, places in by_leaf.items():
+        keys = list(places)
+        last = max(offset + sum((n - 1) * abs(step) for n, step in axes) for offset, axes in keys)
+        if len(keys) > _MANY or last > _FARTHEST:
+            too_many.add(leaf)
+        elif any(overlap(a, b) for i, a in enumerate(keys) for b in keys[:i]):
+            overlapping.add(leaf)
+        parts += [part_of(leaf, *key, same, method) for key, same in places.items()]
+    return parts, frozenset(overlapping), frozenset(too_many)
+
+
+def _spread(program: TracedLoss, reading: Reading, parts: Sequence[Part]) -> tuple[Part, ...]:
+    """The parts of leaves that are spread over many positions, as scales and biases are.
+
+    Their blocks are much smaller than the residuals of their sites, and the backward pass makes them as it goes.
+    """
+    leaves = len(program.param_avals)
+    used: collections.Counter[int] = collections.Counter()
+    for part in parts:
+        used[part.leaf] += part.rules.size
+    others = _branched(reading.region) | {part.leaf for part in parts if not all(map(_is_spread, part.uses))}
+    others = others.union(*(x.leaves for k, x in enumerate(reading.computed) if leaves + k in used))
+    # Of a leaf that is met in a few places only, the block would be mostly 0.
+    others |= {
+        leaf for leaf, size in used.items() if leaf < leaves and 2 * size < program.param_avals[leaf].size
+    }
+    return tuple(part for part in parts if part.leaf < leaves and part.leaf not in others)
+
+
+def _is_spread(use: Use) -> bool:
+    site = use.site
+    if not use.rule.is_elementwise:
+        return False
+    steps, _ = factors.split_axes(use.view, site.loops)
+    if any(stride == 0 and length > 1 for length, stride in steps):
+        return False  # a loop would carry the block from step to step
+    spread = math.prod(site.outputs[0].aval.shape) * math.prod(length for _, length in site.loops)
+    return use.is_wide and spread >= _SPREAD * factors.product(use.rule.layout.axes)
+
+
+def _branched(region: Region) -> frozenset[int]:
+    """The leaves that meet data in a branch of a `cond`."""
+    leaves: frozenset[int] = frozenset()
+    for op in region.ops:
+        if isinstance(op, Nested):
+            leaves = leaves.union(op.leaves if len(op.regions) > 1 else _branched(*op.regions))
+    return leaves
 
 
 def _summed(parts: Sequence[Part], probes: Probes) -> frozenset[int]:
@@ -147,116 +250,12 @@ def _summed(parts: Sequence[Part], probes: Probes) -> frozenset[int]:
     return frozenset(part.leaf for part in parts) - {part.leaf for part in parts if id(part) not in probed}
 
 
-def _sorted_uses(region: Region, device: Device, variant: Variant) -> tuple[list[Part], frozenset[int]]:
-    """The parts of all leaves that can be followed to their sites, and the leaves that cannot."""
-    operands = [(site, i) for site in sites_of(region) for i in site.params]
-    lost = frozenset(
-        leaf for site, i in operands if site.inputs[i].view is None for leaf in site.inputs[i].leaves
-    )
-    by_leaf: dict[int, list[Use]] = {}
-    for site, i in operands:
-        view = site.inputs[i].view
-        if view is not None and view.leaf not in lost:
-            by_leaf.setdefault(view.leaf, []).append(use_of(site, i, view))
-    parts: list[Part] = []
-    whole_leaves = set(lost)
-    for leaf, uses in by_leaf.items():
-        found = _parts(leaf, uses, device, variant)
-        if found is None:
-            whole_leaves.add(leaf)
-        else:
-            parts += found
-    return parts, frozenset(whole_leaves)
-
-
-def _spread(
-    parts: Sequence[Part], branched: frozenset[int], avals: Sequence[jax.ShapeDtypeStruct]
-) -> tuple[Part, ...]:
-    """The parts of leaves that are spread over many positions, as scales and biases are.
-
-    Their blocks are much smaller than what their sites would leave, and the backward pass makes them as it goes.
-    """
-    used: collections.Counter[int] = collections.Counter()
-    for part in parts:
-        used[part.leaf] += part.size
-    others = branched | {part.leaf for part in parts if not all(map(_is_spread, part.uses))}
-    others |= {
-        leaf for leaf, size in used.items() if 2 * size < avals[leaf].size
-    }  # its block would be mostly 0
-    return tuple(part for part in parts if part.leaf not in others)
-
-
-def _is_spread(use: Use) -> bool:
-    site = use.site
-    if site.eqn is None or site.eqn.primitive not in _ELEMENTWISE or use.rule != "opaque":
-        return False
-    view = site.inputs[use.position].view
-    assert view is not None
-    steps, _ = factors.split_axes(view, site.loops)
-    if any(stride == 0 and length > 1 for length, stride in steps):
-        return False  # a loop would carry the block from step to step
-    spread = math.prod(site.outputs[0].aval.shape) * math.prod(length for _, length in site.loops)
-    return use.is_wide and spread >= _SPREAD * factors.product(use.axes)
-
-
-def _together(region: Region) -> tuple[frozenset[int], ...]:
-    """Groups of leaves, no two of which have one in common."""
-    groups: list[frozenset[int]] = []
-    for leaves in _meetings(region):
-        apart = [group for group in groups if group.isdisjoint(leaves)]
-        groups = [*apart, leaves.union(*(group for group in groups if group not in apart))]
-    return tuple(groups)
-
-
-def _meetings(region: Region) -> Iterator[frozenset[int]]:
-    for op in region.ops:
-        if isinstance(op, Nested):
-            for inner in op.regions:
-                yield from _meetings(inner)
-        elif not isinstance(op, Site):
-            leaves = frozenset().union(*(x.leaves for x in op.inputs))
-            if len(leaves) > 1:
-                yield leaves
-
-
-def _backward_only(region: Region) -> frozenset[int]:
-    return leaves_at(region, lambda op: mentions(op.eqn, prim.custom_vjp_call_p))
-
-
-def _branched(region: Region) -> frozenset[int]:
-    leaves: frozenset[int] = frozenset()
-    for op in region.ops:
-        if isinstance(op, Nested):
-            leaves = leaves.union(op.leaves if len(op.regions) > 1 else _branched(*op.regions))
-    return leaves
-
-
-def _parts(leaf: int, uses: Sequence[Use], device: Device, variant: Variant) -> list[Part] | None:
-    """The parts of one leaf; None where its uses overlap without being the same, or a place is beyond 32 bits."""
-    places: dict[tuple[int, tuple[Axis, ...]], list[Use]] = {}
-    for use in uses:
-        places.setdefault((use.offset, use.axes), []).append(use)
-    keys = list(places)
-    if any(offset + sum((n - 1) * abs(step) for n, step in axes) > _FARTHEST for offset, axes in keys):
-        return None
-    if len(keys) > _MANY or any(overlap(a, b) for i, a in enumerate(keys) for b in keys[:i]):
-        return None
-    parts = [Part(leaf, *key, tuple(same), *common_shape(same), "block") for key, same in places.items()]
-    return [replace(part, method=_method(part, device, variant)) for part in parts]
-
-
-_FARTHEST = 2**31 - 1  # place in a leaf that an index has the bits for, where JAX has no wider ones
-_MANY = (
-    64  # parts of one leaf beyond which looking at every pair of them, and a program for each, is too much
-)
-
-
-def _method(part: Part, device: Device, variant: Variant) -> Method:
-    """The method by which a part's norm is predicted to be there sooner, or that which is to be tried in its place."""
-    seconds = {method: cost.seconds(device) for method, cost in part.costs.items()}
+def _method(rules: PartRules, device: Device, variant: Variant) -> NormMethod:
+    """The method by which norms are predicted to be there sooner, or that which is to be tried in its place."""
+    seconds = {method: cost.seconds(device) for method, cost in rules.costs.items()}
     if "pairs" not in seconds:
         return "block"
     if variant.near and max(seconds.values()) <= _NEAR * min(seconds.values()):
         return variant.near
-    margin = _TIE if variant.keeps and part.keeps(device) else 1
+    margin = _TIE if variant.keeps and rules.may_be_kept(device) else 1
     return "pairs" if seconds["pairs"] < margin * seconds["block"] else "block"

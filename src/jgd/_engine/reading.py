@@ -11,15 +11,50 @@ import jax.numpy as jnp
 from jgd._engine import views
 from jgd._engine.differentiated import Differentiated, differentiated
 from jgd._engine.jaxprs import Literal, aval_of, called, inner_jaxpr, prim, scan_of
-from jgd._engine.regions import SUMS, Nested, Op, Region, Side, Site, Value, needed_by
+from jgd._engine.sites import SUMS, Nested, Op, Region, Side, Site, Value, needed_by
 from jgd._engine.views import View
 
 
-def read_regions(jaxpr: Any, constants: Sequence[Value], inputs: Sequence[Value]) -> Region:
-    """The region of a whole loss, from its inputs' sides: `(value, *auxiliary leaves)` of one example."""
-    reader = _Reader((), count())
+def read_regions(
+    jaxpr: Any, constants: Sequence[Value], inputs: Sequence[Value], leaves: int
+) -> tuple[Region, tuple[Value, ...]]:
+    """The region of a whole loss, and its computed operands.
+
+    Args:
+        jaxpr: of one example, to `(value, *auxiliary leaves)`.
+        constants: the sides of its constants.
+        inputs: the sides of its inputs.
+        leaves: how many leaves the parameters have.
+
+    Returns:
+        The region and the values that are computed from parameters alone and are a view of none of them. Where one of
+        these meets data, its gradient is factored like a leaf's: it has the number behind the leaves' and a view of
+        its own. Inside of scans it stands for the values of all steps.
+    """
+    reader = _Reader((), count(), _Computed(leaves))
     value, *aux = reader.read(jaxpr, constants, inputs)
-    return _region((*constants, *inputs), reader, [reader.as_data(value), *aux])
+    region = _region((*constants, *inputs), reader, [reader.as_data(value), *aux])
+    return region, tuple(reader.computed.values)
+
+
+@dataclass
+class _Computed:
+    """The computed operands of a whole loss, numbered behind the parameters' leaves."""
+
+    leaves: int
+    values: list[Value] = field(default_factory=list)
+
+    def add(
+        self, aval: jax.ShapeDtypeStruct, leaves: frozenset[int], loops: Sequence[tuple[int, int]]
+    ) -> Value:
+        """A new one, which may change along these loops."""
+        names = [number for number, _ in loops]
+        shape = (*(length for _, length in loops), *aval.shape)
+        is_complex = jnp.issubdtype(aval.dtype, jnp.complexfloating)
+        view = views.whole(self.leaves + len(self.values), shape, names, is_complex=is_complex)
+        value = Value(aval, Side.PARAM, leaves, view, frozenset(names))
+        self.values.append(value)
+        return value
 
 
 @dataclass
@@ -28,6 +63,8 @@ class _Reader:
 
     loops: tuple[tuple[int, int], ...]
     numbers: Any  # names for loops
+    computed: _Computed
+    in_branch: bool = False
     ops: list[Op] = field(default_factory=list)
 
     def read(self, jaxpr: Any, constants: Sequence[Value], inputs: Sequence[Value]) -> list[Value]:
@@ -56,17 +93,33 @@ class _Reader:
     def plain(self, eqn: Any, inputs: tuple[Value, ...]) -> tuple[Value, ...]:
         side = max((x.side for x in inputs), default=Side.CONST)
         leaves = frozenset().union(*(x.leaves for x in inputs)) if side == Side.PARAM else frozenset()
+        loops = frozenset().union(*(x.loops for x in inputs)) if side != Side.DATA else frozenset()
         sources = views.follow(eqn, inputs[0].view if inputs and side == Side.PARAM else None)
         moving = tuple(bool(x.leaves) for x in inputs)
         found = Differentiated((True,) * len(sources), changes=False)
         if leaves and None in sources:  # a view moves where its source does, and keeps its value
             found = differentiated(eqn, moving)
         outputs = tuple(
-            _derived(aval_of(v), side, leaves if m else frozenset(), view)
+            self.derived(aval_of(v), side, leaves if m else frozenset(), view, loops)
             for v, view, m in zip(eqn.outvars, sources, found.moves, strict=True)
         )
         self.ops.append(Op(eqn, inputs, outputs, moving=moving if found.changes else ()))
         return outputs
+
+    def derived(
+        self,
+        aval: jax.ShapeDtypeStruct,
+        side: Side,
+        leaves: frozenset[int],
+        view: View | None,
+        loops: frozenset[int],
+    ) -> Value:
+        """What an equation makes of values of one side."""
+        if not leaves or not jnp.issubdtype(aval.dtype, jnp.inexact):
+            return Value(aval, side, loops=loops)  # an integer made of parameters has no derivative
+        if view is None and not self.in_branch:  # a branch that is not taken may have no derivative
+            return self.computed.add(aval, leaves, [loop for loop in self.loops if loop[0] in loops])
+        return Value(aval, side, leaves, view, loops)
 
     def as_data(self, value: Value) -> Value:
         """The value itself where no gradient flows through it; else what an identity site makes of it."""
@@ -82,10 +135,13 @@ class _Reader:
         consts: Sequence[Any],
         inputs: Sequence[Value],
         loop: tuple[int, int] | None,
-        carried: range,
+        carried: range = range(0),
+        *,
+        in_branch: bool = False,
     ) -> Region:
         """The region of an inner jaxpr, all of whose outputs are data or constant."""
-        reader = _Reader(self.loops + (() if loop is None else (loop,)), self.numbers)
+        loops = self.loops + (() if loop is None else (loop,))
+        reader = _Reader(loops, self.numbers, self.computed, self.in_branch or in_branch)
         outputs = reader.read(jaxpr, _literals(jaxpr, consts), inputs)
         return _region(inputs, reader, [reader.as_data(x) for x in outputs], carried)
 
@@ -97,12 +153,6 @@ class _Reader:
         return outputs
 
 
-def _derived(aval: jax.ShapeDtypeStruct, side: Side, leaves: frozenset[int], view: View | None) -> Value:
-    if not jnp.issubdtype(aval.dtype, jnp.inexact):
-        return Value(aval, side)  # an integer made of parameters has no derivative
-    return Value(aval, side, leaves, view)
-
-
 def _scan(reader: _Reader, eqn: Any, inputs: tuple[Value, ...]) -> Sequence[Value]:
     scan = scan_of(eqn)
     consts = inputs[: scan.num_consts]
@@ -111,9 +161,11 @@ def _scan(reader: _Reader, eqn: Any, inputs: tuple[Value, ...]) -> Sequence[Valu
     xs = inputs[scan.num_consts + scan.num_carry :]
     loop = (next(reader.numbers), scan.length)
     step = lambda x: jax.ShapeDtypeStruct(x.aval.shape[1:], x.aval.dtype)
-    inner = [Value(x.aval, x.side, x.leaves, x.view) for x in consts]
+    inner = [Value(x.aval, x.side, x.leaves, x.view, x.loops) for x in consts]
     inner += [Value(x.aval, Side.DATA) for x in carry]
-    inner += [Value(step(x), x.side, x.leaves, views.step_of(x.view, loop[0])) for x in xs]
+    inner += [
+        Value(step(x), x.side, x.leaves, views.step_of(x.view, loop[0]), x.loops | {loop[0]}) for x in xs
+    ]
     carried = range(scan.num_consts, scan.num_consts + scan.num_carry)
     region = reader.body(scan.jaxpr, scan.consts, inner, loop, carried)
     return reader.nest(eqn, (*consts, *carry, *xs), [region], loop)
@@ -121,12 +173,12 @@ def _scan(reader: _Reader, eqn: Any, inputs: tuple[Value, ...]) -> Sequence[Valu
 
 def _checkpoint(reader: _Reader, eqn: Any, inputs: tuple[Value, ...]) -> Sequence[Value]:
     jaxpr, consts = inner_jaxpr(eqn.params["jaxpr"])
-    return reader.nest(eqn, inputs, [reader.body(jaxpr, consts, inputs, None, range(0))])
+    return reader.nest(eqn, inputs, [reader.body(jaxpr, consts, inputs, None)])
 
 
 def _cond(reader: _Reader, eqn: Any, inputs: tuple[Value, ...]) -> Sequence[Value]:
     branches = [inner_jaxpr(branch) for branch in eqn.params["branches"]]
-    regions = [reader.body(jaxpr, consts, inputs[1:], None, range(0)) for jaxpr, consts in branches]
+    regions = [reader.body(jaxpr, consts, inputs[1:], None, in_branch=True) for jaxpr, consts in branches]
     return reader.nest(eqn, inputs, regions)
 
 
@@ -136,10 +188,10 @@ _NESTED = {prim.scan_p: _scan, prim.remat_p: _checkpoint, prim.cond_p: _cond}
 def _region(
     inputs: Sequence[Value], reader: _Reader, outputs: Sequence[Value], carried: range = range(0)
 ) -> Region:
-    """Drops what nothing needs, and lists what the sites need to be replayed.
+    """Drops what nothing needs, and lists the residuals that the rules of the sites need.
 
-    What a site needs is kept where it is made: an input is the affair of the region around, but for what a scan
-    carries, which no one outside sees.
+    A residual is kept by the region that computes it. What comes in through an input is kept by the region around,
+    save what a scan carries, which only its body sees.
     """
     used = set(map(id, outputs))
     kept: list[Op] = []
@@ -150,13 +202,13 @@ def _region(
     kept.reverse()
     needed = {id(x): x for op in kept for x in needed_by(op)}
     given = {id(x): i for i, x in enumerate(inputs) if i not in carried}
-    records = tuple(x for key, x in needed.items() if key not in given)
+    residuals = tuple(x for key, x in needed.items() if key not in given)
     asks = tuple(given[key] for key in needed if key in given)
-    return Region(tuple(inputs), tuple(kept), tuple(outputs), records, asks, *_taps(kept, outputs))
+    return Region(tuple(inputs), tuple(kept), tuple(outputs), residuals, asks, *_taps(kept, outputs))
 
 
 def _taps(ops: Sequence[Op], outputs: Sequence[Value]) -> tuple[tuple[Value, ...], dict[int, int]]:
-    """Where to tap. What goes into one addition and nowhere else has the δ of the sum: one tap serves both."""
+    """Where to tap. What goes into one addition and nowhere else has the sum's cotangent: one tap serves both."""
     consumers: dict[int, list[Op | None]] = {}
     for op in ops:
         for x in op.inputs:

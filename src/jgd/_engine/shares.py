@@ -9,7 +9,7 @@ import jax
 from jax.sharding import NamedSharding
 
 from jgd._engine.plan import Plan
-from jgd._engine.trees import records_of, taps_of, zeros
+from jgd._engine.trees import residuals_of, taps_of, zeros
 
 
 @dataclass(frozen=True)
@@ -59,7 +59,7 @@ def share_of(plan: Plan, size: int, params: Sequence[Any], batch: Sequence[Any])
 
 def factor_bytes(plan: Plan) -> int:
     """What one example leaves."""
-    one = jax.eval_shape(lambda: [zeros(plan.region, of) for of in (records_of, taps_of)])
+    one = jax.eval_shape(lambda: [zeros(plan.region, of) for of in (residuals_of, taps_of)])
     blocks = [plan.program.param_avals[leaf] for leaf in plan.dense]
     return bytes_of((one, blocks))
 

@@ -7,13 +7,13 @@ every piece, so that no device asks another for its own, and what is summed is s
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jgd._mesh import pieces, varying
+from jgd._mesh import num_shards, varying
 
 TILE = 1 << 20  # elements that are built at once, where it may be done in pieces
 
@@ -30,32 +30,37 @@ def total(tree: Any) -> Any:
     return jax.tree.map(lambda x: jnp.sum(x, axis=0), tree)
 
 
+@jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class Batch:
     """Arrays of examples, and how they lie.
 
-    `axes` says where the examples lie in each array, as in `jax.vmap`; `pieces` how many devices may share them.
+    Attributes:
+        arrays: a tree.
+        axes: where the examples lie in each array, as in `jax.vmap`; hashable.
+        size: the number of examples.
+        num_shards: how many devices may share them.
     """
 
     arrays: Any
-    axes: Any
-    size: int
-    pieces: int
+    axes: Any = field(metadata={"static": True})
+    size: int = field(metadata={"static": True})
+    num_shards: int = field(metadata={"static": True})
 
     def with_each(self, numbers: jax.Array) -> "Batch":
         """Pairs of the examples and a number for each."""
-        return Batch((self.arrays, numbers), (self.axes, 0), self.size, self.pieces)
+        return Batch((self.arrays, numbers), (self.axes, 0), self.size, self.num_shards)
 
-    def mapped(self, fun: Fun, elements: int) -> jax.Array:
-        """`fun` of all examples, which are its leading axis, with room for so many `elements` for each."""
-        tile = tile_of(self.size // self.pieces, elements)
-        if tile * self.pieces == self.size:
+    def mapped(self, fun: Fun, elements: int) -> Any:
+        """`fun` of all examples, a tree whose leading axis they are, with room for so many `elements` for each."""
+        tile = tile_of(self.size // self.num_shards, elements)
+        if tile * self.num_shards == self.size:
             return fun(self.arrays, self.size)
-        piece = lambda arrays: map_tiles(fun, arrays, self.axes, self.size // self.pieces, tile)
-        if self.pieces == 1:
+        piece = lambda arrays: map_tiles(fun, arrays, self.axes, self.size // self.num_shards, tile)
+        if self.num_shards == 1:
             return piece(self.arrays)
-        made = self.by_piece(piece)
-        return made.reshape(self.size, *made.shape[2:])
+        made = self.by_shard(piece)
+        return jax.tree.map(lambda x: x.reshape(self.size, *x.shape[2:]), made)
 
     def folded(
         self,
@@ -68,23 +73,23 @@ class Batch:
 
         Another sum may be given, by how two parts `join`, and how all do that lie along a leading axis.
         """
-        tile = tile_of(self.size // self.pieces, elements)
-        if tile * self.pieces == self.size:
+        tile = tile_of(self.size // self.num_shards, elements)
+        if tile * self.num_shards == self.size:
             return fun(self.arrays, self.size)
-        piece = lambda arrays: fold_tiles(fun, arrays, self.axes, self.size // self.pieces, tile, join)
-        return piece(self.arrays) if self.pieces == 1 else join_all(self.by_piece(piece))
+        piece = lambda arrays: fold_tiles(fun, arrays, self.axes, self.size // self.num_shards, tile, join)
+        return piece(self.arrays) if self.num_shards == 1 else join_all(self.by_shard(piece))
 
-    def by_piece(self, fun: Callable[[Any], Any]) -> Any:
-        """`fun` of each device's examples apart: the pieces as its leading axis."""
-        sizes = self.pieces, self.size // self.pieces
+    def by_shard(self, fun: Callable[[Any], Any]) -> Any:
+        """`fun` of each device's examples apart: the shards as its leading axis."""
+        sizes = self.num_shards, self.size // self.num_shards
         cut = lambda x, axis: x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
         cuts = _each(cut, self.arrays, self.axes)
-        return jax.vmap(fun, in_axes=(self.axes,), axis_size=self.pieces)(cuts)
+        return jax.vmap(fun, in_axes=(self.axes,), axis_size=self.num_shards)(cuts)
 
 
-def pieces_of(arrays: Any, size: int) -> int:
-    """Into how many pieces of one length the devices may cut a batch of arrays whose leading axis it is."""
-    return math.gcd(size, max((pieces(x, 0) for x in jax.tree.leaves(arrays)), default=1))
+def num_shards_of(arrays: Any, size: int) -> int:
+    """Into how many shards of one length the devices may cut a batch of arrays whose leading axis it is."""
+    return math.gcd(size, max((num_shards(x, 0) for x in jax.tree.leaves(arrays)), default=1))
 
 
 def tile_of(size: int, elements: int, room: int | None = None) -> int:

@@ -4,13 +4,13 @@ A tree is what a region has, then, for each of its nested operations, a tree for
 inside a scan has the steps as a leading axis.
 """
 
-from collections.abc import Callable, Iterator, Sequence, Set
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.regions import Nested, Region, Site, Value, has_part
+from jgd._engine.sites import Nested, Region, Site, Value
 
 Tree = tuple[tuple[Any, ...], tuple[tuple[Any, ...], ...]]
 
@@ -20,9 +20,9 @@ def taps_of(region: Region) -> Sequence[Value]:
     return region.taps
 
 
-def records_of(region: Region) -> Sequence[Value]:
-    """The values that a region keeps for its sites."""
-    return region.records
+def residuals_of(region: Region) -> Sequence[Value]:
+    """The values that a region keeps for the rules of its sites."""
+    return region.residuals
 
 
 def batch_axes(region: Region, of: Callable[[Region], Sequence[Value]], depth: int = 0) -> Tree:
@@ -35,29 +35,36 @@ def batch_axes(region: Region, of: Callable[[Region], Sequence[Value]], depth: i
     return tuple(depth for _ in of(region)), inner
 
 
-def zeros(region: Region, of: Callable[[Region], Sequence[Value]], lead: tuple[int, ...] = ()) -> Tree:
+def zeros(region: Region, of: Callable[[Region], Sequence[Value]]) -> Tree:
     """A tree of zeros for what each region has of values."""
-    own = tuple(_zero(value.aval, lead) for value in of(region))
+    return filled(region, of, 0)
+
+
+def filled(
+    region: Region, of: Callable[[Region], Sequence[Value]], number: int, lead: tuple[int, ...] = ()
+) -> Tree:
+    """A tree of one number for what each region has of values."""
+    own = tuple(_filled(value.aval, lead, number) for value in of(region))
     inner = tuple(
-        tuple(zeros(r, of, lead if op.loop is None else (*lead, op.loop[1])) for r in op.regions)
+        tuple(filled(r, of, number, lead if op.loop is None else (*lead, op.loop[1])) for r in op.regions)
         for op in region.ops
         if isinstance(op, Nested)
     )
     return own, inner
 
 
-def _zero(aval: jax.ShapeDtypeStruct, lead: tuple[int, ...]) -> jax.Array:
+def _filled(aval: jax.ShapeDtypeStruct, lead: tuple[int, ...], number: int) -> jax.Array:
     shape = (*lead, *aval.shape)
     if jnp.issubdtype(aval.dtype, jax.dtypes.prng_key):
         like: Any = aval
         return jnp.broadcast_to(jax.random.key(0, impl=jax.random.key_impl(like)), shape)
-    return jnp.zeros(shape, aval.dtype)
+    return jnp.full(shape, number, aval.dtype)
 
 
 def bumps_of(region: Region, chosen: Callable[[Site, int], bool], lead: tuple[int, ...] = ()) -> Tree:
     """A tree of zeros to add to each chosen parameter operand of a site; None for those not chosen."""
     own = tuple(
-        _zero(op.inputs[i].aval, lead) if chosen(op, i) else None
+        _filled(op.inputs[i].aval, lead, 0) if chosen(op, i) else None
         for op in region.ops
         if isinstance(op, Site)
         for i in op.params
@@ -80,18 +87,3 @@ def bumped(region: Region, tree: Tree) -> Iterator[tuple[Site, int, Any]]:
         elif isinstance(op, Site):
             each = [(op, i, next(own)) for i in op.params]
             yield from (found for found in each if found[2] is not None)
-
-
-def picked(region: Region, tree: Tree, leaves: Set[int]) -> list[Any]:
-    """From a tree like the taps, what belongs to the sites of some leaves, in the order of `replay`'s outputs."""
-    inner, found = iter(tree[1]), []
-    for op in region.ops:
-        if isinstance(op, Nested):
-            parts = next(inner)
-            if has_part(op, leaves):
-                found += [
-                    x for r, part in zip(op.regions, parts, strict=True) for x in picked(r, part, leaves)
-                ]
-        elif isinstance(op, Site) and has_part(op, leaves):
-            found += [tree[0][region.delta_at(op.outputs[i])] for i in op.tapped]
-    return found

@@ -7,7 +7,7 @@ are summed over it.
 """
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax.numpy as jnp
@@ -29,6 +29,7 @@ class View:
     leaf: int
     array: np.ndarray
     loops: tuple[int, ...] = ()
+    is_complex: bool = False  # the leaf itself, which then is a computed operand
 
     @property
     def offset(self) -> int:
@@ -48,12 +49,14 @@ class View:
         return self.array.shape[at], self.array.strides[at]
 
 
-def whole(leaf: int, shape: Sequence[int]) -> View | None:
-    """The view of a leaf as it is; None for an empty one."""
+def whole(
+    leaf: int, shape: Sequence[int], loops: Sequence[int] = (), *, is_complex: bool = False
+) -> View | None:
+    """The view of a leaf as it is, its leading axes belonging to `loops`; None for an empty one."""
     if 0 in shape:
         return None
     strides = [int(np.prod(shape[i + 1 :], dtype=np.int64)) for i in range(len(shape))]
-    return View(leaf, as_strided(_BASE, shape, strides))
+    return View(leaf, as_strided(_BASE, shape, strides), tuple(loops), is_complex)
 
 
 def step_of(view: View | None, loop: int) -> View | None:
@@ -61,20 +64,22 @@ def step_of(view: View | None, loop: int) -> View | None:
     if view is None:
         return None
     depth = len(view.loops)
-    return View(view.leaf, np.moveaxis(view.array, depth, 0), (loop, *view.loops))
+    return replace(view, array=np.moveaxis(view.array, depth, 0), loops=(loop, *view.loops))
 
 
 def follow(eqn: Any, view: View | None) -> list[View | None]:
     """The views that an equation's outputs have, from the view of its first operand."""
     rule = _RULES.get(eqn.primitive)
     nothing: list[View | None] = [None] * len(eqn.outvars)
+    if view is not None and view.is_complex and eqn.primitive in _OF_REAL:
+        return nothing
     if rule is None or view is None or any(0 in v.aval.shape for v in eqn.outvars):
         return nothing
     try:
         arrays = rule(view.array, len(view.loops), eqn)
     except ValueError:  # a reshape that has to copy
         return nothing
-    return [View(view.leaf, array, view.loops) for array in arrays]
+    return [replace(view, array=array) for array in arrays]
 
 
 def merge_axes(axes: Sequence[Axis]) -> tuple[Axis, ...]:
@@ -155,3 +160,5 @@ _RULES: dict[Any, Callable[[np.ndarray, int, Any], list[np.ndarray]]] = {
     prim.real_p: lambda array, loops, eqn: [array],  # of a real leaf that was cast
     prim.conj_p: lambda array, loops, eqn: [array],
 }
+# What is a view of a real leaf alone.
+_OF_REAL = {prim.convert_element_type_p, prim.real_p, prim.conj_p}

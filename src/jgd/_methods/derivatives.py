@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
-from jgd._engine.program import trace
+from jgd._engine.trace import trace
 from jgd._gradients import per_example_grad
 from jgd._loss import Loss, bind
 from jgd._memory import checked_sizes

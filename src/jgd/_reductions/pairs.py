@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_examples, placed_by
-from jgd._microbatched import Microbatched
+from jgd._microbatched import MicrobatchedGradients
 from jgd._reductions.arguments import form_of
 
 
@@ -68,7 +68,7 @@ def project(
 @jax.jit
 @placed_by(like_examples)
 def _gram(form, other):
-    if isinstance(other, Microbatched) and not isinstance(form, Microbatched):
+    if isinstance(other, MicrobatchedGradients) and not isinstance(form, MicrobatchedGradients):
         return other.gram(form).T
     return form.gram(other)
 

@@ -1,32 +1,82 @@
-"""The rules: how the gradient at a site is factored, by the site's primitive. One file each.
+"""Which rule each primitive has. A rule that is registered takes part in everything that is asked.
 
-A rule is `match(site, position, view) -> Use | None`: what to make of the operand at `position`, which is `view`
-of a leaf. None leaves the operand opaque, and that is always right.
+A match is `match(site, position, view) -> Rule | None`: the rule of the operand at `position`, which is `view` of a
+leaf. A leaf with an operand that has no rule is dense: the backward pass makes its gradients as `vmap(grad)` does.
 """
 
-from collections.abc import Callable
 from typing import Any
 
-from jgd._engine.jaxprs import prim
-from jgd._engine.regions import Site
-from jgd._engine.rules import convolution, dot_general, lookup
-from jgd._engine.rules.complexes import by_real_parts
-from jgd._engine.uses import Use, opaque
+from jgd._engine.jaxprs import Primitive, prim
+from jgd._engine.rules import convolution, dot_general, elementwise, lookup
+from jgd._engine.rules.complexes import with_real_parts
+from jgd._engine.rules.rule import Match, Rule
+from jgd._engine.sites import Site
 from jgd._engine.views import View
 
-Rule = Callable[[Site, int, View], Use | None]
-
-RULES: dict[Any, Rule] = {
+_BUILT_IN: dict[Any, Match] = {
     prim.dot_general_p: dot_general.match,
     prim.conv_general_dilated_p: convolution.match,
     prim.gather_p: lookup.match_gather,
     prim.dynamic_slice_p: lookup.match_dynamic_slice,
+    prim.add_p: elementwise.match_sum,
+    prim.add_jaxvals_p: elementwise.match_sum,
+    prim.sub_p: elementwise.match_sum,
+    prim.mul_p: elementwise.match_product,
+    prim.div_p: elementwise.match_product,
+    prim.select_n_p: elementwise.match_selection,
+    prim.concatenate_p: elementwise.match_piece,
 }
+_registered: dict[Any, Match] = {}
 
 
-def use_of(site: Site, position: int, view: View) -> Use:
-    """The use that an operand of a site makes of its leaf."""
-    rule = None if site.eqn is None else RULES.get(site.eqn.primitive)
-    use = None if rule is None else rule(site, position, view)
-    use = None if use is None else by_real_parts(use)
-    return opaque(site, position, view) if use is None else use
+def rule_of(site: Site, position: int, view: View) -> Rule | None:
+    """The rule of a site's operand, which is a view of a leaf; None where it has none."""
+    if site.eqn is None:
+        match: Match | None = elementwise.match_sum
+    else:
+        match = _registered.get(site.eqn.primitive) or _BUILT_IN.get(site.eqn.primitive)
+    rule = None if match is None else match(site, position, view)
+    if rule is None:
+        return None
+    try:
+        hash(rule)
+    except TypeError as error:
+        raise TypeError(
+            f"the rule {rule!r} must be hashable: make it a frozen dataclass without arrays"
+        ) from error
+    return rule if view.is_complex else with_real_parts(rule, site)
+
+
+def register(primitive: Primitive, match: Match) -> None:
+    """Makes a rule known for a primitive, in place of the one that it may have.
+
+    Args:
+        primitive: a JAX primitive, for example `jax.lax.cumsum_p`.
+        match: `match(site, position, view)`, to a rule or None, see `jgd.rules`.
+
+    Raises:
+        TypeError: `primitive` is no primitive, or `match` is no function.
+    """
+    if not isinstance(primitive, Primitive):
+        raise TypeError(f"`primitive` must be a JAX primitive such as `jax.lax.cumsum_p`, got {primitive!r}")
+    if not callable(match):
+        raise TypeError(
+            f"`match` must be a function of (site, position, view) to a rule or None, got {match!r}"
+        )
+    _registered[primitive] = match
+
+
+def unregister(primitive: Primitive) -> None:
+    """Removes the rule that was registered for a primitive; the built-in one, if there is one, serves again.
+
+    Raises:
+        KeyError: none was registered.
+    """
+    if primitive not in _registered:
+        raise KeyError(f"no rule was registered for the primitive {primitive}")
+    del _registered[primitive]
+
+
+def registered() -> tuple[tuple[Any, Any], ...]:
+    """What has been registered, as a key: plans and programs that were made by other rules are not found again."""
+    return tuple(_registered.items())

@@ -1,63 +1,101 @@
 """Real parameters among complex numbers: their gradient is the real part of what the factors give.
 
 JAX's derivative by a complex number is not conjugated, so a gradient is linear in the operand a and in the cotangent
-δ, and Re(a·δ) = Re a · Re δ − Im a · Im δ. Taken apart here, where a use's factors are made, complex numbers reach
-neither the rules nor anything behind them: where both are complex, the real parts are some positions and the
-imaginary parts are as many more.
+δ, and Re(a·δ) = Re a · Re δ − Im a · Im δ. Taken apart here, complex numbers reach neither the rules nor anything
+behind them. Where both are complex, the real parts are some positions and the imaginary parts are as many more.
 """
 
-from dataclasses import replace
+from dataclasses import dataclass
 
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.factors import add, concatenate
-from jgd._engine.regions import Side, Value
-from jgd._engine.uses import SiteData, Use
+from jgd._engine.factors import Factor, add, concatenate
+from jgd._engine.rules.rule import Rule, SiteData
+from jgd._engine.sites import Site, Value, recorded
 
 
-def by_real_parts(use: Use) -> Use | None:
-    """A use that only sees real numbers; None where its gradient is not known to be linear in one complex operand."""
-    data = [x for x in use.site.inputs if x.side == Side.DATA and _is_inexact(x)]
-    complex_delta = any(map(_is_complex, use.site.outputs))
-    complex_data = any(map(_is_complex, data))
-    if not complex_delta and not complex_data:
-        return use
-    if len(data) > 1:
+def with_real_parts(rule: Rule, site: Site) -> Rule | None:
+    """A rule that sees real numbers only; None where the gradient is not known to be linear in one complex operand."""
+    data = [x for x in recorded(site) if jnp.issubdtype(x.aval.dtype, jnp.inexact)]
+    complex_cotangent, complex_data = any(map(_is_complex, site.outputs)), any(map(_is_complex, data))
+    if not complex_cotangent and not complex_data:
+        return rule
+    if len(data) > 1 or (complex_data and not rule.is_linear):
         return None
-    factor, block, square, batch_factor = use.factor, use.block, use.square, use.batch_factor
-    twice = complex_data and complex_delta
-    if twice:
-        square = None  # a sum of two squares is not the square of the sum
-    return replace(
-        use,
-        positions=use.positions * (1 + twice),
-        factor=lambda data: concatenate([factor(x) for x in _apart(data)]),
-        block=block and (lambda data: add([block(x) for x in _apart(data)])),
-        square=square and (lambda data: square(_apart(data)[0])),
-        batch_factor=batch_factor
-        and (lambda data, weights: concatenate([batch_factor(x, weights) for x in _apart(data)])),
-    )
-
-
-def _apart(data: SiteData) -> list[SiteData]:
-    """The real parts and, where operand and cotangent are complex, the imaginary ones: what they make adds up."""
-    real = SiteData(
-        {i: jnp.real(x) if jnp.iscomplexobj(x) else x for i, x in data.values.items()},
-        [jnp.real(x) if jnp.iscomplexobj(x) else x for x in data.deltas],
-        {},
-    )
-    if not any(map(jnp.iscomplexobj, data.values.values())) or not any(map(jnp.iscomplexobj, data.deltas)):
-        return [real]
-    values: dict[int, jax.Array] = {
-        i: -jnp.imag(x) if jnp.iscomplexobj(x) else x for i, x in data.values.items()
-    }
-    return [real, SiteData(values, [jnp.imag(x) for x in data.deltas], {})]
-
-
-def _is_inexact(x: Value) -> bool:
-    return jnp.issubdtype(x.aval.dtype, jnp.inexact)
+    twice = complex_data and complex_cotangent
+    return RealParts(rule.layout, rule.positions * (1 + twice), rule.depth, rule, twice)
 
 
 def _is_complex(x: Value) -> bool:
     return jnp.issubdtype(x.aval.dtype, jnp.complexfloating)
+
+
+@dataclass(frozen=True)
+class RealParts(Rule):
+    """A rule, applied to real parts and, where operand and cotangent are complex, to imaginary parts."""
+
+    rule: Rule
+    twice: bool
+
+    @property
+    def is_product(self) -> bool:
+        return self.rule.is_product
+
+    @property
+    def is_outer(self) -> bool:
+        return self.rule.is_outer and not self.twice
+
+    @property
+    def is_lookup(self) -> bool:
+        return self.rule.is_lookup
+
+    @property
+    def is_elementwise(self) -> bool:
+        return self.rule.is_elementwise
+
+    @property
+    def has_factors(self) -> bool:
+        return self.rule.has_factors
+
+    @property
+    def folds_batch(self) -> bool:
+        return self.rule.folds_batch
+
+    @property
+    def is_wrong_when_sharded(self) -> bool:
+        return self.rule.is_wrong_when_sharded
+
+    @property
+    def dot_builds_gradient(self) -> bool:
+        return self.rule.dot_builds_gradient
+
+    def factor(self, data: SiteData) -> Factor:
+        return concatenate([self.rule.factor(x) for x in self._apart(data)])
+
+    def native(self, data: SiteData) -> jax.Array:
+        return add([self.rule.native(x) for x in self._apart(data)])
+
+    def to_leaf_order(self, native: jax.Array) -> jax.Array:
+        return self.rule.to_leaf_order(native)
+
+    def square(self, data: SiteData) -> jax.Array | None:
+        if self.twice:  # a sum of two squares is not the square of the sum
+            return None
+        return self.rule.square(self._apart(data)[0])
+
+    def dot(self, data: SiteData, direction: jax.Array) -> jax.Array:
+        return add([self.rule.dot(x, direction) for x in self._apart(data)])
+
+    def batch_factor(self, data: SiteData, weights: jax.Array | None) -> Factor:
+        return concatenate([self.rule.batch_factor(x, weights) for x in self._apart(data)])
+
+    def _apart(self, data: SiteData) -> list[SiteData]:
+        """The real parts, and the imaginary ones where there are two: what they make adds up."""
+        real = SiteData(
+            {i: jnp.real(x) for i, x in data.values.items()}, list(map(jnp.real, data.cotangents))
+        )
+        if not self.twice:
+            return [real]
+        values = {i: -jnp.imag(x) if jnp.iscomplexobj(x) else x for i, x in data.values.items()}
+        return [real, SiteData(values, list(map(jnp.imag, data.cotangents)))]

@@ -2,7 +2,7 @@
 
 The groups are n, the output's positions t, the window and the channels in a group p, the channels out of a
 group q. `left` is the input's patches; the gradient itself needs none: for each place in the window it is one
-product of the input, shifted to that place, with δ.
+product of the input, shifted to that place, with the cotangent.
 """
 
 import itertools
@@ -16,96 +16,125 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jgd._engine.factors import Outer, Shape, contract, group, split_axes
-from jgd._engine.regions import Side, Site
-from jgd._engine.uses import SiteData, Use
+from jgd._engine.batch_sums import accumulation_dtype, scaled
+from jgd._engine.factors import Full, Layout, Outer, contract, group, inner_product, split_axes
+from jgd._engine.jaxprs import prim
+from jgd._engine.rules.rule import Rule, SiteData
+from jgd._engine.sites import Site
 from jgd._engine.views import View
+from jgd._mesh import varying
 
 _AT_ONCE = 3  # places in the window; it divides most windows
 
 
-def match(site: Site, position: int, view: View) -> Use | None:
-    """The factors of a convolution's kernel."""
-    params = site.eqn.params
-    if position != 1 or params["batch_group_count"] != 1 or site.inputs[0].side != Side.DATA:
-        return None
-    if 0 in site.outputs[0].aval.shape:  # the window is larger than what it slides over
-        return None
-    around, own = split_axes(view, site.loops)
-    if any(stride == 0 and size > 1 for size, stride in own):
-        return None
-    groups = params["feature_group_count"]
-    out_channel, in_channel, *window = params["dimension_numbers"].rhs_spec
-    out_size, out_stride = own[out_channel]
-    each = out_size // groups
-    stepping = [(i, axis) for i, axis in enumerate(around) if axis[1] != 0]
-    # In the arrays below: the stepping loops, groups | positions | channels in, window | channels out.
-    n_order, n = group(
-        [*enumerate(axis for _, axis in stepping), (len(stepping), (groups, out_stride * each))]
-    )
-    p_order, p = group([(0, own[in_channel]), *((1 + k, own[d]) for k, d in enumerate(window))])
-    shape = Shape(n, p, ((each, out_stride),))
-    geometry = _Geometry(params, site, tuple(i for i, _ in stepping), n_order, p_order)
-    positions = geometry.positions()
-    return Use(
-        "convolution", site, position, view.leaf, view.offset, shape.axes, shape, positions,
-        geometry.factor, geometry.block, geometry.arrange, geometry.square,
-    )  # fmt: skip
+@dataclass(frozen=True)
+class Convolution(Rule):
+    """The gradient at a convolution's kernel.
 
+    Attributes:
+        params: the equation's parameters.
+        kernel: the kernel's shape.
+        out: the output's shape.
+        lengths: of the loops around.
+        stepping: which of them step through the kernel.
+        n_order, p_order: the order in memory of the axes of n and p.
+    """
 
-@dataclass(frozen=True, eq=False)
-class _Geometry:
-    """How input and δ of one convolution become patches and factors."""
-
-    params: Any
-    site: Site
-    stepping: tuple[int, ...]  # the loops that step through the kernel
+    params: tuple[tuple[str, Any], ...]
+    kernel: tuple[int, ...]
+    out: tuple[int, ...]
+    lengths: tuple[int, ...]
+    stepping: tuple[int, ...]
     n_order: tuple[int, ...]
     p_order: tuple[int, ...]
 
     @property
-    def groups(self) -> int:
-        return self.params["feature_group_count"]
+    def is_product(self) -> bool:
+        return True
 
     @property
-    def window(self) -> list[int]:
-        return [self.site.inputs[1].aval.shape[d] for d in self.params["dimension_numbers"].rhs_spec[2:]]
+    def dot_builds_gradient(self) -> bool:
+        return True
 
-    def positions(self) -> int:
-        """T: the output's positions, and the steps that share the kernel."""
-        out, spec = self.site.outputs[0].aval.shape, self.params["dimension_numbers"].out_spec
-        total = out[spec[0]]
-        for d in spec[2:]:
-            total *= out[d]
-        for i, (_, length) in enumerate(self.site.loops):
-            total *= 1 if i in self.stepping else length
-        return total
+    @property
+    def is_wrong_when_sharded(self) -> bool:
+        return self.groups > 1
+
+    @property
+    def groups(self) -> int:
+        """The number of feature groups."""
+        return self._param("feature_group_count")
+
+    @property
+    def _window(self) -> list[int]:
+        return [self.kernel[d] for d in self._param("dimension_numbers").rhs_spec[2:]]
+
+    def _param(self, name: str) -> Any:
+        return dict(self.params)[name]
 
     def factor(self, data: SiteData) -> Outer:
-        """Patches and δ."""
+        """Patches and the cotangent."""
         padded = self._padded(data.values[0])
         slices = jnp.stack([self._shifted(padded, place) for place in self._places()], axis=-1)
-        slices = slices.reshape(*slices.shape[:-1], *self.window)  # steps.., groups, t, channels, window..
+        slices = slices.reshape(*slices.shape[:-1], *self._window)  # steps.., groups, t, channels, window..
         depth = len(self.stepping) + 1
         left = slices.transpose(*self.n_order, depth, *(depth + 1 + i for i in self.p_order))
-        right = self._right(data.deltas[0])
+        right = self._right(data.cotangent)
         right = right.transpose(*self.n_order, depth, depth + 1)
         n, t = math.prod(left.shape[:depth]), left.shape[depth]
         return Outer(
             left.reshape(n, t, math.prod(left.shape[depth + 1 :])), right.reshape(n, t, right.shape[-1])
         )
 
-    def block(self, data: SiteData) -> jax.Array:
+    def native(self, data: SiteData) -> jax.Array:
         """The gradient, one product for each place in the window: (window, steps.., groups, channels, q)."""
         return self._of_places(self._product(data))
 
-    def arrange(self, block: jax.Array) -> jax.Array:
-        """The gradient's block as `(N, P, Q)`."""
+    def to_leaf_order(self, native: jax.Array) -> jax.Array:
         depth = len(self.stepping) + 1
-        stacked = jnp.moveaxis(block, 0, -2)
-        stacked = stacked.reshape(*stacked.shape[: depth + 1], *self.window, stacked.shape[-1])
+        stacked = jnp.moveaxis(native, 0, -2)
+        stacked = stacked.reshape(*stacked.shape[: depth + 1], *self._window, stacked.shape[-1])
         made = stacked.transpose(*self.n_order, *(depth + i for i in self.p_order), stacked.ndim - 1)
-        return made.reshape(math.prod(made.shape[:depth]), -1, made.shape[-1])
+        return self.layout.flatten(made.reshape(math.prod(made.shape[:depth]), -1, made.shape[-1]))
+
+    def dot(self, data: SiteData, direction: jax.Array) -> jax.Array:
+        return inner_product(self.gradient(data), direction)
+
+    def batch_factor(self, data: SiteData, weights: jax.Array | None) -> Full:
+        """By the convolution's own transpose, the examples inside."""
+        x, cotangent = data.values[0], data.cotangent
+        if weights is not None:
+            cotangent = scaled(cotangent, self.depth, weights)
+
+        # Real parts, taken apart, have a dtype of their own.
+        params = dict(self.params) | {"preferred_element_type": cotangent.dtype}
+
+        def convolve(kernel: jax.Array, x: jax.Array) -> jax.Array:
+            return prim.conv_general_dilated_p.bind(x, kernel.astype(x.dtype), **params)
+
+        outputs = jax.vmap(convolve, in_axes=(None, 0))  # over the examples
+        for i in reversed(range(self.depth)):
+            outputs = jax.vmap(outputs, in_axes=(0 if i in self.stepping else None, 0))
+        steps = [self.lengths[i] for i in self.stepping]
+        like = jnp.zeros((*steps, *self.kernel), accumulation_dtype(cotangent))
+        like = varying(like, (x, cotangent))
+        (total,) = jax.linear_transpose(lambda kernel: outputs(kernel, x), like)(cotangent)
+        return Full(self._in_leaf_order(total))
+
+    def _in_leaf_order(self, kernel: jax.Array) -> jax.Array:
+        """An array like the kernel, the stepping loops' axes leading, flat in the order of the leaf's memory."""
+        lead = len(self.stepping)
+        out_channel, in_channel, *window = (lead + d for d in self._param("dimension_numbers").rhs_spec)
+        each = kernel.shape[out_channel] // self.groups
+        apart = jnp.moveaxis(kernel, out_channel, -1)
+        moved = lambda d: d - (d > out_channel)
+        apart = apart.transpose(*range(lead), moved(in_channel), *map(moved, window), apart.ndim - 1)
+        apart = apart.reshape(*apart.shape[:-1], self.groups, each)  # steps.., channels, window.., groups, q
+        n_axes = [*range(lead), apart.ndim - 2]
+        p_axes = [lead + i for i in range(1 + len(window))]
+        ordered = [n_axes[i] for i in self.n_order] + [p_axes[i] for i in self.p_order] + [apart.ndim - 1]
+        n, p, q = self.layout.sizes()
+        return self.layout.flatten(apart.transpose(ordered).reshape(n, p, q))
 
     def square(self, data: SiteData) -> jax.Array:
         """The gradient's squared norm, of which no more than one place in the window is ever built."""
@@ -115,7 +144,7 @@ class _Geometry:
 
     def _product(self, data: SiteData) -> Callable[[jax.Array], jax.Array]:
         """The gradient at one place in the window, as a function of the place."""
-        right = self._right(data.deltas[0])
+        right = self._right(data.cotangent)
         padded = self._padded(data.values[0])
         return lambda place: contract("...tc,...tq->...cq", self._shifted(padded, place), right)
 
@@ -127,16 +156,16 @@ class _Geometry:
 
     def _places(self) -> np.ndarray:
         """Where the places in the window begin in the padded input."""
-        dilation = self.params["rhs_dilation"]
-        steps = (range(0, size * d, d) for size, d in zip(self.window, dilation, strict=True))
+        dilation = self._param("rhs_dilation")
+        steps = (range(0, size * d, d) for size, d in zip(self._window, dilation, strict=True))
         places = list(itertools.product(*steps))  # one, of no numbers, where there are no spatial axes
-        return np.array(places, np.int32).reshape(len(places), len(self.window))
+        return np.array(places, np.int32).reshape(len(places), len(self._window))
 
     def _right(self, delta: jax.Array) -> jax.Array:
-        """δ as (stepping loops.., groups, t, channels out of a group)."""
+        """The cotangent as (stepping loops.., groups, t, channels out of a group)."""
         steps, shared = self._outside()
         depth = len(steps) + len(shared)
-        spec = self.params["dimension_numbers"].out_spec
+        spec = self._param("dimension_numbers").out_spec
         channels = depth + spec[1]
         each = delta.shape[channels] // self.groups
         split = delta.reshape(*delta.shape[:channels], self.groups, each, *delta.shape[channels + 1 :])
@@ -147,25 +176,25 @@ class _Geometry:
 
     def _outside(self) -> tuple[list[int], list[int]]:
         """The axes around one convolution's own: those that step through the kernel, and those that share it."""
-        axes = range(len(self.site.loops))
+        axes = range(self.depth)
         return [i for i in axes if i in self.stepping], [i for i in axes if i not in self.stepping]
 
     def _padded(self, x: jax.Array) -> jax.Array:
         """The input dilated and padded, as the convolution sees it: (loops.., batch, channels, space)."""
         steps, shared = self._outside()
         depth = len(steps) + len(shared)
-        x = x.transpose(*steps, *shared, *(depth + d for d in self.params["dimension_numbers"].lhs_spec))
+        x = x.transpose(*steps, *shared, *(depth + d for d in self._param("dimension_numbers").lhs_spec))
         space = [
             (low, high, dilation - 1)
-            for (low, high), dilation in zip(self.params["padding"], self.params["lhs_dilation"], strict=True)
+            for (low, high), dilation in zip(self._param("padding"), self._param("lhs_dilation"), strict=True)
         ]
         return lax.pad(x, jnp.zeros((), x.dtype), [(0, 0, 0)] * (depth + 2) + space)
 
     def _shifted(self, padded: jax.Array, place: jax.Array | np.ndarray) -> jax.Array:
-        """The input that δ meets at one place in the window: (stepping loops.., groups, t, channels)."""
-        first, depth = len(self.stepping), len(self.site.loops)
-        numbers, strides = self.params["dimension_numbers"], self.params["window_strides"]
-        out = [self.site.outputs[0].aval.shape[d] for d in numbers.out_spec[2:]]
+        """The input that the cotangent meets at one place in the window: (stepping loops.., groups, t, channels)."""
+        first, depth = len(self.stepping), self.depth
+        numbers, strides = self._param("dimension_numbers"), self._param("window_strides")
+        out = [self.out[d] for d in numbers.out_spec[2:]]
         sizes = [(o - 1) * stride + 1 for o, stride in zip(out, strides, strict=True)]
         lead = padded.shape[: depth + 2]
         piece = lax.dynamic_slice(padded, [*np.zeros(len(lead), place.dtype), *place], [*lead, *sizes])
@@ -175,3 +204,35 @@ class _Geometry:
         axes = [*range(first), depth + 1, *range(first, depth + 1), *range(depth + 3, split.ndim), depth + 2]
         piece = split.transpose(axes)
         return piece.reshape(*piece.shape[: first + 1], -1, piece.shape[-1])
+
+
+def match(site: Site, position: int, view: View) -> Convolution | None:
+    """The rule of a convolution's kernel."""
+    params = site.eqn_params
+    if position != 1 or params["batch_group_count"] != 1 or not site.is_data(0):
+        return None
+    out = site.outputs[0].aval.shape
+    if 0 in out:  # the window is larger than what it slides over
+        return None
+    around, own = split_axes(view, site.loops)
+    if any(stride == 0 and size > 1 for size, stride in own):
+        return None
+    groups = params["feature_group_count"]
+    out_channel, in_channel, *window = params["dimension_numbers"].rhs_spec
+    out_size, out_stride = own[out_channel]
+    each = out_size // groups
+    stepping = [(i, axis) for i, axis in enumerate(around) if axis[1] != 0]
+    # In the arrays above: the stepping loops, groups | positions | channels in, window | channels out.
+    n_order, n = group(
+        [*enumerate(axis for _, axis in stepping), (len(stepping), (groups, out_stride * each))]
+    )
+    p_order, p = group([(0, own[in_channel]), *((1 + k, own[d]) for k, d in enumerate(window))])
+    steps = tuple(i for i, _ in stepping)
+    lengths = tuple(length for _, length in site.loops)
+    spec = params["dimension_numbers"].out_spec
+    positions = math.prod(out[d] for d in (spec[0], *spec[2:]))
+    positions *= math.prod(length for i, length in enumerate(lengths) if i not in steps)
+    return Convolution(
+        Layout(n, p, ((each, out_stride),)), positions, len(lengths), tuple(params.items()),
+        tuple(site.inputs[1].aval.shape), tuple(out), lengths, steps, n_order, p_order,
+    )  # fmt: skip

@@ -1,14 +1,13 @@
 """Sites, the places where a parameter meets data, and the regions of a jaxpr in which they lie.
 
-Every value of one example's computation is on one side. CONST: from constants alone; PARAM: from parameters
-and constants; DATA: from the example too. An equation with a floating-point PARAM operand and a DATA operand
-is a *site*; all that depends on an example through a parameter passes through one.
+Every value of one example's computation is on one of three sides. CONST: computed from constants alone. PARAM:
+computed from parameters and constants. DATA: computed from the example too. An equation with a floating-point PARAM
+operand and a DATA operand is a *site*. Whatever depends on an example and on a parameter depends on it through a site.
 
-A region is a jaxpr read so, see `reading`. The body of a scan, a checkpoint or the branches of a `cond` in which a
-parameter meets data are regions of their own.
+A region is a jaxpr that has been read in this way, see `reading`. The body of a scan or a checkpoint and the branches
+of a `cond` are regions of their own where a parameter meets data in them.
 """
 
-from collections.abc import Set
 from dataclasses import dataclass, field
 from enum import IntEnum
 from typing import Any
@@ -30,12 +29,22 @@ class Side(IntEnum):
 
 @dataclass(frozen=True, eq=False)
 class Value:
-    """One value of the computation; `literal` where it is written into the jaxpr."""
+    """One value of the computation.
+
+    Attributes:
+        aval: its shape and dtype.
+        side: what it is computed from.
+        leaves: the leaves of the parameters that its derivative reaches.
+        view: where it lies in one leaf, or in one computed operand; None where that cannot be said.
+        loops: the scans around it from one step of which to the next it may change; not followed on the DATA side.
+        literal: its value where that is written into the jaxpr.
+    """
 
     aval: jax.ShapeDtypeStruct
     side: Side
-    leaves: frozenset[int] = frozenset()  # the parameters' leaves it is computed from
-    view: View | None = None  # where it is a view of one leaf
+    leaves: frozenset[int] = frozenset()
+    view: View | None = None
+    loops: frozenset[int] = frozenset()
     literal: Any = None
 
     @property
@@ -46,25 +55,32 @@ class Value:
 
 @dataclass(frozen=True, eq=False)
 class Op:
-    """An equation on values, to be evaluated as it is."""
+    """An equation on values, to be evaluated as it stands."""
 
     eqn: Any
     inputs: tuple[Value, ...]
     outputs: tuple[Value, ...]
-    # Which inputs are differentiated, where its value may depend on it: parameters' alone; empty elsewhere.
+    # Which inputs are differentiated, where the equation's value may depend on that; empty elsewhere.
     moving: tuple[bool, ...] = field(default=(), kw_only=True)
-
-    @property
-    def known(self) -> bool:
-        """Whether no example is needed to evaluate it."""
-        return all(x.side != Side.DATA for x in self.inputs)
 
 
 @dataclass(frozen=True, eq=False)
 class Site(Op):
-    """An equation where a parameter meets data. `eqn` None is the identity: a parameter turned into data."""
+    """An equation where a parameter meets data. With `eqn` None it is the identity, which turns a parameter into data.
+
+    It is also what a rule sees of the equation, see `jgd.rules`.
+    """
 
     loops: tuple[tuple[int, int], ...] = ()  # number and length of the scans around it, outermost first
+
+    @property
+    def eqn_params(self) -> dict[str, Any]:
+        """The equation's parameters, as in its jaxpr."""
+        return {} if self.eqn is None else self.eqn.params
+
+    def is_data(self, position: int) -> bool:
+        """Whether the operand at a position depends on the example."""
+        return self.inputs[position].side == Side.DATA
 
     @property
     def params(self) -> tuple[int, ...]:
@@ -78,7 +94,7 @@ class Site(Op):
 
     @property
     def tapped(self) -> tuple[int, ...]:
-        """The positions of the outputs that a gradient flows back to."""
+        """The positions of the outputs that a cotangent flows back to."""
         return tuple(i for i, x in enumerate(self.outputs) if jnp.issubdtype(x.aval.dtype, jnp.inexact))
 
 
@@ -102,13 +118,13 @@ class Region:
     inputs: tuple[Value, ...]
     ops: tuple[Op, ...]
     outputs: tuple[Value, ...]
-    records: tuple[Value, ...]  # DATA values made in here that the sites need to be replayed
+    residuals: tuple[Value, ...]  # DATA values computed in here that the rules of its sites need
     asks: tuple[int, ...]  # positions of DATA inputs that they need, for the region around it to keep
-    taps: tuple[Value, ...]  # the values whose δ the sites need
-    tap_of: dict[int, int]  # for each tapped output of a site, by identity, which of the taps has its δ
+    taps: tuple[Value, ...]  # the values whose cotangent the rules need
+    tap_of: dict[int, int]  # for each tapped output of a site, by identity, which tap has its cotangent
 
-    def delta_at(self, value: Value) -> int:
-        """The number of the tap that has the δ of a site's output."""
+    def tap_number(self, value: Value) -> int:
+        """The number of the tap that has the cotangent of a site's output."""
         return self.tap_of[id(value)]
 
     @property
@@ -118,11 +134,11 @@ class Region:
 
 
 def needed_by(op: Op) -> tuple[Value, ...]:
-    """The DATA operands whose values a replay of the operation needs."""
+    """The DATA operands that the rules of an operation's sites need."""
     if isinstance(op, Site):
         return recorded(op)
     if isinstance(op, Nested):
-        # A `cond` has its index before the branches' inputs, and a replay takes the branch that was taken.
+        # A `cond` has its index before the branches' inputs: it says which branch left residuals.
         first = len(op.inputs) - len(op.regions[0].inputs)
         asked = [*op.inputs[:first], *(op.inputs[first + i] for region in op.regions for i in region.asks)]
         return tuple(x for x in asked if x.side == Side.DATA)
@@ -130,19 +146,15 @@ def needed_by(op: Op) -> tuple[Value, ...]:
 
 
 def recorded(site: Site) -> tuple[Value, ...]:
-    """The DATA operands on whose values a site's gradient depends: none where it adds."""
-    if site.eqn is None or site.eqn.primitive in _ADDITIONS:
+    """The DATA operands on whose values a site's gradient may depend."""
+    if site.eqn is None or site.eqn.primitive in _LINEAR:
         return ()
-    return tuple(x for x in site.inputs if x.side == Side.DATA)
+    inputs = site.inputs[:1] if site.eqn.primitive is prim.select_n_p else site.inputs
+    return tuple(x for x in inputs if x.side == Side.DATA)
 
 
 SUMS = {prim.add_p, prim.add_jaxvals_p}
-_ADDITIONS = {*SUMS, prim.sub_p}
-
-
-def has_part(op: Op, leaves: Set[int]) -> bool:
-    """Whether an operation is a site of one of the leaves, or has one inside."""
-    return isinstance(op, Site | Nested) and not op.leaves.isdisjoint(leaves)
+_LINEAR = {*SUMS, prim.sub_p, prim.concatenate_p}
 
 
 def sites_of(region: Region) -> list[Site]:

@@ -17,7 +17,7 @@ from jgd._mesh import compiler_places, explicit_mesh, manual_type, unplaced
 
 
 @dataclass(frozen=True, eq=False)
-class Program:
+class TracedLoss:
     """The jaxpr of a loss on one example. Compared by identity: `trace` gives one for all that are the same.
 
     Its inputs are the parameters' leaves, the shared arguments' and one example's; its constants stand for the arrays
@@ -66,7 +66,7 @@ class Program:
 class Traced(NamedTuple):
     """What a call's loss traced to, and the values of the program's constants in this call."""
 
-    program: Program
+    program: TracedLoss
     constants: list[Any]  # that no example changes: shared arguments, then what the loss closes over
 
 
@@ -106,9 +106,9 @@ class _Programs:
     """The programs that were traced last, one for each key. As a pytree it has no leaves."""
 
     def __init__(self) -> None:
-        self._kept: OrderedDict[Any, Program] = OrderedDict()
+        self._kept: OrderedDict[Any, TracedLoss] = OrderedDict()
 
-    def once(self, key: Any, program: Program) -> Program:
+    def once(self, key: Any, program: TracedLoss) -> TracedLoss:
         """The program that has the key; the one given, where there is none yet."""
         program = self._kept.setdefault(key, program)
         self._kept.move_to_end(key)
@@ -124,7 +124,7 @@ jax.tree_util.register_static(_Programs)
 _programs = jax.jit(_Programs)
 
 
-def _trace(call: Call, platform: str) -> tuple[Program, list[Any]]:
+def _trace(call: Call, platform: str) -> tuple[TracedLoss, list[Any]]:
     signature = call.signature
 
     def example_loss(params: Any, shared: Any, example: Any) -> tuple[Any, Any]:
@@ -139,7 +139,7 @@ def _trace(call: Call, platform: str) -> tuple[Program, list[Any]]:
             raise TypeError("with `has_aux=True` the loss must return a pair `(scalar, aux)`") from error
         raise
     paths = jax.tree_util.tree_flatten_with_path(call.params)[0]
-    program = Program(
+    program = TracedLoss(
         jaxpr=jaxpr,
         param_avals=tuple(jax.ShapeDtypeStruct(jnp.shape(x), jnp.result_type(x)) for x in call.param_leaves),
         num_shared=len(call.shared_leaves),

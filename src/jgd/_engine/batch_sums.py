@@ -16,9 +16,9 @@ _FEW, _LONG = 16, 1 << 13
 _FEW_SHORT = 32
 
 
-def wide(x: jax.Array) -> Any:
-    """The dtype that sums over `x` are kept in."""
-    return jnp.promote_types(x.dtype, jnp.float32)
+def accumulation_dtype(x: Any) -> Any:
+    """The dtype in which sums over an array, or over arrays of a dtype, are kept: float32, or its own if wider."""
+    return jnp.promote_types(getattr(x, "dtype", x), jnp.float32)
 
 
 def along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
@@ -38,7 +38,7 @@ def mask_rows(keep: jax.Array, x: jax.Array) -> jax.Array:
 
 def scale_rows(weights: jax.Array, x: jax.Array) -> jax.Array:
     """w_i x_i, in at least float32; a row of weight 0 is absent, whatever it holds."""
-    masked = mask_rows(weights != 0, x).astype(wide(x))
+    masked = mask_rows(weights != 0, x).astype(accumulation_dtype(x))
     return along(weights.astype(masked.dtype), 0, x.ndim) * masked
 
 
@@ -49,8 +49,8 @@ def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """
     if weights is None:
         weights = jnp.ones(x.shape[0], x.dtype)
-    dtype = jnp.promote_types(wide(x), weights.dtype)
-    if few_and_short(x):
+    dtype = jnp.promote_types(accumulation_dtype(x), weights.dtype)
+    if adds_rows(x):
         return jnp.sum(x.astype(dtype) * along(weights, 0, x.ndim).astype(dtype), axis=0)
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
     exact = jax.lax.Precision.HIGHEST  # some devices multiply in fewer bits than float32 has
@@ -58,12 +58,12 @@ def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     return total.reshape(x.shape[1:])
 
 
-def few_and_short(x: jax.Array) -> bool:
+def adds_rows(x: jax.Array) -> bool:
     """Whether `sum_leading` would add up the rows of `x` as they lie."""
     return x.shape[0] <= _FEW_SHORT and math.prod(x.shape[1:]) < _LONG
 
 
-def few_and_long(x: jax.Array) -> bool:
+def unrolls_rows(x: jax.Array) -> bool:
     """Whether `sum_present` would take the rows of `x` one by one."""
     return 0 < x.shape[0] <= _FEW and math.prod(x.shape[1:]) >= _LONG
 
@@ -95,8 +95,10 @@ def sum_present(
         return made if weights is None else mask_rows(weights != 0, made)
 
     size = x.shape[0]
-    dtype = wide(x) if weights is None else jnp.promote_types(wide(x), weights.dtype)
-    if not one_device or not few_and_long(x):
+    dtype = (
+        accumulation_dtype(x) if weights is None else jnp.promote_types(accumulation_dtype(x), weights.dtype)
+    )
+    if not one_device or not unrolls_rows(x):
         return sum_leading(term(x, weights), weights)
 
     def weighted(rows: jax.Array, weights: jax.Array | None) -> jax.Array:
@@ -109,3 +111,10 @@ def sum_present(
     else:  # row by row, or XLA would store what `fun` makes of them
         terms = map(weighted, split(x), [None] * size if weights is None else split(weights))
     return functools.reduce(jnp.add, terms)[0]
+
+
+def sum_masked(x: jax.Array, weights: jax.Array | None, *, one_device: bool) -> jax.Array:
+    """`sum_present` of long rows in which those of weight 0 have been masked already; short ones are masked here."""
+    if weights is None or adds_rows(x) or (one_device and unrolls_rows(x)):
+        return sum_present(x, weights, one_device=one_device)
+    return sum_leading(x, weights)

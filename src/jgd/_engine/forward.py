@@ -1,7 +1,8 @@
 """The forward pass of one example with a tap at each site.
 
-It evaluates a region as it stands; each site's output passes through a tap, whose derivative is the site's δ, and
-the DATA operands that the sites need come out beside the result: the records. Records and taps are trees alike.
+It evaluates a region as it stands. Each site's output passes through a tap, whose derivative is the site's cotangent.
+The DATA operands that the sites' rules need come out beside the result, as residuals. Residuals and taps are trees of
+the same form.
 """
 
 from collections.abc import Callable, Sequence
@@ -12,8 +13,8 @@ import jax.numpy as jnp
 
 from jgd._engine.differentiated import bind_differentiated
 from jgd._engine.jaxprs import prim, scan_of
-from jgd._engine.regions import Nested, Region, Site, Value
-from jgd._engine.trees import Tree, records_of, zeros
+from jgd._engine.sites import Nested, Region, Site, Value
+from jgd._engine.trees import Tree, filled, residuals_of
 from jgd._mesh import varying
 
 
@@ -34,7 +35,7 @@ Watch = Callable[[Value, jax.Array, Callable[[Value], Any], dict[tuple[int, int]
 def run(
     region: Region, inputs: Sequence[Any], taps: Tree, bumps: Tree, watch: Watch
 ) -> tuple[list[Any], Tree]:
-    """One example's forward pass: the region's outputs and its records.
+    """One example's forward pass: the region's outputs and its residuals.
 
     Each value that is tapped goes through `watch`, with the way to look at the others at hand there, and with what
     the `bumps` have for each parameter operand, by the site's identity and the position: a tree as of `bumps_of`.
@@ -43,18 +44,18 @@ def run(
     operands_at = [(id(op), i) for op in region.ops if isinstance(op, Site) for i in op.params]
     bump = dict(zip(operands_at, bumps[0], strict=True))
     tap = {id(value): array for value, array in zip(region.taps, taps[0], strict=True)}
-    inner_records = []
+    inner_residuals = []
     for op in region.ops:
         operands = [env[x] for x in op.inputs]
         if isinstance(op, Nested):
-            outputs, records = _run_nested(op, operands, *next(inner_taps), watch)
-            inner_records.append(records)
+            outputs, residuals = _run_nested(op, operands, *next(inner_taps), watch)
+            inner_residuals.append(residuals)
         else:
             outputs = operands if op.eqn is None else bind_differentiated(op.eqn, op.moving, operands)
         values = zip(op.outputs, outputs, strict=True)
         tapped = lambda v, x: _tap(watch(v, x, env.__getitem__, bump), tap[id(v)])
         env.set(op.outputs, [tapped(v, x) if id(v) in tap else x for v, x in values])
-    return [env[x] for x in region.outputs], (tuple(env[x] for x in region.records), tuple(inner_records))
+    return [env[x] for x in region.outputs], (tuple(env[x] for x in region.residuals), tuple(inner_residuals))
 
 
 class Environment:
@@ -82,13 +83,14 @@ def _run_nested(
             policy=op.eqn.params["policy"],
             prevent_cse=op.eqn.params["prevent_cse"],
         )
-        outputs, records = again(operands, taps[0], bumps[0])
-        return outputs, (records,)
+        outputs, residuals = again(operands, taps[0], bumps[0])
+        return outputs, (residuals,)
 
     def branch(number: int) -> Callable[..., Any]:
         def run_branch(inputs: list[Any], taps: Any, bumps: Any) -> Any:
             outputs, own = run(op.regions[number], inputs, taps[number], bumps[number], watch)
-            blank = [zeros(region, records_of) for region in op.regions]
+            # Of branches that are not taken: what a rule can multiply and divide by.
+            blank = [filled(region, residuals_of, 1) for region in op.regions]
             return varying((outputs, (*blank[:number], own, *blank[number + 1 :])), operands)
 
         return run_branch
@@ -105,13 +107,13 @@ def _run_scan(
     carry = [jnp.asarray(x, v.aval.dtype) for x, v in _arrays(operands, op.inputs)[ends[0] : ends[1]]]
 
     def body(carry: list[Any], step: Any) -> Any:
-        outputs, records = run(op.regions[0], [*consts, *carry, *step[0]], step[1], step[2], watch)
-        return outputs[: scan.num_carry], (outputs[scan.num_carry :], records)
+        outputs, residuals = run(op.regions[0], [*consts, *carry, *step[0]], step[1], step[2], watch)
+        return outputs[: scan.num_carry], (outputs[scan.num_carry :], residuals)
 
-    carry, (ys, records) = jax.lax.scan(
+    carry, (ys, residuals) = jax.lax.scan(
         body, carry, (xs, taps, bumps), length=scan.length, reverse=scan.reverse, unroll=scan.unroll
     )
-    return [*carry, *ys], (records,)
+    return [*carry, *ys], (residuals,)
 
 
 def _arrays(operands: list[Any], values: Sequence[Value]) -> list[tuple[Any, Value]]:

@@ -4,7 +4,7 @@ from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 from jgd._engine.jaxprs import Literal, aval_of, inner_jaxprs, prim, scan_of
-from jgd._engine.program import Program
+from jgd._engine.trace import TracedLoss
 
 
 class Work(NamedTuple):
@@ -23,7 +23,7 @@ class Work(NamedTuple):
         return Work(number * self.forward, number * self.backward)
 
 
-def work_of(program: Program) -> Work:
+def work_of(program: TracedLoss) -> Work:
     """The work of a program. A loop without known length counts nothing, of several branches the dearest counts."""
     params = len(program.param_avals)
     trained = [k < params for k in range(len(program.jaxpr.invars))]

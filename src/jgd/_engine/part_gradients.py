@@ -1,0 +1,155 @@
+"""A batch's gradients in one part: blocks, squares, inner products, moments.
+
+It makes no difference here whether the backward pass is over or is in a step of a scan.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from jgd._engine import factors, grams, lookups, moments, tiles
+from jgd._engine.batch_sums import sum_leading
+from jgd._engine.parts import PartRules
+from jgd._engine.tiles import Batch
+
+
+@jax.tree_util.register_dataclass
+@dataclass(frozen=True)
+class PartGradients:
+    """B gradients in one part, as what the examples left at its uses.
+
+    A pytree: parts of a kind are equal in all but their arrays, so what is traced for one of them serves all.
+
+    Attributes:
+        rules: how gradients are computed.
+        batch: the `SiteData` of each use.
+        is_kept: whether all gradients may be there at once.
+        blocks: all gradients, `(B, ...)`, each in native order, if they are at hand.
+    """
+
+    rules: PartRules = field(metadata={"static": True})
+    batch: Batch
+    is_kept: bool = field(default=False, metadata={"static": True})
+    blocks: jax.Array | None = None
+
+    def native_blocks(self) -> jax.Array:
+        """All gradients, `(B, ...)`, each in native order."""
+        return self._each(self.rules.native) if self.blocks is None else self.blocks
+
+    def flat_blocks(self) -> jax.Array:
+        """All gradients, `(B, size)`, each in the order of the leaf's memory."""
+        return jax.vmap(self.rules.to_leaf_order)(self.native_blocks())
+
+    def factors(self) -> list[Any]:
+        """The factors, the examples leading."""
+        return self._each(self.rules.factors)
+
+    def sum(self, weights: jax.Array | None) -> jax.Array:
+        """Σ w_i G_i, flat in the order of the leaf's memory, by one product for each use."""
+        if self.batch.num_shards > 1 and any(rule.is_wrong_when_sharded for rule in self.rules.rules):
+            return self._sum_of_blocks(weights)
+        if self.batch.num_shards == 1 or not any(self.batch.axes):
+            return self.rules.batch_gradient(self.batch.arrays, weights)
+        # Behind the steps of a loop the batch axis cannot be cut once both are folded into the positions.
+        if weights is None:
+            of_shard = lambda arrays: self.rules.batch_gradient(arrays, None)
+            return tiles.total(self.batch.by_shard(of_shard))
+        both = lambda some: self.rules.batch_gradient(*some)
+        return tiles.total(self.batch.with_each(weights).by_shard(both))
+
+    def _sum_of_blocks(self, weights: jax.Array | None) -> jax.Array:
+
+        def of_tile(some: Any, size: int) -> jax.Array:
+            blocks = self._each(self.rules.gradient, some[0], size)
+            return sum_leading(blocks, some[1])
+
+        each = jnp.ones(self.batch.size) if weights is None else weights
+        return self.batch.with_each(each).folded(of_tile, self.rules.size)
+
+    def squares(self) -> jax.Array:
+        """‖G_i‖², `(B,)`, by the part's method."""
+        if self.is_kept:
+            return jax.vmap(factors.sum_squares)(self.native_blocks())
+        square = lambda some, size: self._each(self.rules.square, some, size)
+        return self.batch.mapped(square, self.rules.cost.numbers)
+
+    def dot(self, direction: jax.Array) -> jax.Array:
+        """⟨G_i, v⟩, `(B,)`, with a direction that is flat in the order of the leaf's memory."""
+        of_one = lambda data: self.rules.dot(data, direction)
+        built = sum(self.rules.size for rule in self.rules.rules if rule.dot_builds_gradient)
+        return self.batch.mapped(lambda some, size: self._each(of_one, some, size), built)
+
+    def gram(self, other: "PartGradients | None" = None, *, num_shards: int = 1) -> jax.Array:
+        """⟨G_i, G'_j⟩, `(B, B')`; other None means the gradients themselves once more."""
+        both = [self] if other is None else [self, other]
+        if not self.rules.has_pairs or self.is_kept:
+            flat = [one.native_blocks().reshape(one.batch.size, self.rules.size) for one in both]
+            return grams.of_blocks(*flat, num_shards=num_shards)
+        assert self.rules.layout is not None
+        return grams.of_factors(*(one.factors() for one in both), rows=self.rules.layout.sizes()[1])
+
+    def squared_sum(self, *, in_cache: bool) -> jax.Array:
+        """‖Σ G_i‖², from rows or pairs."""
+        if self.rules.is_lookup:
+            assert self.rules.layout is not None
+            (rows,) = self.factors()
+            return lookups.squared_sum(rows, self.rules.layout.sizes()[1], in_cache=in_cache)
+        return factors.square(self.rules.batch_factors(self.batch.arrays))
+
+    def moment(
+        self, weights: jax.Array | None, scale: Any, total: jax.Array | None = None, *, centred: bool
+    ) -> jax.Array:
+        """scale · Σ w_i G_i², or of the deviations from the weighted mean: flat in the order of the leaf's memory.
+
+        From the factors where they give it, else from the gradients, a tile at a time. Of outer products the
+        `total`, Σ G_i, may be at hand.
+        """
+        layout = self.rules.layout
+        if layout is not None and self.rules.is_lookup:
+            (rows,) = self.factors()
+            of_rows = lookups.spread if centred else lookups.second_moment
+            each = jnp.ones(self.batch.size) if weights is None else weights
+            table = of_rows(rows, each, scale, layout.sizes()[1], one_device=self.batch.num_shards == 1)
+            return layout.flatten(table[None])
+        if layout is not None and self.rules.is_outer:
+            (outer,) = self.factors()
+            if not centred:
+                return layout.flatten(moments.square_of_outer(outer, weights)) * scale
+            known = None if total is None else layout.unflatten(total)
+            return layout.flatten(moments.spread_of_outer(outer, weights, scale, known))
+        around = moments.square_around_mean if centred else moments.square_around_zero
+        return self.rules.to_leaf_order(around(self._spread(weights))) * scale
+
+    def both_moments(self) -> tuple[jax.Array, jax.Array]:
+        """Σ G_i², and Σ (G_i − Ḡ)²: flat in the order of the leaf's memory, by one way through the gradients."""
+        if self.rules.is_outer:
+            return self.moment(None, 1, centred=False), self.moment(None, 1, centred=True)
+        spread = self._spread(None)
+        both = moments.square_around_zero(spread), moments.square_around_mean(spread)
+        around_zero, around_mean = map(self.rules.to_leaf_order, both)
+        return around_zero, around_mean
+
+    def _spread(self, weights: jax.Array | None) -> moments.Spread:
+        if self.is_kept:
+            one_device = self.batch.num_shards == 1
+            return moments.spread_of(self.native_blocks(), weights, one_device=one_device)
+        blocks = lambda some, size: self._each(self.rules.native, some, size)
+        return moments.spread_of_tiles(self.batch, blocks, self.rules.size, weights)
+
+    def project(self, rows: jax.Array, columns: jax.Array) -> jax.Array:
+        """⟨G_i, r_k cᵀ_k⟩, `(B, K)`, where the part is a matrix."""
+        of_one = lambda data: self.rules.projected(data, rows, columns)
+        some = lambda some, size: self._each(of_one, some, size)
+        return self.batch.mapped(some, 2 * self.rules.positions * rows.shape[0])
+
+    def _each(self, fun: Callable[[Any], Any], some: Any = None, size: int | None = None) -> Any:
+        """`fun` of what each example left; of all of them, or of `some`, which are so many."""
+        each = jax.vmap(fun, in_axes=(self.batch.axes,), axis_size=size or self.batch.size)
+        return each(self.batch.arrays if some is None else some)
+
+    def of(self, arrays: Any) -> "PartGradients":
+        """The same of what other examples left."""
+        return replace(self, batch=replace(self.batch, arrays=arrays), blocks=None)

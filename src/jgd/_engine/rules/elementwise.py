@@ -1,0 +1,110 @@
+"""Sums, products and quotients element by element, selections, and arrays put together.
+
+A bias, a scale, a gate, a position table, a class token: the gradient at the operand is the cotangent, perhaps
+multiplied by the other operand. What the parameter was broadcast along is summed over.
+"""
+
+from dataclasses import dataclass
+
+import jax
+import jax.numpy as jnp
+
+from jgd._engine.jaxprs import prim
+from jgd._engine.rules.rule import OperandRule, SiteData
+from jgd._engine.sites import Site
+from jgd._engine.views import View
+
+
+@dataclass(frozen=True)
+class Sum(OperandRule):
+    """An operand of `add` or `sub`, or a parameter that is data from here on."""
+
+    negative: bool
+
+    @property
+    def is_elementwise(self) -> bool:
+        return True
+
+    def at_operand(self, data: SiteData) -> jax.Array:
+        return -data.cotangent if self.negative else data.cotangent
+
+
+@dataclass(frozen=True)
+class Product(OperandRule):
+    """An operand of `mul`, or the numerator of `div`."""
+
+    other: int
+    divides: bool
+
+    @property
+    def is_elementwise(self) -> bool:
+        return True
+
+    @property
+    def is_linear(self) -> bool:
+        return not self.divides
+
+    def at_operand(self, data: SiteData) -> jax.Array:
+        other, cotangent = data.values[self.other], data.cotangent
+        missing = cotangent.ndim - other.ndim  # a scalar among arrays, behind the loops' axes
+        other = other.reshape(*other.shape, *(1,) * missing)
+        return cotangent / other if self.divides else cotangent * other
+
+
+@dataclass(frozen=True)
+class Selection(OperandRule):
+    """A case of `select_n`, which is what `jnp.where` becomes."""
+
+    case: int
+
+    @property
+    def is_elementwise(self) -> bool:
+        return True
+
+    def at_operand(self, data: SiteData) -> jax.Array:
+        which = data.values[0]
+        chosen = which == bool(self.case) if which.dtype == bool else which == self.case
+        chosen = chosen.reshape(*chosen.shape, *(1,) * (data.cotangent.ndim - chosen.ndim))
+        return jnp.where(chosen, data.cotangent, jnp.zeros((), data.cotangent.dtype))
+
+
+@dataclass(frozen=True)
+class Piece(OperandRule):
+    """An operand of `concatenate`: its gradient is a piece of the cotangent."""
+
+    axis: int
+    start: int
+    size: int
+
+    def at_operand(self, data: SiteData) -> jax.Array:
+        stop = self.start + self.size
+        return jax.lax.slice_in_dim(data.cotangent, self.start, stop, axis=self.depth + self.axis)
+
+
+def match_sum(site: Site, position: int, view: View) -> Sum | None:
+    """The rule of an operand of `add` or `sub`; of the only operand of the identity."""
+    negative = site.eqn is not None and site.eqn.primitive is prim.sub_p and position == 1
+    return Sum.of(site, view, site.outputs[0].aval.shape, negative=negative)
+
+
+def match_product(site: Site, position: int, view: View) -> Product | None:
+    """The rule of an operand of `mul` or `div` beside data; none for a parameter that divides."""
+    divides = site.eqn.primitive is prim.div_p
+    if divides and position == 1:
+        return None
+    return Product.of(site, view, site.outputs[0].aval.shape, other=1 - position, divides=divides)
+
+
+def match_selection(site: Site, position: int, view: View) -> Selection | None:
+    """The rule of a case that data chooses."""
+    if position == 0 or not site.is_data(0):
+        return None
+    return Selection.of(site, view, site.outputs[0].aval.shape, case=position - 1)
+
+
+def match_piece(site: Site, position: int, view: View) -> Piece | None:
+    """The rule of an array that is put together with others."""
+    axis = site.eqn_params["dimension"]
+    lengths = [x.aval.shape[axis] for x in site.inputs]
+    start = sum(lengths[:position])
+    return Piece.of(site, view, axis=axis, start=start, size=lengths[position])
