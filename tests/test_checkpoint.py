@@ -13,6 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from internals import Chunks
 from kept_runs import METHOD, PARAMS, Died, X, Y, at, contents, dies_after, kept, kept_run, run, squared
 
 import jgd
@@ -121,7 +122,7 @@ class TestInterrupted:
             if len(made) == 3:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr("jgd._fit.chunks.Chunks._look", look)
+        monkeypatch.setattr(Chunks, "_look", look)
         with pytest.raises(KeyboardInterrupt):
             run(folder)
         monkeypatch.undo()

@@ -9,10 +9,10 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
+from internals import moments, tiles
 from rule_problems import WEIGHTS, dense, gradients
 
 import jgd
-from jgd._engine import moments, tiles
 
 
 @pytest.mark.parametrize("weights", [None, np.float64, np.float16])

@@ -9,6 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
+from internals import Part, held_as, leading
 from rule_problems import (
     WEIGHTS,
     both_ways,
@@ -28,9 +29,6 @@ from rule_problems import (
 )
 
 import jgd
-from jgd._engine import leading
-from jgd._engine.parts import Part
-from jgd._gradients import held_as
 
 RULED = {
     "dot_general": (dense, parameter_first, in_groups, several_contracted, both_ways, recurrent, stacked),

@@ -9,13 +9,11 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
+from internals import Factored, Variant, pass_over, plan_of
 from jax import lax
 from rule_problems import WEIGHTS, gradients, made
 
 import jgd
-from jgd._engine.examples import pass_over
-from jgd._engine.factored import Factored
-from jgd._engine.plan import Variant, plan_of
 
 
 @pytest.mark.parametrize("method", ["pairs", "block"])

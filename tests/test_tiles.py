@@ -6,11 +6,11 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
+from internals import leading, lookups, tiles
 from jax import lax
 from rule_problems import WEIGHTS, cubed, every_reduction, gradients, looked_up, made, tied
 
 import jgd
-from jgd._engine import leading, lookups, tiles
 
 
 def of_every_kind(draw):

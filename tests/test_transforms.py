@@ -6,10 +6,10 @@ import numpy as np
 import oracle
 import pytest
 from cases import problem
+from internals import whole as _whole
 from strategies import close, every_strategy, few_cases, gradients, row, several, squared_error
 
 import jgd
-from jgd import _whole
 
 # jit, vmap, scan
 

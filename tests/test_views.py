@@ -8,11 +8,8 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+from internals import View, overlap, trace_jaxpr, views
 from jax import lax
-
-from jgd._engine import views
-from jgd._engine.jaxprs import trace_jaxpr
-from jgd._engine.views import View, overlap
 
 
 def chain(rng, shape):
