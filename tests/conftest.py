@@ -21,6 +21,7 @@ if "device_count" not in os.environ["XLA_FLAGS"]:
 
 import hypothesis
 import jax
+import numpy as np
 import pytest
 
 hypothesis.settings.register_profile(
@@ -45,6 +46,27 @@ def x64():
 @pytest.fixture
 def key():
     return jax.random.key(0)
+
+
+@pytest.fixture
+def forget():
+    """What is compiled for one constant is not for another."""
+    jax.clear_caches()
+    yield
+    jax.clear_caches()
+
+
+@pytest.fixture
+def example():
+    """Parameters, inputs and targets of `strategies.squared_error`, for five examples."""
+    rng = np.random.default_rng(0)
+    return {"w": rng.normal(size=(4, 3))}, rng.normal(size=(5, 4)), rng.normal(size=(5, 3))
+
+
+@pytest.fixture
+def folder(tmp_path):
+    """Where a run may be kept; nothing is there yet."""
+    return tmp_path / "run"
 
 
 _finished = itertools.count(1)

@@ -27,21 +27,43 @@ PACKAGE = ROOT / "src" / "jgd"
 MUTATED = ("_engine", "_reductions", "_clipping.py", "_materialized.py", "_weighing.py")
 
 # The tests of a room, the first that fits; those that are likeliest to fail come first.
+_ENGINE = (
+    "test_rule_methods.py",
+    "test_tiles.py",
+    "test_pass_blocks.py",
+    "test_scan_reductions.py",
+    "test_views.py",
+    "test_moments_edges.py",
+    "test_loss_semantics.py",
+    "test_compiled_programs.py",
+)
+_TRANSFORMS = (
+    "test_batch_edges.py",
+    "test_arguments.py",
+    "test_reduction_derivatives.py",
+    "test_transforms.py",
+)
 ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("_clipping.py", ("test_reductions.py", "test_engine.py", "test_transforms.py")),
-    ("_reductions/", ("test_reductions.py", "test_engine.py", "test_bad_input.py", "test_transforms.py")),
+    ("_clipping.py", ("test_reductions.py", *_ENGINE, *_TRANSFORMS)),
+    ("_reductions/", ("test_reductions.py", *_ENGINE, "test_bad_input.py", *_TRANSFORMS)),
+    ("_materialized.py", ("test_reductions.py", "test_blocks.py", "test_microbatches.py", *_TRANSFORMS)),
     (
-        "_materialized.py",
-        ("test_reductions.py", "test_blocks.py", "test_microbatches.py", "test_transforms.py"),
+        "_weighing.py",
+        ("test_reduction_derivatives.py", "test_batch_edges.py", "test_reductions.py", "test_methods.py"),
     ),
-    ("_weighing.py", ("test_transforms.py", "test_reductions.py", "test_methods.py")),
-    ("_engine/partitioned.py", ("test_mesh.py", "test_engine.py")),
+    ("_engine/partitioned.py", ("test_mesh.py", *_ENGINE)),
     ("_engine/shares.py", ("test_mesh.py", "test_explain.py")),
-    ("_engine/devices.py", ("test_explain.py", "test_work.py", "test_engine.py")),
-    ("_engine/costs.py", ("test_explain.py", "test_work.py", "test_engine.py")),
+    ("_engine/devices.py", ("test_explain.py", "test_work.py", *_ENGINE)),
+    ("_engine/costs.py", ("test_explain.py", "test_work.py", *_ENGINE)),
     ("_engine/work.py", ("test_work.py", "test_explain.py")),
     ("_engine/blocks.py", ("test_blocks.py", "test_explain.py")),
-    ("_engine/", ("test_engine.py", "test_random_programs.py", "test_transforms.py", "test_microbatches.py")),
+    ("_engine/fingerprint.py", ("test_caches.py", "test_stale.py", *_ENGINE)),
+    ("_engine/views.py", ("test_views.py", *_ENGINE, "test_random_programs.py", *_TRANSFORMS)),
+    ("_engine/moments.py", ("test_moments.py", "test_moments_edges.py", *_ENGINE, *_TRANSFORMS)),
+    (
+        "_engine/",
+        (*_ENGINE, "test_random_programs.py", *_TRANSFORMS, "test_caches.py", "test_microbatches.py"),
+    ),
 )
 TIMEOUT = 1200  # seconds for all tests of a room; a mutant that hangs is killed as well
 

@@ -15,16 +15,13 @@ import optax
 import oracle
 import pytest
 from cases import problem
+from internals import AGAIN, DEVICES, Choice, Device, Variant, devices, gradients_module
+from internals import timed as _timed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
 import jgd
-from jgd import _timed
-from jgd._engine import devices
-from jgd._engine.devices import DEVICES, Device
-from jgd._engine.plan import AGAIN, Variant
-from jgd._whole import Choice
 
 # Both methods of one product are predicted to take about as long.
 POSITIONS, SIDE = 24, 64
@@ -165,13 +162,13 @@ def test_by_the_real_clock_with_integers_keys_and_a_shared_argument():
 def test_float64_answers_by_every_plan_agree_to_rounding(x64):
     case = problem("tied_embedding_and_head", jnp.float64)
     for strategy in (Variant(near="pairs"), Variant(near="block"), Variant("block", keeps=False)):
-        calls = functools.partial(jgd._gradients.per_example_grad, case.loss, **case.options)
+        calls = functools.partial(jgd.per_example_grad, case.loss, **case.options)
         want = calls(strategy="materialized")(case.params, *case.batch)
         # The clock's choice reaches the pass as a strategy.
         chosen = calls(strategy="factored")
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
-                jgd._gradients,
+                gradients_module,
                 "quickest",
                 lambda *_, planned, strategy=strategy, **__: planned._replace(strategy=strategy),
             )

@@ -5,9 +5,9 @@ import re
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from internals import require
 
 import jgd
-from jgd._errors import require
 
 PARAMS = {"w": jnp.ones(3), "b": jnp.zeros(())}
 X, Y = jnp.ones((4, 3)), jnp.ones(4)

@@ -12,14 +12,24 @@ import chex
 import jax
 import jax.numpy as jnp
 import pytest
-
-from jgd import _clock as clock
-from jgd._bench import command
-from jgd._bench import measure as measuring
-from jgd._bench.measure import BASELINE, Measurement, compile_program, measure
-from jgd._bench.models import MODELS, build
-from jgd._bench.quantities import METHODS, QUANTITIES, Absent, by_jgd, by_vmap, plain
-from jgd._clock import time_interleaved
+from internals import (
+    BASELINE,
+    METHODS,
+    MODELS,
+    QUANTITIES,
+    Absent,
+    Measurement,
+    build,
+    by_jgd,
+    by_vmap,
+    compile_program,
+    measure,
+    measuring,
+    plain,
+    time_interleaved,
+)
+from internals import bench_command as command
+from internals import clock_module as clock
 
 ROOT = Path(__file__).parent.parent
 
@@ -193,7 +203,7 @@ def test_ratios_are_to_the_plain_gradient_measured_beside():
 def test_what_cannot_be_measured_is_said_to_be_missing_and_why(monkeypatch):
     model = build("mlp", small=True)
     # Room for the parameters' gradient, and not for that of each of the eight examples.
-    monkeypatch.setattr("jgd._bench.measure.free_bytes", lambda: 3 * 4 * model.num_params)
+    monkeypatch.setattr(measuring, "free_bytes", lambda: 3 * 4 * model.num_params)
     found, missing = measure(model, ["gram"], ["jgd", "vmap(grad)", "microbatch 4", "jax_privacy"], repeats=1)
     assert [(m.quantity, m.method) for m in found] == [("sum", BASELINE), ("gram", "jgd")]
     assert {(m.model, m.quantity) for m in missing} == {("mlp", "gram")}
@@ -205,7 +215,7 @@ def test_what_cannot_be_measured_is_said_to_be_missing_and_why(monkeypatch):
 
 
 def test_without_the_plain_gradient_all_is_missing(monkeypatch):
-    monkeypatch.setattr("jgd._bench.measure.free_bytes", lambda: 100)
+    monkeypatch.setattr(measuring, "free_bytes", lambda: 100)
     found, missing = measure(build("bag", small=True), ["norms"], ["jgd"], repeats=1)
     assert not found
     assert [(m.quantity, m.method) for m in missing] == [("sum", BASELINE), ("norms", "jgd")]

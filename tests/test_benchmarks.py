@@ -9,11 +9,7 @@ from pathlib import Path
 
 import jax
 import pytest
-
-from jgd._bench import growth
-from jgd._bench.measure import BASELINE
-from jgd._bench.models import build
-from jgd._bench.models.vectors import mlp_of
+from internals import BASELINE, build, growth, measuring, mlp_of
 
 FOLDER = Path(__file__).parent.parent / "benchmarks"
 SCRIPTS = ("run", "judge", "page", "peers", "gpt2", "growth")
@@ -278,7 +274,7 @@ def test_a_slope_is_the_exponent_of_a_power_law():
 def test_a_sweep_measures_each_size_and_ends_a_line_where_memory_ends(monkeypatch):
     sweep = growth.Sweep("width", lambda width: mlp_of("mlp", (width, width, 10), 8), (32, 64, 128))
     room = {"free": 2**40}
-    monkeypatch.setattr("jgd._bench.measure.free_bytes", lambda: room["free"])
+    monkeypatch.setattr(measuring, "free_bytes", lambda: room["free"])
     whole = {line.method: line for line in growth.lines(sweep, repeats=1)}
     assert list(whole) == [BASELINE, "jgd", "vmap(grad)"]
     assert {line.sizes for line in whole.values()} == {(32, 64, 128)}

@@ -4,11 +4,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from internals import Materialized, devices
 from jax.sharding import AxisType
 
 import jgd
-from jgd._engine import devices
-from jgd._materialized import Materialized
 
 T, S = 32, 96
 

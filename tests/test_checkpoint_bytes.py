@@ -16,6 +16,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from internals import Lock, manifest
 
 import jgd
 
@@ -111,8 +112,6 @@ class TestDamage:
     @pytest.mark.parametrize("every", [pytest.param(1, marks=pytest.mark.slow), 13])
     def test_every_byte_that_is_read_is_covered(self, kept, every):
         """The manifest finds each flip and cut of each file that a resumed run reads, without a run."""
-        from jgd._fit import manifest
-
         (newest,) = kept.glob("update-8-????????????")
         manifest.check_files(newest)
         covered = {*json.loads((newest / "jgd.json").read_text().partition("\n")[2])["files"], "jgd.json"}
@@ -223,8 +222,6 @@ class TestOneRunAtATime:
         run(folder)
 
     def test_a_child_that_was_forked_does_not_keep_it(self, folder):
-        from jgd._fit.lock import Lock
-
         folder.mkdir()
         lock, (reader, writer) = Lock(folder), os.pipe()
         with warnings.catch_warnings():
@@ -296,7 +293,7 @@ class TestStorage:
         def refuse(*args, **options):
             raise PermissionError(13, "Permission denied")
 
-        monkeypatch.setattr("jgd._fit.manifest.write", refuse)
+        monkeypatch.setattr(manifest, "write", refuse)
         with pytest.warns(RuntimeWarning, match="there is none before it.*Permission denied"):
             got = run(jgd.Checkpoint(folder, every=4))
         monkeypatch.undo()

@@ -5,12 +5,14 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from internals import ascent, baselines, cartpole, games, opposites, policies, regimes, repeats
+from internals import demo_data as data
+from internals import demo_sums as sums
 from sklearn.datasets import load_diabetes
 from sklearn.linear_model import LinearRegression
 from sklearn.metrics import mean_squared_error, r2_score
 
 import jgd
-from jgd._demo import ascent, baselines, cartpole, data, games, opposites, policies, regimes, repeats, sums
 
 # --- The sum of the gradients of single examples is the gradient of the summed cost.
 

@@ -14,12 +14,10 @@ import oracle
 import pytest
 from compilations import compilations
 from flax import nnx
+from internals import bind, program, trace
 from jax.ad_checkpoint import checkpoint_name
 
 import jgd
-from jgd._engine import program
-from jgd._engine.program import trace
-from jgd._loss import bind
 
 X = np.random.default_rng(0).normal(size=(4, 6)).astype("float32")
 P = np.random.default_rng(1).normal(size=6).astype("float32")

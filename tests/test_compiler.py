@@ -8,11 +8,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from internals import stored
+from internals import versions as _versions
 from packaging.requirements import Requirement
 
 import jgd
-from jgd import _versions
-from jgd._engine.stored import stored
 
 B, T, Q = 64, 32, 64
 NEEDED = _versions.fuses_products(_versions.JAXLIB)

@@ -9,11 +9,10 @@ import oracle
 import pytest
 from cases import CASES, B, Draw, Problem, problem
 from cases.complex import energy, spun
+from internals import AGAIN, held_as
 from jax import lax
 
 import jgd
-from jgd._engine.plan import AGAIN
-from jgd._gradients import held_as
 
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
 COMPLEX = [name for name, build in CASES.items() if build.__module__ == "cases.complex"]

@@ -11,13 +11,12 @@ import jax
 import numpy as np
 import optax
 import pytest
+from internals import Check, Picture, Section, Stop, Table, Visit, prices, recorded, style, terminal, tour
+from internals import demo_command as command
+from internals import demo_report as report
 
 import jgd
 from jgd import cli
-from jgd._demo import command, prices, report, style, terminal, tour
-from jgd._demo.section import Check, Picture, Section, Table
-from jgd._demo.tour import Stop, Visit
-from jgd._demo.walk import recorded
 
 
 class Page(HTMLParser):

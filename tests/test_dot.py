@@ -6,10 +6,10 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw, Problem
+from internals import dots, tiles
 from jax import lax
 
 import jgd
-from jgd._engine import dots, tiles
 
 FORMS = {
     "factored": {"strategy": "factored"},

@@ -9,9 +9,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from internals import jaxprs
 
 import jgd
-from jgd._engine import jaxprs
 
 SOURCES = sorted(pathlib.Path(jgd.__file__).parent.rglob("*.py"))
 

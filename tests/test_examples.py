@@ -11,10 +11,9 @@ import numpy as np
 import pytest
 from cases import B, Draw
 from cases.dense import squared
+from internals import prim, rules
 
 import jgd
-from jgd._engine import rules
-from jgd._engine.jaxprs import prim
 
 ROOT = Path(__file__).parent.parent
 README = (ROOT / "README.md").read_text()

@@ -11,6 +11,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from internals import Record
 
 import jgd
 
@@ -256,6 +257,6 @@ def test_the_next_batch_is_made_before_anyone_waits():
         waited.append(len(made))
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr("jgd._fit.stepwise._Record.wait", look)
+        patch.setattr(Record, "wait", look)
         fit(batches(), epochs=1)
     assert waited == [2, 3, 4, 5, 6, 6]

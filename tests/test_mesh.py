@@ -9,15 +9,12 @@ import optax
 import oracle
 import pytest
 from cases import CASES
+from internals import build, by_jgd, collectives, largest_array, plain, tiles, traffic
 from jax.sharding import AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import PLACEMENTS, is_none, mesh_of, placed, spec_of, widened
 
 import jgd
-from jgd._bench.collectives import collectives, largest_array, traffic
-from jgd._bench.models import build
-from jgd._bench.quantities import by_jgd, plain
-from jgd._engine import tiles
 
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0, 0.0, 0.0, 3.0])
 

@@ -1,7 +1,6 @@
-"""Descent, ascent, descent-ascent: every derivative walks one path, and the errors say what to do."""
+"""Descent and ascent: every derivative walks one path, and steps compile once."""
 
 import functools
-from typing import NamedTuple
 
 import chex
 import jax
@@ -9,32 +8,9 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from stepping import batch_loss, loss, problem, walk
 
 import jgd
-
-
-def loss(params, x, y):
-    hidden = jnp.tanh(x @ params["w"] + params["b"])
-    return 0.5 * (hidden @ params["v"] - y) ** 2
-
-
-def batch_loss(params, x, y):
-    return jnp.mean(jax.vmap(loss, (None, 0, 0))(params, x, y))
-
-
-def problem(dtype=jnp.float32):
-    rng = np.random.default_rng(0)
-    params = {"w": rng.normal(size=(3, 4)), "b": rng.normal(size=4), "v": rng.normal(size=4)}
-    x = rng.normal(size=(7, 3))
-    return jax.tree.map(lambda a: jnp.asarray(a, dtype), (params, (x, np.sin(x.sum(1)))))
-
-
-def walk(method, params, batch, steps=5):
-    state, infos = method.init(params), []
-    for _ in range(steps):
-        state, info = method.step(state, *batch)
-        infos.append(info)
-    return state, infos
 
 
 def by_hand(value_and_grad, optimizer, params, steps=5):
@@ -336,125 +312,3 @@ class TestCompilation:
         assert infos[0].value.dtype == infos[0].grad_norm.dtype == jnp.float32
         _, (exact,) = walk(jgd.descent(loss, optax.adam(0.1)), *problem(), 1)
         np.testing.assert_allclose(infos[0].grad_norm, exact.grad_norm, rtol=0.05)
-
-
-class TestSaddle:
-    @staticmethod
-    def bilinear(params, z):
-        x, y = params
-        return jnp.dot(x, y) + z * 0.0
-
-    start = (jnp.array([1.0, 0.0]), jnp.array([0.0, 1.0]))
-    batch = (jnp.ones(2),)
-
-    def distance(self, optimizer, steps):
-        state, _ = walk(
-            jgd.descent_ascent(self.bilinear, optimizer, optimizer), self.start, self.batch, steps
-        )
-        return float(optax.tree.norm(state.params))
-
-    def test_plain_steps_circle_outwards(self):
-        # Each step multiplies the distance to the saddle by √(1 + η²).
-        np.testing.assert_allclose(self.distance(optax.sgd(0.1), 100), 2**0.5 * 1.01**50, rtol=1e-4)
-
-    def test_optimistic_steps_find_it(self):
-        assert self.distance(optax.optimistic_gradient_descent(0.5), 200) < 1e-3
-
-    def test_each_half_has_its_own_optimizer_and_sign(self):
-        def objective(p, z):
-            return z * (2 * p[0]["a"] - 5 * p[1])
-
-        method = jgd.descent_ascent(objective, optax.sgd(1.0), optax.sgd(0.1))
-        state, (info,) = walk(method, ({"a": jnp.array(1.0)}, jnp.array(1.0)), (jnp.ones(3),), 1)
-        assert float(state.params[0]["a"]) == -1 and float(state.params[1]) == 0.5
-        assert float(info.value) == -3
-
-    def test_line_searches_hold_the_other_half(self):
-        def objective(p, z):
-            return z * (p[0] ** 2 - 2 * p[1] ** 2 + p[0] * p[1])
-
-        method = jgd.descent_ascent(objective, optax.lbfgs(), optax.lbfgs())
-        state, _ = walk(method, (jnp.array(1.0), jnp.array(-1.0)), (jnp.ones(2),), 60)
-        np.testing.assert_allclose(jnp.stack(state.params), [0, 0], atol=1e-3)
-
-    def test_pairs_keep_their_type(self):
-        class Players(NamedTuple):
-            x: jax.Array
-            y: jax.Array
-
-        for pair in (list, Players._make):
-            method = jgd.descent_ascent(self.bilinear, optax.sgd(0.1), optax.adam(0.1))
-            state, _ = walk(method, pair(self.start), self.batch, 1)
-            assert type(state.params) is type(pair(self.start))
-
-    def test_params_must_be_a_pair(self):
-        method = jgd.descent_ascent(self.bilinear, optax.sgd(0.1), optax.sgd(0.1))
-        with pytest.raises(ValueError, match=r"`params` must be a pair \(x, y\)"):
-            method.init(jnp.ones(2))
-
-
-class TestErrors:
-    def test_unknown_derivative(self):
-        with pytest.raises(
-            ValueError, match="`derivative` must be one of 'reverse', 'forward', 'finite_difference'"
-        ):
-            jgd.descent(loss, optax.sgd(0.1), derivative="backward")
-
-    @pytest.mark.parametrize("make", [jgd.descent, jgd.ascent])
-    def test_no_optimizer(self, make):
-        with pytest.raises(
-            TypeError, match=r"`optimizer` must be an optax.GradientTransformation .* got float 0.1"
-        ):
-            make(loss, 0.1)
-        with pytest.raises(TypeError, match="`max_optimizer` must be"):
-            jgd.descent_ascent(loss, optax.sgd(0.1), optax.sgd)
-
-    def test_no_function(self):
-        with pytest.raises(TypeError, match="the loss must be a function"):
-            jgd.descent(1.0, optax.sgd(0.1))
-        with pytest.raises(TypeError, match="`reduce` must be a function"):
-            jgd.descent(loss, optax.sgd(0.1), reduce="mean")
-
-    def test_a_parameter_that_is_not_floating(self):
-        with pytest.raises(TypeError, match=r"`params\['n'\]` is int32\[2\].*eqx.partition"):
-            jgd.descent(loss, optax.sgd(0.1)).init({"n": jnp.arange(2)})
-
-    def test_a_state_that_is_none(self):
-        params, batch = problem()
-        method = jgd.descent(loss, optax.adam(0.1))
-        with pytest.raises(
-            TypeError, match=r"`state` must be the MethodState that `method.init\(params\)` returned"
-        ):
-            method.step(params, *batch)
-
-    def test_a_state_of_another_optimizer_or_other_params(self):
-        params, batch = problem()
-        method = jgd.descent(loss, optax.adam(0.1))
-        other = jgd.descent(loss, optax.sgd(0.1)).init(params)
-        with pytest.raises(ValueError, match=r"`state.opt_state` is not what this method's optimizer keeps"):
-            method.step(other, *batch)
-        smaller = method.init(params)._replace(params={**params, "b": jnp.ones(1)})
-        with pytest.raises(ValueError, match=r"`state.opt_state` is not what this method's optimizer keeps"):
-            method.step(smaller, *batch)
-
-    @pytest.mark.parametrize("derivative", ["reverse", "forward", "finite_difference"])
-    def test_batches_that_do_not_fit(self, derivative):
-        params, (x, y) = problem()
-        method = jgd.descent(loss, optax.sgd(0.1), derivative=derivative)
-        with pytest.raises(ValueError, match="disagree in length"):
-            method.step(method.init(params), x, y[:3])
-        with pytest.raises(ValueError, match="holds no examples"):
-            method.step(method.init(params), x[:0], y[:0])
-        vector = jgd.descent(lambda p, x, y: x, optax.sgd(0.1), derivative=derivative)
-        with pytest.raises(TypeError, match="must return a floating-point scalar"):
-            vector.step(vector.init(params), x, y)
-
-    @pytest.mark.parametrize(
-        "has_aux, pair", [(False, r"\(value, gradient\)"), (True, r"\(\(value, aux\), gradient\)")]
-    )
-    def test_a_callable_that_returns_something_else(self, has_aux, pair):
-        params, batch = problem()
-        for wrong in (batch_loss, lambda *a: (1.0, 2.0, 3.0)):
-            method = jgd.descent(loss, optax.sgd(0.1), derivative=wrong, has_aux=has_aux)
-            with pytest.raises(TypeError, match=f"`derivative` must return {pair}"):
-                method.step(method.init(params), *batch)

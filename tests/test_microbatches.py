@@ -9,10 +9,10 @@ import optax
 import oracle
 import pytest
 from cases import B, problem
+from internals import AGAIN
+from internals import versions as _versions
 
 import jgd
-from jgd import _versions
-from jgd._engine.plan import AGAIN
 
 CASES = ("mlp_classifier", "tied_embedding_and_head", "auxiliary_output")
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])

@@ -5,9 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import oracle
 import pytest
-
-from jgd._engine import moments
-from jgd._engine.factors import Outer
+from internals import Outer, moments
 
 B, SCALE = 5, 3.0
 

@@ -10,9 +10,9 @@ import numpy as np
 import oracle
 import pytest
 from cases import CASES, B, Problem, problem
+from internals import AGAIN, goes_again
 
 import jgd
-from jgd._engine.plan import AGAIN, goes_again
 
 STRATEGIES = ("auto", "factored", "materialized")
 WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])

@@ -245,7 +245,7 @@ class TestStates:
         chex.assert_trees_all_equal(fit(make(), checkpoint=every, callback=watch), whole)
 
     def test_of_every_type(self):
-        from jgd._fit.plain import decoded, encoded
+        from internals import decoded, encoded
 
         value = {
             "none": None, 1: True, (2, "x"): [3.5, float("inf"), -0.0], "complex": 1 - 2j, "bytes": b"\x00\xff",

@@ -3,14 +3,10 @@
 import jax
 import jax.numpy as jnp
 import pytest
+from internals import Work, bind, build, plain, trace, work_of
 from jax import lax
 
 import jgd
-from jgd._bench.models import build
-from jgd._bench.quantities import plain
-from jgd._engine.program import trace
-from jgd._engine.work import Work, work_of
-from jgd._loss import bind
 
 
 def work(loss, *args, in_axes=None):
