@@ -2,6 +2,8 @@
 
 # ruff: noqa: F401
 
+import dataclasses
+
 from jgd import _clock as clock_module
 from jgd import _gradients as gradients_module
 from jgd import _timed as timed
@@ -37,18 +39,20 @@ from jgd._demo import sums as demo_sums
 from jgd._demo.section import Check, Picture, Section, Table
 from jgd._demo.tour import Stop, Visit
 from jgd._demo.walk import recorded
-from jgd._engine import devices, dots, jaxprs, leading, lookups, moments, program, rules, tiles, views
+from jgd._engine import batch_sums, devices, jaxprs, lookups, moments, rules, tiles, views
+from jgd._engine import trace as trace_module
 from jgd._engine.devices import DEVICES, Device
-from jgd._engine.examples import pass_over
-from jgd._engine.factored import Factored
 from jgd._engine.factors import Outer
+from jgd._engine.flops import Work, work_of
+from jgd._engine.gradients import DenseGradients, FactoredGradients
 from jgd._engine.jaxprs import prim, trace_jaxpr
-from jgd._engine.parts import Part
-from jgd._engine.plan import AGAIN, Variant, goes_again, plan_of
-from jgd._engine.program import trace
+from jgd._engine.leaf_gradients import ComputedLeaves
+from jgd._engine.parts import PartRules
+from jgd._engine.plan import PLANNED, SECOND_PASS, Variant, has_second_pass, plan_of
+from jgd._engine.residuals import pass_over
 from jgd._engine.stored import stored
+from jgd._engine.trace import trace
 from jgd._engine.views import View, overlap
-from jgd._engine.work import Work, work_of
 from jgd._errors import require
 from jgd._fit import manifest
 from jgd._fit.chunks import Chunks
@@ -57,5 +61,23 @@ from jgd._fit.plain import decoded, encoded
 from jgd._fit.stepwise import _Record as Record
 from jgd._gradients import held_as
 from jgd._loss import bind
-from jgd._materialized import Materialized
 from jgd._whole import Choice
+
+
+def rules_of(plan):
+    """The names of the rules that a plan has: of what is taken apart into real parts, the rule inside."""
+    each = [rule for part in plan.parts for rule in part.rules.rules]
+    return {type(getattr(rule, "rule", rule)).__name__ for rule in each}
+
+
+def forced(grads, method):
+    """The gradients, with every norm by this method where it is open, and none made by the pass itself."""
+    form = grads.form
+
+    def by_method(part):
+        open_to = method if method in part.rules.costs else "block"
+        return dataclasses.replace(part, rules=dataclasses.replace(part.rules, method=open_to))
+
+    plan = dataclasses.replace(form.plan, parts=tuple(map(by_method, form.plan.parts)))
+    residuals = form.residuals._replace(squares={})
+    return held_as(grads, dataclasses.replace(form, plan=plan, residuals=residuals))

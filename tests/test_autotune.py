@@ -15,7 +15,7 @@ import optax
 import oracle
 import pytest
 from cases import problem
-from internals import AGAIN, DEVICES, Choice, Device, Variant, devices, gradients_module
+from internals import DEVICES, SECOND_PASS, Choice, Device, Variant, devices, gradients_module
 from internals import timed as _timed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -63,7 +63,7 @@ def clock(monkeypatch):
 
 
 def method_of(grads):
-    return grads.form.plan.parts[0].method
+    return grads.form.plan.parts[0].rules.method
 
 
 @pytest.mark.parametrize(
@@ -109,7 +109,7 @@ def test_the_quickest_is_taken_remembered_and_answers_the_same(best, clock):
     grads, want = tuned(w, x), planned(w, x)
     assert {PLANNED, BLOCK, HELD} <= set(clock.calls[0])
     if best == HELD:
-        assert type(grads.form).__name__ == "Materialized"
+        assert type(grads.form).__name__ == "DenseGradients"
     else:
         assert (method_of(grads) == method_of(want)) == (best == PLANNED)
     for reduction in (jgd.norms, functools.partial(jgd.clipped_sum, max_norm=1.0), jgd.gram, jgd.variance):
@@ -188,9 +188,9 @@ def test_microbatches_and_memory_are_tuned_at_their_size(clock):
     limited = jgd.per_example_grad(own, max_memory=most, autotune=True)(w, x)
     assert limited.form.size == 8 and all(HELD not in names for names in clock.calls[1:])
     oracle.assert_close(jgd.norms(limited), jgd.norms(jgd.per_example_grad(loss)(w, x)), 1e-5)
-    clock.best = Choice(AGAIN, 8)
+    clock.best = Choice(SECOND_PASS, 8)
     again = jgd.per_example_grad(renamed(), max_memory=10**7, autotune=True)(w, x)
-    assert again.form.strategy == AGAIN and all(clock.best not in names for names in clock.calls[:-1])
+    assert again.form.strategy == SECOND_PASS and all(clock.best not in names for names in clock.calls[:-1])
     want = jgd.per_example_grad(loss)(w, x)
     oracle.assert_close(jgd.clipped_sum(again, 1.0), jgd.clipped_sum(want, 1.0), 1e-5)
 
@@ -307,7 +307,7 @@ def test_over_several_devices_the_prediction_decides(clock):
     got = jgd.norms(jgd.per_example_grad(renamed(), autotune=True)(w, x))
     tuned = jgd.per_example_grad(loss, autotune=True)
     tuned(*arguments())  # what the clock says of one device is nothing to several
-    assert len(clock.calls) == 1 and type(tuned(w, x).form).__name__ == "Factored"
+    assert len(clock.calls) == 1 and type(tuned(w, x).form).__name__ == "FactoredGradients"
     assert len(clock.calls) == 1
     oracle.assert_close(got, jgd.norms(jgd.per_example_grad(loss)(*arguments())), 1e-5)
 

@@ -14,7 +14,7 @@ import oracle
 import pytest
 from compilations import compilations
 from flax import nnx
-from internals import bind, program, trace
+from internals import bind, trace, trace_module
 from jax.ad_checkpoint import checkpoint_name
 
 import jgd
@@ -202,7 +202,7 @@ def test_options_that_change_a_program_are_told_apart():
 
 
 def test_as_many_programs_are_kept_as_may_be(monkeypatch):
-    monkeypatch.setattr(program, "_PROGRAMS_KEPT", 2)
+    monkeypatch.setattr(trace_module, "_PROGRAMS_KEPT", 2)
     jax.clear_caches()
 
     def ask(power):

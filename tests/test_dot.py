@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw, Problem
-from internals import dots, tiles
+from internals import ComputedLeaves, tiles
 from jax import lax
 
 import jgd
@@ -202,8 +202,9 @@ def normalised(p, x):
 @pytest.mark.parametrize("loss", [low_rank, normalised])
 def test_what_is_computed_from_large_leaves_goes_forward_once(loss, nothing_is_small, monkeypatch, x64):
     went = []
-    by_tangents = dots._by_tangents
-    monkeypatch.setattr(dots, "_by_tangents", lambda *args: went.append(args[1]) or by_tangents(*args))
+    by_tangents = ComputedLeaves._dot_by_tangents
+    watched = lambda leaves, direction: went.append(list(leaves.likes)) or by_tangents(leaves, direction)
+    monkeypatch.setattr(ComputedLeaves, "_dot_by_tangents", watched)
     draw = Draw(2)
     params = {"w": draw(4, 5), "a": draw(4, 2), "b": draw(2, 5)}
     problem = Problem(loss, jax.tree.map(jnp.asarray, params), (jnp.asarray(draw(B, 3, 4)),))

@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw, Problem
+from internals import forced, rules_of
 from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
@@ -105,7 +106,7 @@ def test_ids_of_every_integer_type(dtype, rows, x64):
     tables = {name: jnp.asarray(Draw(1)(rows, 2)) for name in ways}
     ids = ids_of(dtype, rows)
     got, grads = answers_of(Problem(every_way, tables, (ids,)))
-    assert {use.rule for part in grads.form.plan.parts for use in part.uses} == {"lookup"}
+    assert rules_of(grads.form.plan) == {"Lookup"}
     # The same ids in a dtype that XLA does not wrap: `vmap(grad)` itself is wrong for narrow ones on some versions.
     wide = ids.astype(jnp.int64) if ids.dtype.itemsize < 4 else ids
     blocks = oracle.vmap_of_grad(Problem(every_way, tables, (wide,)))
@@ -210,20 +211,12 @@ def test_what_was_read_for_no_row_reaches_no_answer(method, name, x64):
     other_blocks = oracle.vmap_of_grad(dataclasses.replace(problem, batch=others))
     assert np.all(np.isfinite(blocks)) and np.any(blocks[:4] != 0)
 
-    def forced(grads):
-        form = grads.form
-        parts = [p if p.shape is None else dataclasses.replace(p, method=method) for p in form.plan.parts]
-        plan = dataclasses.replace(form.plan, parts=tuple(parts))
-        return dataclasses.replace(
-            grads, form=dataclasses.replace(form, plan=plan, examples=form.examples._replace(squares={}))
-        )
-
     @jax.jit
     def answers(params, batch, others):
         made = jgd.per_example_grad(loss, strategy="factored")
-        grads = forced(made(params, *batch))
+        grads = forced(made(params, *batch), method)
         other = dataclasses.replace(
-            grads, form=dataclasses.replace(grads.form, examples=made(params, *others).form.examples)
+            grads, form=dataclasses.replace(grads.form, residuals=made(params, *others).form.residuals)
         )
         return ask(grads, other, 0.5)
 

@@ -9,7 +9,7 @@ import optax
 import oracle
 import pytest
 from cases import B, problem
-from internals import AGAIN
+from internals import SECOND_PASS
 from internals import versions as _versions
 
 import jgd
@@ -135,7 +135,7 @@ def test_a_second_backward_pass_where_one_example_leaves_too_much():
     least = temporary(plain, params, x)
     assert least < one / 2
     grads = jgd.per_example_grad(loss, max_memory=least)(params, x)
-    assert grads.form.strategy == AGAIN
+    assert grads.form.strategy == SECOND_PASS
     assert temporary(clipped(loss, max_memory=least), params, x) <= least + 3 * sum(
         p.nbytes for p in params.values()
     )

@@ -10,7 +10,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import CASES, B, Problem, problem
-from internals import AGAIN, goes_again
+from internals import SECOND_PASS, has_second_pass
 
 import jgd
 
@@ -242,9 +242,9 @@ def ask_linear(grads, weights, max_norm):
 )
 def test_a_second_backward_pass(name, size, x64):
     it = solved(name)
-    make = jgd.per_example_grad(it.case.loss, strategy=AGAIN, microbatch_size=size, **it.case.options)
+    make = jgd.per_example_grad(it.case.loss, strategy=SECOND_PASS, microbatch_size=size, **it.case.options)
     grads = make(it.case.params, *it.case.batch)
-    if not goes_again(grads.form.program):
+    if not has_second_pass(grads.form.program):
         pytest.skip("a custom_vjp need not be linear")
     got = jax.jit(ask_linear)(grads, it.arguments["weights"], it.arguments["max_norm"])
     check(got, it.want, 1e-9)

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
-from internals import Part, held_as, leading
+from internals import PartRules, batch_sums, forced, rules_of
 from rule_problems import (
     WEIGHTS,
     both_ways,
@@ -31,14 +31,14 @@ from rule_problems import (
 import jgd
 
 RULED = {
-    "dot_general": (dense, parameter_first, in_groups, several_contracted, both_ways, recurrent, stacked),
-    "convolution": (
+    "DotGeneral": (dense, parameter_first, in_groups, several_contracted, both_ways, recurrent, stacked),
+    "Convolution": (
         functools.partial(convolved, 1, 1),
         functools.partial(convolved, 2, 1),
         functools.partial(convolved, 2, 2),
         depthwise,
     ),
-    "lookup": (looked_up, tied),
+    "Lookup": (looked_up, tied),
 }
 
 
@@ -58,12 +58,10 @@ def test_each_method_of_each_rule(rule, build, t, x64):
     grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
     plan = grads.form.plan
     (part,) = plan.parts
-    assert rule in {use.rule for use in part.uses} and part.shape is not None and not plan.whole_leaves
+    assert rule in rules_of(plan) and part.rules.has_pairs and plan.factored == (0,)
     norms = oracle.answers(blocks, blocks, WEIGHTS, 1.0, problem.params)["norms"]
     for method in ("pairs", "block"):
-        forced = dataclasses.replace(plan, parts=(dataclasses.replace(part, method=method),))
-        examples = grads.form.examples._replace(squares={})  # what the pass itself made of the norms
-        held = held_as(grads, dataclasses.replace(grads.form, plan=forced, examples=examples))
+        held = forced(grads, method)
         oracle.assert_close(jgd.norms(held), norms, 1e-9, what=method)
         clipped = oracle.answers(blocks, blocks, WEIGHTS, 0.7 * norms.mean(), problem.params)["clipped_sum"]
         oracle.assert_close(jgd.clipped_sum(held, 0.7 * norms.mean()), clipped, 1e-9, what=method)
@@ -72,7 +70,7 @@ def test_each_method_of_each_rule(rule, build, t, x64):
 
 def test_the_planner_takes_either_method(x64):
     """Pairs where there are few positions, the block where there are many."""
-    methods = [gradients(dense(Draw(0), t)).form.plan.parts[0].method for t in (1, 40)]
+    methods = [gradients(dense(Draw(0), t)).form.plan.parts[0].rules.method for t in (1, 40)]
     assert methods == ["pairs", "block"]
 
 
@@ -81,7 +79,7 @@ def test_the_planner_takes_either_method(x64):
 @pytest.mark.parametrize("long", [1, 1000])
 def test_blocks_that_were_kept_for_the_clipped_sum(long, broken, weights, monkeypatch, forget, x64):
     """Of an example without weight, or without a finite norm, nothing is left in the sum."""
-    monkeypatch.setattr(leading, "_LONG", long)
+    monkeypatch.setattr(batch_sums, "_LONG", long)
     problem = dense(Draw(0), 40)
     (x, *rest) = problem.batch
     if broken is not None:
@@ -124,17 +122,19 @@ def test_parts_of_a_kind_are_traced_once(uses, kinds, monkeypatch, forget, x64):
     """A kind says how the weight lies, too: those of one shape that are used in another way are another kind."""
     problem = layers_of(*uses)
     traced = []
-    for name in ("square", "unordered"):
-        of_part = getattr(Part, name)
+    for name in ("square", "native"):
+        of_part = getattr(PartRules, name)
         count = lambda part, data, of_part=of_part, name=name: (traced.append(name), of_part(part, data))[1]
-        monkeypatch.setattr(Part, name, count)
+        monkeypatch.setattr(PartRules, name, count)
     grads = gradients(problem)
-    assert len({part.kind for part in grads.form.plan.parts}) == kinds
+    each = {part.rules for part in grads.form.plan.parts}
+    assert len(each) == kinds
     blocks = oracle.vmap_of_grad(problem)
     arguments = {"weights": WEIGHTS, "max_norm": 1.0, "direction": problem.params}
     want = oracle.answers(blocks, blocks, **arguments)
     oracle.assert_close(jgd.norms(grads), want["norms"], 1e-9)
     oracle.assert_close(jgd.second_moment(grads), want["second_moment"], 1e-9)
-    assert traced == ["square"] * kinds + ["unordered"] * kinds
+    by_blocks = sum(rules.method == "block" for rules in each)  # whose square is taken of what is native
+    assert traced.count("square") == kinds and traced.count("native") == by_blocks + kinds
     for quantity, got in jax.jit(every_reduction)(grads, arguments).items():
         oracle.assert_close(got, want[quantity], 1e-9, what=quantity)

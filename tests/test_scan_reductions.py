@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
-from internals import Factored, Variant, pass_over, plan_of
+from internals import FactoredGradients, Variant, pass_over, plan_of
 from jax import lax
 from rule_problems import WEIGHTS, gradients, made
 
@@ -35,21 +35,22 @@ def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, metho
     plan = plan_of(form.plan.program, Variant(keeps=False))
     forced = {
         key: tuple(
-            dataclasses.replace(probe, part=dataclasses.replace(probe.part, method=method)) for probe in some
+            dataclasses.replace(probe, rules=dataclasses.replace(probe.rules, method=method))
+            for probe in some
         )
         for key, some in plan.probes.items()
     }
     probed = {plan.program.param_paths[probe.of.leaf] for some in plan.probes.values() for probe in some}
     assert probed == {"['layers']['w']", "['layers']['v']", "['layers']['skip']"}
     plan = dataclasses.replace(plan, probes=forced)
-    *_, examples, sums = pass_over(plan, form.model, form.examples.inputs, fuse=True, together=True)
-    assert {len(examples.squares), *map(len, sums[:4])} == {3} and not sums.norms
-    squares = Factored(form.model, examples, plan).squared_norms()
+    *_, residuals, sums = pass_over(plan, form.model, form.residuals.inputs, fuse=True, together=True)
+    assert {len(residuals.squares), *map(len, sums[:4])} == {3} and not sums.norms
+    squares = FactoredGradients(form.model, residuals, plan).squared_norms()
     blocks = jax.tree.leaves(oracle.vmap_of_grad(problem))
     want = [np.square(np.reshape(x, (B, -1))).sum(1) for x in blocks]
     oracle.assert_close(squares, want, 1e-9)
     whole = [np.sum(x, axis=0) for x in blocks]
-    held = Factored(form.model, examples, plan, sums=sums)
+    held = FactoredGradients(form.model, residuals, plan, reductions=sums)
     oracle.assert_close(held.weighted_sum(None), whole, 1e-9)
     oracle.assert_close(held.squared_sum(), sum(np.square(x).sum() for x in whole), 1e-9)
     flat = oracle.matrix(blocks)
@@ -60,7 +61,7 @@ def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, metho
     oracle.assert_close(held.spreads(None), spreads, 1e-9)
     # It is these that are used, and for these leaves alone.
     assert plan.summed == {plan.parts[k].leaf for k in sums.parts} == sums.squares.keys()
-    twice = dataclasses.replace(held, sums=jax.tree.map(lambda x: 2 * x, sums))
+    twice = dataclasses.replace(held, reductions=jax.tree.map(lambda x: 2 * x, sums))
     doubled = lambda leaves: [(2 if leaf in plan.summed else 1) * x for leaf, x in enumerate(leaves)]
     oracle.assert_close(twice.weighted_sum(None), doubled(whole), 1e-9)
     oracle.assert_close(twice.second_moments(None), doubled(seconds), 1e-9)
@@ -69,7 +70,7 @@ def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, metho
     more = sum(sums.squares.values())
     oracle.assert_close(twice.squared_sum(), held.squared_sum() + more, 1e-9)
     # With weights they are of no use.
-    for ask in (Factored.weighted_sum, Factored.second_moments, Factored.spreads):
+    for ask in (FactoredGradients.weighted_sum, FactoredGradients.second_moments, FactoredGradients.spreads):
         oracle.assert_close(ask(twice, jnp.asarray(WEIGHTS)), ask(held, jnp.asarray(WEIGHTS)), 1e-15)
     oracle.assert_close(twice.gram(held), flat @ flat.T, 1e-9)
 
@@ -85,7 +86,7 @@ def test_steps_with_many_positions_keep_blocks_for_a_clipped_sum_alone(forget):
     params = {"a": draw(6, 16, 64), "b": draw(6, 64, 16)}
     problem = made(loss, jax.tree.map(np.float32, params), np.float32(draw(B, 64, 16)))
     grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
-    assert grads.form.plan.kept == {0, 1} and not grads.form.examples.squares
+    assert grads.form.plan.kept == {0, 1} and not grads.form.residuals.squares
     plain = lambda p, x: jax.grad(lambda p: jnp.sum(jax.vmap(loss, (None, 0))(p, x)))(p)
     memory = lambda ask: jax.jit(ask).lower(problem.params, *problem.batch).compile().memory_analysis()
     most = 1.5 * memory(plain).temp_size_in_bytes

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
-from internals import leading, lookups, tiles
+from internals import batch_sums, lookups, rules_of, tiles
 from jax import lax
 from rule_problems import WEIGHTS, cubed, every_reduction, gradients, looked_up, made, tied
 
@@ -51,26 +51,25 @@ def tiled_answers(monkeypatch, tile=None, elements=None):
 @pytest.mark.parametrize("tile", [1, 2, 3, 4])
 def test_tiles_of_every_number_of_examples(tile, monkeypatch, forget, x64):
     plan = tiled_answers(monkeypatch, tile=tile)
-    rules = {use.rule for part in plan.parts for use in part.uses}
-    assert rules >= {"dot_general", "convolution", "lookup", "opaque"}
-    assert len(plan.whole_leaves) == 2 and len(plan.dense) == len(plan.backward_only) == 1
+    assert rules_of(plan) == {"DotGeneral", "Convolution", "Lookup", "Product"}
+    assert len(plan.factored) == 4 and len(plan.computed) == 1 and len(plan.dense) == 1
 
 
 @pytest.mark.parametrize("tile", [1, 2, 5])
 def test_rows_one_by_one(tile, monkeypatch, forget, x64):
-    """As `leading.sum_present` takes few and long ones."""
-    monkeypatch.setattr(leading, "_LONG", 1)
+    """As `batch_sums.sum_present` takes few and long ones."""
+    monkeypatch.setattr(batch_sums, "_LONG", 1)
     tiled_answers(monkeypatch, tile=tile)
 
 
 @pytest.mark.parametrize("fun", [None, lambda x: jnp.square(x - 3)])
 def test_rows_one_by_one_have_the_same_derivative(fun, monkeypatch, forget, x64):
     rows, weights = jnp.asarray(Draw(0)(B, 2, 3)).at[1].set(np.nan), jnp.asarray(WEIGHTS)
-    total = lambda rows, weights: leading.sum_present(rows, weights, fun, one_device=True)
+    total = lambda rows, weights: batch_sums.sum_present(rows, weights, fun, one_device=True)
     made = []
     for long in (1, 1000):
-        monkeypatch.setattr(leading, "_LONG", long)
-        assert leading.few_and_long(rows) == (long == 1)
+        monkeypatch.setattr(batch_sums, "_LONG", long)
+        assert batch_sums.unrolls_rows(rows) == (long == 1)
         slope = jax.grad(lambda *args: jnp.sum(jnp.sin(total(*args))), argnums=(0, 1))(rows, weights)
         made.append((total(rows, weights), slope))
     oracle.assert_close(made[0], made[1], 1e-12)

@@ -63,7 +63,8 @@ class PerExampleGrads:
 
     def __repr__(self) -> str:
         size, parameters, form, _ = self.made  # the leaves may be anything: JAX puts objects of its own there
-        return f"PerExampleGrads({size} examples, {parameters:,} parameters, held as {form.__name__.removesuffix('Gradients').lower()})"
+        held = form.__name__.removesuffix("Gradients").lower()
+        return f"PerExampleGrads({size} examples, {parameters:,} parameters, held as {held})"
 
 
 class Made(NamedTuple):

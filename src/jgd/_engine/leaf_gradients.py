@@ -14,14 +14,14 @@ from typing import Any, Protocol
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors, grams, moments
+from jgd._engine import factors, grams, moments, tiles
 from jgd._engine.batch_sums import accumulation_dtype, sum_masked, sum_present
 from jgd._engine.devices import Device
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part
 from jgd._engine.projection import directions
 from jgd._engine.scan_reductions import ScanReductions
-from jgd._engine.tiles import TILE, Batch
+from jgd._engine.tiles import Batch
 
 ByLeaf = dict[int, jax.Array]
 
@@ -375,9 +375,17 @@ class ComputedLeaves:
         )
         elements = self._size * sum(x.size for x in self.likes.values())
         rounded = any(self.rounds(direction[leaf].dtype) for leaf in self.likes)
-        if self._num_shards > 1 or elements <= TILE or rounded:
+        if self._num_shards > 1 or elements <= tiles.TILE or rounded:
             return by_blocks()
-        # Between leaf and operand lies a computation, which a tangent passes once for all examples.
+        total = self._dot_by_tangents(direction)
+        # A number on the way back that is not finite may meet a tangent of 0. A sum is finite where all gradients are,
+        # but for an overflow, and it costs what one product for all examples does.
+        finite = [jnp.all(jnp.isfinite(x)) for x in (total, *self.weighted_sum(None).values())]
+        narrow = lambda: by_blocks().astype(total.dtype)
+        return jax.lax.cond(jnp.all(jnp.stack(finite)), lambda: total, narrow)
+
+    def _dot_by_tangents(self, direction: Sequence[jax.Array]) -> jax.Array:
+        """The same from products at the operands: a tangent passes the computation once for all examples."""
         tangents = [direction[leaf].astype(x.dtype) for leaf, x in self.sources.items()]
         along = {leaf: direction[leaf] for leaf in self.likes}
         if self.operands:
@@ -385,11 +393,7 @@ class ComputedLeaves:
         total = jnp.zeros(self._size, jnp.float32)
         for part, gradients in self.parts:
             total = total + _dot(gradients, factors.pick(along[part.leaf], part.offset, part.axes))
-        # A number on the way back that is not finite may meet a tangent of 0. A sum is finite where all gradients are,
-        # but for an overflow, and it costs what one product for all examples does.
-        finite = [jnp.all(jnp.isfinite(x)) for x in (total, *self.weighted_sum(None).values())]
-        narrow = lambda: by_blocks().astype(total.dtype)
-        return jax.lax.cond(jnp.all(jnp.stack(finite)), lambda: total, narrow)
+        return total
 
     def gram(self, other: "ComputedLeaves | None", *, num_shards: int) -> jax.Array:
         both = [

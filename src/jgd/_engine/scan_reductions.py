@@ -74,7 +74,7 @@ class Together(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """What is asked of one step's gradient in a part `of` a leaf; `rules` and `site` are the step's, of two operands."""
+    """What is asked of one step's gradient in a part `of` a leaf; `rules` and `site`, of two operands, are its own."""
 
     of: Part
     rules: PartRules
