@@ -9,6 +9,7 @@ import oracle
 import pytest
 from cases import CASES, B, Draw, Problem, problem
 from cases.complex import energy, spun
+from inside import form_of
 from jax import lax
 
 import jgd
@@ -73,12 +74,12 @@ def test_microbatches_and_second_passes(name, strategy, key, x64):
 def test_each_method(name, method, x64):
     case = problem(name)
     grads = jgd.per_example_grad(case.loss, strategy="factored")(case.params, *case.batch)
-    plan = grads.form.plan
+    plan = form_of(grads).plan
     open_to = [method if method in part.costs else "block" for part in plan.parts]
     parts = tuple(dataclasses.replace(part, method=m) for part, m in zip(plan.parts, open_to, strict=True))
     forced = dataclasses.replace(plan, parts=parts)
-    examples = grads.form.examples._replace(squares={})  # what the pass itself made of the norms
-    grads = held_as(grads, dataclasses.replace(grads.form, plan=forced, examples=examples))
+    examples = form_of(grads).examples._replace(squares={})  # what the pass itself made of the norms
+    grads = held_as(grads, dataclasses.replace(form_of(grads), plan=forced, examples=examples))
     norms = np.linalg.norm(oracle.matrix(oracle.vmap_of_grad(case)), axis=1)
     np.testing.assert_allclose(jgd.norms(grads), norms, rtol=1e-9)
 
@@ -87,7 +88,7 @@ def test_complex_numbers_keep_a_leaf_to_its_factors(x64):
     """Neither a cast nor a conjugate of it makes a leaf one that a rule does not know."""
     for name in ("cast_to_complex_through_views", "complex_lookups", "complex_stacked_layers"):
         case = problem(name)
-        plan = jgd.per_example_grad(case.loss, strategy="factored")(case.params, *case.batch).form.plan
+        plan = form_of(jgd.per_example_grad(case.loss, strategy="factored")(case.params, *case.batch)).plan
         assert not plan.whole_leaves
         assert all(use.rule != "opaque" for part in plan.parts for use in part.uses)
 

@@ -16,6 +16,7 @@ import oracle
 import pytest
 from cases import B, Draw, Problem
 from compilations import compilations
+from inside import form_of
 from jax import lax
 
 import jgd
@@ -144,14 +145,14 @@ def named(value):
 def test_each_method_of_each_rule(rule, build, t, x64):
     problem = build(Draw(t), t)
     grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
-    plan = grads.form.plan
+    plan = form_of(grads).plan
     (part,) = plan.parts
     assert rule in {use.rule for use in part.uses} and part.shape is not None and not plan.whole_leaves
     norms = oracle.answers(blocks, blocks, WEIGHTS, 1.0, problem.params)["norms"]
     for method in ("pairs", "block"):
         forced = dataclasses.replace(plan, parts=(dataclasses.replace(part, method=method),))
-        examples = grads.form.examples._replace(squares={})  # what the pass itself made of the norms
-        held = held_as(grads, dataclasses.replace(grads.form, plan=forced, examples=examples))
+        examples = form_of(grads).examples._replace(squares={})  # what the pass itself made of the norms
+        held = held_as(grads, dataclasses.replace(form_of(grads), plan=forced, examples=examples))
         oracle.assert_close(jgd.norms(held), norms, 1e-9, what=method)
         clipped = oracle.answers(blocks, blocks, WEIGHTS, 0.7 * norms.mean(), problem.params)["clipped_sum"]
         oracle.assert_close(jgd.clipped_sum(held, 0.7 * norms.mean()), clipped, 1e-9, what=method)
@@ -173,7 +174,7 @@ def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, metho
     draw = Draw(3)
     layers = {"w": draw(2, 4, 4), "b": draw(2, 4), "v": draw(2, 4, 4), "skip": draw(2, 3, 4, 4)}
     problem = made(loss, {"layers": layers, "shared": draw(4, 4)}, draw(B, 5, 4))
-    form = gradients(problem).form
+    form = form_of(gradients(problem))
     plan = plan_of(form.plan.program, Variant(keeps=False))
     forced = {
         key: tuple(
@@ -227,7 +228,7 @@ def test_steps_with_many_positions_keep_blocks_for_a_clipped_sum_alone(forget):
     params = {"a": draw(6, 16, 64), "b": draw(6, 64, 16)}
     problem = made(loss, jax.tree.map(np.float32, params), np.float32(draw(B, 64, 16)))
     grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
-    assert grads.form.plan.kept == {0, 1} and not grads.form.examples.squares
+    assert form_of(grads).plan.kept == {0, 1} and not form_of(grads).examples.squares
     plain = lambda p, x: jax.grad(lambda p: jnp.sum(jax.vmap(loss, (None, 0))(p, x)))(p)
     memory = lambda ask: jax.jit(ask).lower(problem.params, *problem.batch).compile().memory_analysis()
     most = 1.5 * memory(plain).temp_size_in_bytes
@@ -244,7 +245,7 @@ def test_steps_with_many_positions_keep_blocks_for_a_clipped_sum_alone(forget):
 
 def test_the_planner_takes_either_method(x64):
     """Pairs where there are few positions, the block where there are many."""
-    methods = [gradients(dense(Draw(0), t)).form.plan.parts[0].method for t in (1, 40)]
+    methods = [form_of(gradients(dense(Draw(0), t))).plan.parts[0].method for t in (1, 40)]
     assert methods == ["pairs", "block"]
 
 
@@ -259,7 +260,7 @@ def test_blocks_that_were_kept_for_the_clipped_sum(long, broken, weights, monkey
     if broken is not None:
         problem = dataclasses.replace(problem, batch=(x.at[broken, 2].set(jnp.nan), *rest))
     grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
-    assert grads.form.plan.kept == {part.leaf for part in grads.form.plan.parts}
+    assert form_of(grads).plan.kept == {part.leaf for part in form_of(grads).plan.parts}
     present = [i for i in range(B) if i != broken]
     held = jax.tree.map(lambda g: g[present], blocks)
     bound = 0.7 * np.linalg.norm(oracle.matrix(held), axis=1).mean()
@@ -299,7 +300,7 @@ def test_parts_of_a_kind_are_traced_once(uses, kinds, monkeypatch, forget, x64):
         count = lambda part, data, of_part=of_part, name=name: (traced.append(name), of_part(part, data))[1]
         monkeypatch.setattr(Part, name, count)
     grads = gradients(problem)
-    assert len({part.kind for part in grads.form.plan.parts}) == kinds
+    assert len({part.kind for part in form_of(grads).plan.parts}) == kinds
     blocks = oracle.vmap_of_grad(problem)
     arguments = {"weights": WEIGHTS, "max_norm": 1.0, "direction": problem.params}
     want = oracle.answers(blocks, blocks, **arguments)
@@ -372,7 +373,7 @@ def tiled_answers(monkeypatch, tile=None, elements=None):
     got = jax.jit(every_reduction)(grads, arguments)
     for quantity in got:
         oracle.assert_close(got[quantity], want[quantity], 1e-9, what=quantity)
-    return grads.form.plan
+    return form_of(grads).plan
 
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 4])
@@ -521,7 +522,7 @@ def test_what_is_made_in_the_pass_may_meet_a_matrix_without_a_gradient(x64):
     params = {"w": jnp.asarray(draw(3, 3)), "bias": jnp.asarray(draw(3)), "steps": jnp.asarray(draw(2, 3))}
     x = jnp.asarray(draw(B, 6, 3))
     ours = jgd.per_example_grad(masked, has_aux=True, strategy="factored")(params, x)
-    assert len(ours.form.examples.blocks) == 2
+    assert len(form_of(ours).examples.blocks) == 2
     _, aux = jax.vmap(masked, in_axes=(None, 0))(params, x)
     oracle.assert_close(ours.aux, aux, 1e-9)
     blocks = oracle.vmap_of_grad(made(lambda *args: masked(*args)[0], params, x))
@@ -538,8 +539,8 @@ def test_what_is_spread_over_positions_is_made_in_the_pass(broken, x64):
     single = {name: 2 + draw(3) for name in ("gain", "branched", "carried")}
     problem = made(normalized, {"layers": layers, "each": draw(6, 3)} | single, draw(B, 6, 3))
     grads = gradients(problem)
-    plan = grads.form.plan
-    beside = {plan.program.param_paths[leaf] for leaf in grads.form.examples.blocks}
+    plan = form_of(grads).plan
+    beside = {plan.program.param_paths[leaf] for leaf in form_of(grads).examples.blocks}
     assert beside == {"['gain']", "['layers']['scale']", "['layers']['bias']"}
     blocks = oracle.vmap_of_grad(problem)
     direction = jax.tree.map(lambda x: Draw(1)(*x.shape), problem.params)
@@ -737,7 +738,7 @@ def largest_array(fun, *args):
 def test_no_program_holds_a_block_of_all_examples_gradients(model):
     loss, params, batch = model(np.random.default_rng(0))
     size = batch[0].shape[0]
-    plan = jgd.per_example_grad(loss, strategy="factored")(params, *batch).form.plan
+    plan = form_of(jgd.per_example_grad(loss, strategy="factored")(params, *batch)).plan
     assert {part.method for part in plan.parts} == {"pairs"} and not plan.whole_leaves
     smallest = size * min(leaf.size for leaf in jax.tree.leaves(params))
     largest = max(leaf.size for leaf in jax.tree.leaves(params))

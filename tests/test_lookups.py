@@ -12,6 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw, Problem
+from inside import form_of, with_form
 from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
@@ -105,7 +106,7 @@ def test_ids_of_every_integer_type(dtype, rows, x64):
     tables = {name: jnp.asarray(Draw(1)(rows, 2)) for name in ways}
     ids = ids_of(dtype, rows)
     got, grads = answers_of(Problem(every_way, tables, (ids,)))
-    assert {use.rule for part in grads.form.plan.parts for use in part.uses} == {"lookup"}
+    assert {use.rule for part in form_of(grads).plan.parts for use in part.uses} == {"lookup"}
     # The same ids in a dtype that XLA does not wrap: `vmap(grad)` itself is wrong for narrow ones on some versions.
     wide = ids.astype(jnp.int64) if ids.dtype.itemsize < 4 else ids
     blocks = oracle.vmap_of_grad(Problem(every_way, tables, (wide,)))
@@ -211,19 +212,19 @@ def test_what_was_read_for_no_row_reaches_no_answer(method, name, x64):
     assert np.all(np.isfinite(blocks)) and np.any(blocks[:4] != 0)
 
     def forced(grads):
-        form = grads.form
+        form = form_of(grads)
         parts = [p if p.shape is None else dataclasses.replace(p, method=method) for p in form.plan.parts]
         plan = dataclasses.replace(form.plan, parts=tuple(parts))
-        return dataclasses.replace(
-            grads, form=dataclasses.replace(form, plan=plan, examples=form.examples._replace(squares={}))
+        return with_form(
+            grads, dataclasses.replace(form, plan=plan, examples=form.examples._replace(squares={}))
         )
 
     @jax.jit
     def answers(params, batch, others):
         made = jgd.per_example_grad(loss, strategy="factored")
         grads = forced(made(params, *batch))
-        other = dataclasses.replace(
-            grads, form=dataclasses.replace(grads.form, examples=made(params, *others).form.examples)
+        other = with_form(
+            grads, dataclasses.replace(form_of(grads), examples=form_of(made(params, *others)).examples)
         )
         return ask(grads, other, 0.5)
 

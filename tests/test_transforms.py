@@ -9,6 +9,7 @@ import oracle
 import pytest
 from cases import problem
 from compilations import compilations
+from inside import form_of, sums_of
 
 import jgd
 from jgd import _whole
@@ -187,9 +188,9 @@ def test_the_second_call_compiles_nothing(strategy, example):
         several(jgd.per_example_grad(loss, strategy=strategy)(*other))
     assert not made and len(traces) == 3
     fewer = gradient_of(params, x[:3], y[:3])
-    assert type(fewer.form) is type(gradient_of(params, x, y).form)
+    assert type(form_of(fewer)) is type(form_of(gradient_of(params, x, y)))
     if strategy == "factored":  # the loss sees one example: another batch size is the same program
-        assert fewer.form.plan is gradient_of(params, x, y).form.plan
+        assert form_of(fewer).plan is form_of(gradient_of(params, x, y)).plan
 
 
 def test_another_object_of_the_same_class_is_another_loss(example):
@@ -446,7 +447,7 @@ def test_derivatives_of_what_the_pass_makes_of_a_scan(positions, x64):
 
     def ours(p):
         grads = jgd.per_example_grad(loss, strategy="factored")(p, x)
-        assert grads.sums.parts
+        assert sums_of(grads).parts
         return total(grads)
 
     theirs = lambda p: total(jax.vmap(jax.grad(loss), (None, 0))(p, x))
