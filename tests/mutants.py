@@ -28,8 +28,11 @@ MUTATED = ("_engine", "_reductions", "_clipping.py", "_materialized.py", "_weigh
 
 # The tests of a room, the first that fits; those that are likeliest to fail come first.
 ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
-    ("_clipping.py", ("test_reductions.py", "test_engine.py", "test_transforms.py")),
-    ("_reductions/", ("test_reductions.py", "test_engine.py", "test_bad_input.py", "test_transforms.py")),
+    ("_clipping.py", ("test_groups.py", "test_reductions.py", "test_engine.py", "test_transforms.py")),
+    (
+        "_reductions/",
+        ("test_reductions.py", "test_groups.py", "test_engine.py", "test_bad_input.py", "test_transforms.py"),
+    ),
     (
         "_materialized.py",
         ("test_reductions.py", "test_blocks.py", "test_microbatches.py", "test_transforms.py"),

@@ -1,5 +1,6 @@
 """`PerExampleGrads` shows what it says it has, and nothing of how it holds the gradients."""
 
+import inspect
 import re
 
 import jax
@@ -14,7 +15,7 @@ def test_every_public_attribute_is_documented(options):
     loss = lambda w, x: (x @ w, {"x": x})
     make = jgd.per_example_grad(loss, has_aux=True, **options)
     grads = make(jnp.ones(3), jnp.ones((4, 3)))
-    documented = re.findall(r"^        (\w+): ", jgd.PerExampleGrads.__doc__, re.MULTILINE)
+    documented = re.findall(r"^    (\w+): ", inspect.getdoc(jgd.PerExampleGrads), re.MULTILINE)
     for made in (grads, jax.jit(make)(jnp.ones(3), jnp.ones((4, 3))), jax.tree.map(lambda x: x, grads)):
         assert (
             [name for name in dir(made) if not name.startswith("_")]
