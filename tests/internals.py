@@ -59,7 +59,7 @@ from jgd._fit.chunks import Chunks
 from jgd._fit.lock import Lock
 from jgd._fit.plain import decoded, encoded
 from jgd._fit.stepwise import _Record as Record
-from jgd._gradients import held_as
+from jgd._gradients import PerExampleGrads, held_as
 from jgd._loss import bind
 from jgd._whole import Choice
 
@@ -72,7 +72,7 @@ def rules_of(plan):
 
 def forced(grads, method):
     """The gradients, with every norm by this method where it is open, and none made by the pass itself."""
-    form = grads.form
+    form = form_of(grads)
 
     def by_method(part):
         open_to = method if method in part.rules.costs else "block"
@@ -81,3 +81,18 @@ def forced(grads, method):
     plan = dataclasses.replace(form.plan, parts=tuple(map(by_method, form.plan.parts)))
     residuals = form.residuals._replace(squares={})
     return held_as(grads, dataclasses.replace(form, plan=plan, residuals=residuals))
+
+
+def form_of(grads: PerExampleGrads):
+    """How the gradients are held: the engine's factors, blocks, or what makes them a microbatch at a time."""
+    return grads._form
+
+
+def sums_of(grads: PerExampleGrads):
+    """What the pass has made of all examples together."""
+    return grads._sums
+
+
+def with_form(grads: PerExampleGrads, form) -> PerExampleGrads:
+    """The same gradients, held in a form whose leaves have the shapes of this one's."""
+    return dataclasses.replace(grads, _form=form)

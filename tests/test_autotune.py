@@ -15,7 +15,7 @@ import optax
 import oracle
 import pytest
 from cases import problem
-from internals import DEVICES, SECOND_PASS, Choice, Device, Variant, devices, gradients_module
+from internals import DEVICES, SECOND_PASS, Choice, Device, Variant, devices, form_of, gradients_module
 from internals import timed as _timed
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -63,7 +63,7 @@ def clock(monkeypatch):
 
 
 def method_of(grads):
-    return grads.form.plan.parts[0].rules.method
+    return form_of(grads).plan.parts[0].rules.method
 
 
 @pytest.mark.parametrize(
@@ -91,8 +91,8 @@ def test_the_arguments_say_the_platform_and_a_trace_the_default_one(monkeypatch)
     monkeypatch.setattr(jax, "default_backend", lambda: "tpu")
     plans = []
     grads = jgd.per_example_grad(loss, strategy="factored")
-    plans.append(grads(w, x).form.plan)
-    jax.jit(lambda w, x: plans.append(grads(w, x).form.plan))(w, x)
+    plans.append(grads(w, x)._form.plan)
+    jax.jit(lambda w, x: plans.append(grads(w, x)._form.plan))(w, x)
     assert [plan.program.platform for plan in plans] == ["cpu", "tpu"]
     assert plans[0].device == DEVICES["cpu"] and plans[1].device == DEVICES["tpu"]
 
@@ -109,7 +109,7 @@ def test_the_quickest_is_taken_remembered_and_answers_the_same(best, clock):
     grads, want = tuned(w, x), planned(w, x)
     assert {PLANNED, BLOCK, HELD} <= set(clock.calls[0])
     if best == HELD:
-        assert type(grads.form).__name__ == "DenseGradients"
+        assert type(form_of(grads)).__name__ == "DenseGradients"
     else:
         assert (method_of(grads) == method_of(want)) == (best == PLANNED)
     for reduction in (jgd.norms, functools.partial(jgd.clipped_sum, max_norm=1.0), jgd.gram, jgd.variance):
@@ -173,7 +173,7 @@ def test_float64_answers_by_every_plan_agree_to_rounding(x64):
                 lambda *_, planned, strategy=strategy, **__: planned._replace(strategy=strategy),
             )
             chosen = calls(autotune=True)(case.params, *case.batch)
-        assert chosen.form.plan.program is not None
+        assert form_of(chosen).plan.program is not None
         oracle.assert_close(jgd.norms(chosen), jgd.norms(want), 1e-11)
         oracle.assert_close(jgd.clipped_sum(chosen, 0.5), jgd.clipped_sum(want, 0.5), 1e-11)
 
@@ -181,16 +181,18 @@ def test_float64_answers_by_every_plan_agree_to_rounding(x64):
 def test_microbatches_and_memory_are_tuned_at_their_size(clock):
     w, x = arguments(8)
     grads = jgd.per_example_grad(renamed(), microbatch_size=3, autotune=True)(w, x)
-    assert grads.form.microbatch_size == 3 and {c.microbatch_size for c in clock.calls[0]} == {3}
+    assert form_of(grads).microbatch_size == 3 and {c.microbatch_size for c in clock.calls[0]} == {3}
     clock.best = HELD
     own = renamed()
     most = 2 * 4 * SIDE * SIDE  # less than the blocks of the 8 examples
     limited = jgd.per_example_grad(own, max_memory=most, autotune=True)(w, x)
-    assert limited.form.size == 8 and all(HELD not in names for names in clock.calls[1:])
+    assert form_of(limited).size == 8 and all(HELD not in names for names in clock.calls[1:])
     oracle.assert_close(jgd.norms(limited), jgd.norms(jgd.per_example_grad(loss)(w, x)), 1e-5)
     clock.best = Choice(SECOND_PASS, 8)
     again = jgd.per_example_grad(renamed(), max_memory=10**7, autotune=True)(w, x)
-    assert again.form.strategy == SECOND_PASS and all(clock.best not in names for names in clock.calls[:-1])
+    assert form_of(again).strategy == SECOND_PASS and all(
+        clock.best not in names for names in clock.calls[:-1]
+    )
     want = jgd.per_example_grad(loss)(w, x)
     oracle.assert_close(jgd.clipped_sum(again, 1.0), jgd.clipped_sum(want, 1.0), 1e-5)
 
@@ -203,7 +205,7 @@ def test_fewer_at_a_time_is_tried(best, clock):
     grads = jgd.per_example_grad(own, autotune=True)(w, x)
     want = jgd.per_example_grad(own, strategy="materialized")(w, x)
     assert best in clock.calls[0]
-    assert (grads.form.strategy, grads.form.microbatch_size) == best
+    assert (form_of(grads).strategy, form_of(grads).microbatch_size) == best
     oracle.assert_close(grads.values, want.values, 1e-5)
     for reduction in (jgd.norms, functools.partial(jgd.clipped_sum, max_norm=1.0), jgd.gram, jgd.variance):
         oracle.assert_close(reduction(grads), reduction(want), 1e-5)
@@ -307,7 +309,7 @@ def test_over_several_devices_the_prediction_decides(clock):
     got = jgd.norms(jgd.per_example_grad(renamed(), autotune=True)(w, x))
     tuned = jgd.per_example_grad(loss, autotune=True)
     tuned(*arguments())  # what the clock says of one device is nothing to several
-    assert len(clock.calls) == 1 and type(tuned(w, x).form).__name__ == "FactoredGradients"
+    assert len(clock.calls) == 1 and type(tuned(w, x)._form).__name__ == "FactoredGradients"
     assert len(clock.calls) == 1
     oracle.assert_close(got, jgd.norms(jgd.per_example_grad(loss)(*arguments())), 1e-5)
 

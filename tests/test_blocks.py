@@ -4,7 +4,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import pytest
-from internals import DenseGradients, devices
+from internals import DenseGradients, devices, form_of
 from jax.sharding import AxisType
 
 import jgd
@@ -55,7 +55,7 @@ def test_every_answer_is_that_of_the_reference(size):
     assert 1 < at_once < size
     assert f"\"auto\" is 'materialized', {at_once} examples at a time" in str(explained(loss, size))
     grads = jgd.per_example_grad(loss, in_axes=AXES)(*args)
-    assert isinstance(grads.form, DenseGradients)
+    assert isinstance(form_of(grads), DenseGradients)
     with jax.enable_x64(True):
         wide = jax.tree.map(lambda x: x.astype(jnp.float64), args)
         values, gradients = jax.vmap(jax.value_and_grad(new_loss()), in_axes=AXES)(*wide)
@@ -78,7 +78,7 @@ def test_every_answer_is_that_of_the_reference(size):
 def test_what_the_loss_returns_beside_its_value_comes_along():
     args = arguments(13)
     grads = jgd.per_example_grad(new_loss(aux=True), in_axes=AXES, has_aux=True)(*args)
-    assert isinstance(grads.form, DenseGradients)
+    assert isinstance(form_of(grads), DenseGradients)
     _, aux = jax.vmap(new_loss(aux=True), in_axes=AXES)(*args)
     np.testing.assert_allclose(grads.aux["x"], aux["x"], rtol=1e-5)
     data = jax.random.key_data
@@ -90,7 +90,7 @@ def test_leaves_without_elements():
     adapters, *others = arguments(13)
     loss = lambda p, f, x: new_loss()(p[0], f, x) + jnp.sum(p[1])
     grads = jgd.per_example_grad(loss, in_axes=AXES)((adapters, jnp.ones((0, 4))), *others)
-    assert isinstance(grads.form, DenseGradients) and jgd.materialize(grads)[1].shape == (13, 0, 4)
+    assert isinstance(form_of(grads), DenseGradients) and jgd.materialize(grads)[1].shape == (13, 0, 4)
     alone = jgd.norms(jgd.per_example_grad(new_loss(), in_axes=AXES)(adapters, *others))
     np.testing.assert_allclose(jgd.norms(grads), alone, rtol=1e-5)
 
@@ -148,4 +148,4 @@ def test_no_examples_are_held_as_they_are():
     explanation = explained(new_loss(), 0)
     assert (explanation.strategy, explanation.at_once) == ("materialized", 0)
     grads = jgd.per_example_grad(new_loss(), in_axes=AXES)(*arguments(0))
-    assert isinstance(grads.form, DenseGradients)
+    assert isinstance(form_of(grads), DenseGradients)

@@ -86,7 +86,7 @@ def largest_array(fun, *args):
 def test_no_program_holds_a_block_of_all_examples_gradients(model):
     loss, params, batch = model(np.random.default_rng(0))
     size = batch[0].shape[0]
-    plan = jgd.per_example_grad(loss, strategy="factored")(params, *batch).form.plan
+    plan = jgd.per_example_grad(loss, strategy="factored")(params, *batch)._form.plan
     assert len(plan.factored) == len(plan.program.param_avals)
     smallest = size * min(leaf.size for leaf in jax.tree.leaves(params))
     largest = max(leaf.size for leaf in jax.tree.leaves(params))

@@ -78,7 +78,7 @@ def test_complex_numbers_keep_a_leaf_to_its_factors(x64):
     """Neither a cast nor a conjugate of it makes a leaf one that a rule does not know."""
     for name in ("cast_to_complex_through_views", "complex_lookups", "complex_stacked_layers"):
         case = problem(name)
-        plan = jgd.per_example_grad(case.loss, strategy="factored")(case.params, *case.batch).form.plan
+        plan = jgd.per_example_grad(case.loss, strategy="factored")(case.params, *case.batch)._form.plan
         assert len(plan.factored) == len(plan.program.param_avals)
 
 

@@ -241,8 +241,9 @@ class TestOddLoaders:
 
     @pytest.mark.parametrize("reduce", ["sum", "clipped_sum"])
     def test_empty_batches(self, reduce, start):
-        how = {"sum": jgd.sum, "clipped_sum": functools.partial(jgd.clipped_sum, max_norm=10.0)}[reduce]
-        method = jgd.ascent(lambda c, row: c @ row, optax.sgd(1.0), reduce=how)
+        clip = functools.partial(jgd.clipped_sum, max_norm=10.0)
+        how = {"sum": dict(total="sum"), "clipped_sum": dict(reduce=clip)}[reduce]
+        method = jgd.ascent(lambda c, row: c @ row, optax.sgd(1.0), **how)
         data = [rows([0, 1]), rows([]), rows([2, 3, 4]), rows([])]
         got = fit(data, start, method=method, check_finite=True, epochs=2)
         np.testing.assert_array_equal(got.params, np.repeat([2.0, 0.0], [5, EXAMPLES - 5]))
@@ -261,7 +262,7 @@ class TestOddLoaders:
             fit([rows([0]), rows([])], start, method=method, epochs=1)
 
     def test_an_update_from_nothing_with_a_line_search(self):
-        method = jgd.descent(lambda w, x: jnp.sum((w - x) ** 2), optax.lbfgs(), reduce=jgd.sum)
+        method = jgd.descent(lambda w, x: jnp.sum((w - x) ** 2), optax.lbfgs(), total="sum")
         state = method.init(jnp.ones(3))
         state, info = method.step(state, jnp.zeros((0, 3)))
         np.testing.assert_array_equal(state.params, np.ones(3))

@@ -12,7 +12,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw, Problem
-from internals import forced, rules_of
+from internals import forced, form_of, rules_of, with_form
 from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
 
@@ -106,7 +106,7 @@ def test_ids_of_every_integer_type(dtype, rows, x64):
     tables = {name: jnp.asarray(Draw(1)(rows, 2)) for name in ways}
     ids = ids_of(dtype, rows)
     got, grads = answers_of(Problem(every_way, tables, (ids,)))
-    assert rules_of(grads.form.plan) == {"Lookup"}
+    assert rules_of(form_of(grads).plan) == {"Lookup"}
     # The same ids in a dtype that XLA does not wrap: `vmap(grad)` itself is wrong for narrow ones on some versions.
     wide = ids.astype(jnp.int64) if ids.dtype.itemsize < 4 else ids
     blocks = oracle.vmap_of_grad(Problem(every_way, tables, (wide,)))
@@ -215,8 +215,8 @@ def test_what_was_read_for_no_row_reaches_no_answer(method, name, x64):
     def answers(params, batch, others):
         made = jgd.per_example_grad(loss, strategy="factored")
         grads = forced(made(params, *batch), method)
-        other = dataclasses.replace(
-            grads, form=dataclasses.replace(grads.form, residuals=made(params, *others).form.residuals)
+        other = with_form(
+            grads, dataclasses.replace(form_of(grads), residuals=made(params, *others)._form.residuals)
         )
         return ask(grads, other, 0.5)
 

@@ -111,24 +111,24 @@ def test_weight_decay_still_pulls_to_zero_under_ascent():
     np.testing.assert_allclose(state.params, 4.0 * 0.95**3, rtol=1e-6)
 
 
-@pytest.mark.parametrize("reduce, objective", [(jgd.mean, jnp.mean), (jgd.sum, jnp.sum)], ids=["mean", "sum"])
+@pytest.mark.parametrize("total, objective", [("mean", jnp.mean), ("sum", jnp.sum)], ids=["mean", "sum"])
 @pytest.mark.parametrize("make, sign", [(jgd.descent, 1), (jgd.ascent, -1)], ids=["descent", "ascent"])
-def test_lbfgs_walks_its_own_path_and_converges(x64, reduce, objective, make, sign):
+def test_lbfgs_walks_its_own_path_and_converges(x64, total, objective, make, sign):
     params, batch = problem(jnp.float64)
 
-    def total(p):
+    def of_batch(p):
         return objective(jax.vmap(loss, (None, 0, 0))(p, *batch))
 
     def signed(*args):
         return sign * loss(*args)
 
-    state, infos = walk(make(signed, optax.lbfgs(), reduce=reduce), params, batch, 12)
+    state, infos = walk(make(signed, optax.lbfgs(), total=total), params, batch, 12)
 
     @jax.jit
     def by_hand(params, opt_state):
-        value, grad = jax.value_and_grad(total)(params)
+        value, grad = jax.value_and_grad(of_batch)(params)
         updates, opt_state = optax.lbfgs().update(
-            grad, opt_state, params, value=value, grad=grad, value_fn=total
+            grad, opt_state, params, value=value, grad=grad, value_fn=of_batch
         )
         return optax.apply_updates(params, updates), opt_state
 
@@ -136,7 +136,7 @@ def test_lbfgs_walks_its_own_path_and_converges(x64, reduce, objective, make, si
     for _ in range(12):
         expected, opt_state = by_hand(expected, opt_state)
     chex.assert_trees_all_close(state.params, expected, rtol=1e-6, atol=1e-8)
-    np.testing.assert_allclose(sign * infos[0].value, total(params), rtol=1e-12)
+    np.testing.assert_allclose(sign * infos[0].value, of_batch(params), rtol=1e-12)
     assert sign * infos[-1].value < 0.1 * sign * infos[0].value
 
 
@@ -196,7 +196,7 @@ class TestReduce:
 
     def test_sum_is_the_sum(self):
         params, batch = problem()
-        _, (total,) = walk(jgd.descent(loss, optax.sgd(1.0), reduce=jgd.sum), params, batch, 1)
+        _, (total,) = walk(jgd.descent(loss, optax.sgd(1.0), total="sum"), params, batch, 1)
         _, (mean,) = walk(jgd.descent(loss, optax.sgd(1.0)), params, batch, 1)
         np.testing.assert_allclose(total.value, 7 * mean.value, rtol=1e-5)
         np.testing.assert_allclose(total.grad_norm, 7 * mean.grad_norm, rtol=1e-5)

@@ -8,6 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
+from internals import form_of
 from jax import lax
 from rule_problems import WEIGHTS, every_reduction, gradients, made
 
@@ -42,7 +43,7 @@ def test_what_is_made_in_the_pass_may_meet_a_matrix_without_a_gradient(x64):
     params = {"w": jnp.asarray(draw(3, 3)), "bias": jnp.asarray(draw(3)), "steps": jnp.asarray(draw(2, 3))}
     x = jnp.asarray(draw(B, 6, 3))
     ours = jgd.per_example_grad(masked, has_aux=True, strategy="factored")(params, x)
-    assert len(ours.form.residuals.blocks) == 2
+    assert len(form_of(ours).residuals.blocks) == 2
     _, aux = jax.vmap(masked, in_axes=(None, 0))(params, x)
     oracle.assert_close(ours.aux, aux, 1e-9)
     blocks = oracle.vmap_of_grad(made(lambda *args: masked(*args)[0], params, x))
@@ -59,8 +60,8 @@ def test_what_is_spread_over_positions_is_made_in_the_pass(broken, x64):
     single = {name: 2 + draw(3) for name in ("gain", "branched", "carried")}
     problem = made(normalized, {"layers": layers, "each": draw(6, 3)} | single, draw(B, 6, 3))
     grads = gradients(problem)
-    plan = grads.form.plan
-    beside = {plan.program.param_paths[leaf] for leaf in grads.form.residuals.blocks}
+    plan = form_of(grads).plan
+    beside = {plan.program.param_paths[leaf] for leaf in form_of(grads).residuals.blocks}
     assert beside == {"['gain']", "['layers']['scale']", "['layers']['bias']"}
     blocks = oracle.vmap_of_grad(problem)
     direction = jax.tree.map(lambda x: Draw(1)(*x.shape), problem.params)

@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
-from internals import PartRules, batch_sums, forced, rules_of
+from internals import PartRules, batch_sums, forced, form_of, rules_of
 from rule_problems import (
     WEIGHTS,
     both_ways,
@@ -56,7 +56,7 @@ def named(value):
 def test_each_method_of_each_rule(rule, build, t, x64):
     problem = build(Draw(t), t)
     grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
-    plan = grads.form.plan
+    plan = form_of(grads).plan
     (part,) = plan.parts
     assert rule in rules_of(plan) and part.rules.has_pairs and plan.factored == (0,)
     norms = oracle.answers(blocks, blocks, WEIGHTS, 1.0, problem.params)["norms"]
@@ -70,7 +70,7 @@ def test_each_method_of_each_rule(rule, build, t, x64):
 
 def test_the_planner_takes_either_method(x64):
     """Pairs where there are few positions, the block where there are many."""
-    methods = [gradients(dense(Draw(0), t)).form.plan.parts[0].rules.method for t in (1, 40)]
+    methods = [gradients(dense(Draw(0), t))._form.plan.parts[0].rules.method for t in (1, 40)]
     assert methods == ["pairs", "block"]
 
 
@@ -85,7 +85,7 @@ def test_blocks_that_were_kept_for_the_clipped_sum(long, broken, weights, monkey
     if broken is not None:
         problem = dataclasses.replace(problem, batch=(x.at[broken, 2].set(jnp.nan), *rest))
     grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
-    assert grads.form.plan.kept == {part.leaf for part in grads.form.plan.parts}
+    assert form_of(grads).plan.kept == {part.leaf for part in form_of(grads).plan.parts}
     present = [i for i in range(B) if i != broken]
     held = jax.tree.map(lambda g: g[present], blocks)
     bound = 0.7 * np.linalg.norm(oracle.matrix(held), axis=1).mean()
@@ -127,7 +127,7 @@ def test_parts_of_a_kind_are_traced_once(uses, kinds, monkeypatch, forget, x64):
         count = lambda part, data, of_part=of_part, name=name: (traced.append(name), of_part(part, data))[1]
         monkeypatch.setattr(PartRules, name, count)
     grads = gradients(problem)
-    each = {part.rules for part in grads.form.plan.parts}
+    each = {part.rules for part in form_of(grads).plan.parts}
     assert len(each) == kinds
     blocks = oracle.vmap_of_grad(problem)
     arguments = {"weights": WEIGHTS, "max_norm": 1.0, "direction": problem.params}

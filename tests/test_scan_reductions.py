@@ -9,7 +9,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
-from internals import FactoredGradients, Variant, pass_over, plan_of
+from internals import FactoredGradients, Variant, form_of, pass_over, plan_of
 from jax import lax
 from rule_problems import WEIGHTS, gradients, made
 
@@ -31,7 +31,7 @@ def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, metho
     draw = Draw(3)
     layers = {"w": draw(2, 4, 4), "b": draw(2, 4), "v": draw(2, 4, 4), "skip": draw(2, 3, 4, 4)}
     problem = made(loss, {"layers": layers, "shared": draw(4, 4)}, draw(B, 5, 4))
-    form = gradients(problem).form
+    form = gradients(problem)._form
     plan = plan_of(form.plan.program, Variant(keeps=False))
     forced = {
         key: tuple(
@@ -86,7 +86,7 @@ def test_steps_with_many_positions_keep_blocks_for_a_clipped_sum_alone(forget):
     params = {"a": draw(6, 16, 64), "b": draw(6, 64, 16)}
     problem = made(loss, jax.tree.map(np.float32, params), np.float32(draw(B, 64, 16)))
     grads, blocks = gradients(problem), oracle.vmap_of_grad(problem)
-    assert grads.form.plan.kept == {0, 1} and not grads.form.residuals.squares
+    assert form_of(grads).plan.kept == {0, 1} and not form_of(grads).residuals.squares
     plain = lambda p, x: jax.grad(lambda p: jnp.sum(jax.vmap(loss, (None, 0))(p, x)))(p)
     memory = lambda ask: jax.jit(ask).lower(problem.params, *problem.batch).compile().memory_analysis()
     most = 1.5 * memory(plain).temp_size_in_bytes

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
-from internals import batch_sums, lookups, rules_of, tiles
+from internals import batch_sums, form_of, lookups, rules_of, tiles
 from jax import lax
 from rule_problems import WEIGHTS, cubed, every_reduction, gradients, looked_up, made, tied
 
@@ -45,7 +45,7 @@ def tiled_answers(monkeypatch, tile=None, elements=None):
     got = jax.jit(every_reduction)(grads, arguments)
     for quantity in got:
         oracle.assert_close(got[quantity], want[quantity], 1e-9, what=quantity)
-    return grads.form.plan
+    return form_of(grads).plan
 
 
 @pytest.mark.parametrize("tile", [1, 2, 3, 4])

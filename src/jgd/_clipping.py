@@ -1,12 +1,15 @@
 """What a clipped sum does with gradients in any form: the norms, the factors, the sum."""
 
 import functools
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
 from jgd._weighing import linear, sums
+
+Groups = tuple[tuple[int, ...], ...]  # the numbers of the leaves that have a norm in common
 
 
 def total(squares: list[jax.Array], size: int) -> jax.Array:
@@ -20,16 +23,47 @@ def root(square: jax.Array) -> jax.Array:
     return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), square)
 
 
+def group_norms(squares: list[jax.Array], groups: Groups, size: int) -> list[jax.Array]:
+    """The norm of each group of leaves, from the leaves' ‖g_i‖²."""
+    return [root(total([squares[leaf] for leaf in group], size)) for group in groups]
+
+
 def clipped_sum(form: Any, max_norm: Any, weights: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
     """Σ w_i min(1, C/‖g_i‖) g_i, in the accumulators' dtypes, and the ‖g_i‖.
 
     A gradient that is not finite adds nothing.
     """
+    sums, (norm,) = clipped_sum_of_groups(form, [max_norm], (tuple(range(len(form.like))),), weights)
+    return sums, norm
+
+
+def clipped_sum_of_groups(
+    form: Any, max_norms: Sequence[Any], groups: Groups, weights: jax.Array | None
+) -> tuple[list[jax.Array], list[jax.Array]]:
+    """Σ w_i min(1, C_k/‖g_ik‖) g_ik for the leaves of each group k, in the accumulators' dtypes, and all ‖g_ik‖.
+
+    A gradient that is not finite, in whatever group, adds nothing to any.
+    """
     form = form.for_norms_and_sums()
-    norm = root(total(form.squared_norms(), form.size))
-    inside = norm <= max_norm
-    factor = jnp.where(inside, 1, max_norm / jnp.where(inside, 1, norm))
-    factor = jnp.where(jnp.isfinite(norm), factor, 0)
-    if weights is not None:
-        factor = factor * weights
-    return linear(sums, form, factor), norm
+    norms = group_norms(form.squared_norms(), groups, form.size)
+    finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms), jnp.ones(form.size, bool))
+    # Each group asks for a sum of all leaves. Those of other groups are dead code, which XLA drops. Tracing does not
+    # drop it, so that several groups share one trace.
+    weighted_sum = _weighted_sum if len(groups) == 1 else _traced_once
+    clipped: dict[int, jax.Array] = {}
+    for max_norm, norm, group in zip(max_norms, norms, groups, strict=True):
+        if not group:
+            continue
+        inside = norm <= max_norm
+        factor = jnp.where(inside, 1, max_norm / jnp.where(inside, 1, norm))
+        factor = jnp.where(finite, factor, 0)
+        made = weighted_sum(form, factor if weights is None else factor * weights)
+        clipped.update({leaf: made[leaf] for leaf in group})
+    return [clipped[leaf] for leaf in range(len(form.like))], norms
+
+
+def _weighted_sum(form: Any, factor: jax.Array) -> list[jax.Array]:
+    return linear(sums, form, factor)
+
+
+_traced_once = jax.jit(_weighted_sum, inline=True)

@@ -28,9 +28,9 @@ from jgd._whole import Choice, Named, gradients_of
 
 @functools.partial(
     jax.tree_util.register_dataclass,
-    data_fields=["values", "aux", "form", "mark"],
-    meta_fields=["treedef", "made"],
-    drop_fields=["sums"],
+    data_fields=["values", "aux", "_form", "_mark"],
+    meta_fields=["_treedef", "_made"],
+    drop_fields=["_sums"],
 )
 @dataclass(frozen=True)
 class PerExampleGrads:
@@ -50,19 +50,21 @@ class PerExampleGrads:
 
     values: jax.Array
     aux: Any
-    form: Any = field(repr=False)  # how the gradients are held: `DenseGradients`, or the engine's factors
-    treedef: Any = field(repr=False)  # of the parameters
-    mark: jax.Array = field(repr=False)  # a key: arithmetic over all leaves, as on gradients, raises
-    made: "Made" = field(repr=False)  # what it was made as
+    _form: Any = field(repr=False)  # how the gradients are held: `DenseGradients`, or the engine's factors
+    _treedef: Any = field(repr=False)  # of the parameters
+    _mark: jax.Array = field(repr=False)  # a key: arithmetic over all leaves, as on gradients, raises
+    _made: "Made" = field(repr=False)  # what it was made as
     # What the pass has made of all examples together: no part of the pytree, and so not computed for one that leaves
     # its program, where nobody may ask for it.
-    sums: ScanReductions = field(default=NOTHING, repr=False)
+    _sums: ScanReductions = field(default=NOTHING, repr=False)
 
     def __len__(self) -> int:
         return self.values.shape[0]
 
     def __repr__(self) -> str:
-        size, parameters, form, _ = self.made  # the leaves may be anything: JAX puts objects of its own there
+        size, parameters, form, _ = (
+            self._made
+        )  # the leaves may be anything: JAX puts objects of its own there
         held = form.__name__.removesuffix("Gradients").lower()
         return f"PerExampleGrads({size} examples, {parameters:,} parameters, held as {held})"
 
@@ -210,7 +212,7 @@ def _stand_in(mark: jax.Array, values: jax.Array, aux: Any, form: Any, treedef: 
 
 def held_as(grads: PerExampleGrads, form: Any) -> PerExampleGrads:
     """The gradients, held in another form."""
-    return _stand_in(grads.mark, grads.values, grads.aux, form, grads.treedef)
+    return _stand_in(grads._mark, grads.values, grads.aux, form, grads._treedef)
 
 
 def _is_in_a_program(x: Any) -> bool:
@@ -246,16 +248,15 @@ def held_form(grads: Any) -> tuple[Any, Any]:
         ValueError: its leaves disagree in their leading axis, or there are none.
     """
     if isinstance(grads, PerExampleGrads):
-        form = grads.form
-        if _leaves(grads.values, grads.aux, form) != grads.made.leaves or jnp.shape(grads.mark) != ():
+        form = grads._form
+        if _leaves(grads.values, grads.aux, form) != grads._made.leaves or jnp.shape(grads._mark) != ():
             raise TypeError(
                 f"`grads` is a {grads!r} whose leaves have been changed since, as by `jax.tree.map` or `jax.vmap`, and "
                 "they are not gradients: compute with those that `jgd.materialize(grads)` returns; of what `jax.vmap` "
                 "or `jax.lax.scan` returned, ask under `jax.vmap`"
             )
-        return (
-            replace(form, reductions=grads.sums) if isinstance(form, FactoredGradients) else form
-        ), grads.treedef
+        form = replace(form, reductions=grads._sums) if isinstance(form, FactoredGradients) else form
+        return form, grads._treedef
     paths, treedef = jax.tree_util.tree_flatten_with_path(grads)
     if not paths:
         raise ValueError("`grads` is a pytree without leaves: it holds no gradients")

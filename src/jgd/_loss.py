@@ -111,9 +111,7 @@ def bind(
     if not by_role["params"]:
         raise ValueError("`params` has no leaves: there is nothing to differentiate with respect to")
     if not lengths:
-        raise ValueError(
-            "the loss got no batch: at least one argument beside the parameters must hold examples"
-        )
+        raise ValueError(_no_batch(args, chosen, axes))
     check_one_place(placed)
     by_role = varying(by_role, by_role)
     hint = "; a leaf that every example shares gets None in `in_axes`"
@@ -124,6 +122,23 @@ def bind(
 def example_of(batch_leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
     """Shapes and dtypes of one example, from the leaves of a batch."""
     return [shape_like(leaf, leaf.shape[1:]) for leaf in batch_leaves]
+
+
+def _no_batch(args: Sequence[Any], chosen: Sequence[int], axes: Sequence[Any]) -> str:
+    """Why no argument holds examples, and what to do."""
+    others = [number for number in range(len(args)) if number not in chosen]
+    if not others:
+        return "the loss got no batch: give it at least one argument beside the parameters, with an axis of examples"
+    with_leaves = [number for number in others if jax.tree.leaves(args[number])]
+    if not with_leaves:
+        return (
+            "the loss got no batch: every argument beside the parameters is None or a pytree without leaves; at least "
+            "one must hold examples, along the axis that `in_axes` names (0 by default)"
+        )
+    return (
+        f"the loss got no batch: `in_axes`={tuple(axes)!r} maps no array, so that every argument is shared by all "
+        f"examples; give the axis of the examples in place of a None, as 0 in `in_axes[{with_leaves[0]}]`"
+    )
 
 
 def _argument_name(number: int, chosen: tuple[int, ...], argnums: int | Sequence[int]) -> str:

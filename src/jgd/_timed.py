@@ -48,7 +48,7 @@ class Reduced:
 
 def clipped_sum_with_norms(grads: Any) -> Any:
     """What is timed where nothing else is said."""
-    return grads.form.walk(lambda form, weights: clipped_sum(form, 1.0, weights), None)
+    return grads._form.walk(lambda form, weights: clipped_sum(form, 1.0, weights), None)
 
 
 class Ready(NamedTuple):

@@ -106,7 +106,7 @@ def run(regime: Regime, at: Split, key: jax.Array) -> Run:
     size = regime.batch_size or len(at.y)
     updates = regime.epochs * -(-len(at.y) // size)
     recorder = recorded(optax.sgd(regime.rate), steps=updates)
-    method = jgd.descent(line_loss, recorder, reduce=jgd.sum)
+    method = jgd.descent(line_loss, recorder, total="sum")
     path = _train(method, regime, at, key).state.opt_state.path
 
     slope, intercept = at.line(path)

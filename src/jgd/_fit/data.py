@@ -76,6 +76,11 @@ def examples_of(data: Any, in_axes: Any) -> Examples:
                 "every example shares gets None in the method's `in_axes`"
             )
         lengths[name] = array.shape[axis]
+    if leaves and not lengths:
+        raise ValueError(
+            f"`data` holds no examples: the method's `in_axes`={in_axes!r} maps no array, so that every argument is "
+            "shared by all examples; give the axis of the examples in place of a None"
+        )
     args = jax.tree.unflatten(jax.tree.structure(args), leaves)
     hint = "; an argument that every example shares gets None in the method's `in_axes`"
     return Examples(args, tuple(axes), common_length(lengths, "`data`", hint=hint))
@@ -98,8 +103,9 @@ def leaf_axes(args: tuple[Any, ...], in_axes: Any) -> list[int | None]:
             "the method's `in_axes` must be an int or a tuple with one entry for the parameters and one for "
             f"each of the {len(args)} arguments in `data`, got {in_axes!r}"
         )
+    of_leaves = lambda axis, arg: [axis] * len(jax.tree.leaves(arg))  # of a None in the data there are none
     try:
-        spread = jax.tree.broadcast(tuple(in_axes[1:]), args, is_leaf=is_none)
+        spread = jax.tree.map(of_leaves, tuple(in_axes[1:]), args, is_leaf=is_none)
     except ValueError as error:
         raise ValueError(
             f"the method's `in_axes`={in_axes!r} does not fit `data`, of structure {jax.tree.structure(args)}"

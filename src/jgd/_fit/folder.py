@@ -19,7 +19,7 @@ _HALF_WRITTEN = ".orbax-checkpoint-tmp"
 _SAID = {
     "method": "the method",
     "optimizer": "the optimizer: what it keeps, what it makes of a gradient, or a number in it",
-    "loss": "the loss",
+    "loss": "the loss, or `total`",
     "gradient": "the gradient: `reduce`, `derivative`, or a derivative rule in the loss",
     "batch": "the batches that `data` gives",
     "in_axes": "the method's `in_axes`",

@@ -24,6 +24,10 @@ from jgd._timed import Reduced
 
 Named = Literal["reverse", "forward", "finite_difference"]
 Derivative = Named | Callable[..., Any]
+Total = Literal["mean", "sum"]  # how the losses of a batch make its objective
+
+# The reduction that gives the gradient of the objective.
+_OF_OBJECTIVE: dict[Total, Callable[..., Any]] = {"mean": mean, "sum": sum_}
 
 # Coordinates differentiated at once: memory is so many times the objective's.
 _COORDINATES_AT_ONCE = 32
@@ -64,6 +68,7 @@ def evaluation_by(
     loss: Loss,
     *,
     reduce: Any,
+    total: Total,
     in_axes: Any,
     has_aux: bool,
     microbatch_size: int | None = None,
@@ -72,26 +77,33 @@ def evaluation_by(
 ) -> Evaluator:
     """What evaluates a batch by the derivative chosen.
 
+    Without a `reduce` the gradient is that of the objective: the mean of the examples' gradients, or their sum.
+
     Raises:
-        ValueError: the derivative is unknown, or knows only the batch's gradient and was given a `reduce`,
-            `autotune` or a limit of memory; a limit is out of range, or two are given.
+        ValueError: `total` is unknown; the derivative is unknown, or knows only the batch's gradient and was given a
+            `reduce`, `autotune` or a limit of memory; a limit is out of range, or two are given.
         TypeError: `loss` or `reduce` is not callable.
     """
     if not callable(loss):
         raise TypeError(
             f"the loss must be a function `loss(params, *example)`, got {type(loss).__name__} {loss!r}"
         )
-    if not callable(reduce):
+    if total not in get_args(Total):
+        raise ValueError(
+            f"`total` says how the losses of a batch make the objective, so it must be one of "
+            f"{', '.join(map(repr, get_args(Total)))}, got {total!r}"
+        )
+    if reduce is not None and not callable(reduce):
         raise TypeError(f"`reduce` must be a function from per-example gradients to a pytree, got {reduce!r}")
     if not callable(derivative) and derivative not in get_args(Named):
         raise ValueError(
             f"`derivative` must be one of {', '.join(map(repr, get_args(Named)))} or a function like "
             f"`jax.value_and_grad(batch_loss)`, got {derivative!r}"
         )
-    if derivative != "reverse" and reduce is not mean:
+    if derivative != "reverse" and reduce is not None:
         raise ValueError(
             f"`reduce` needs the gradient of each example, but `derivative`={derivative!r} knows only the "
-            "batch's; leave `reduce` out, or use derivative='reverse'"
+            "batch's; leave `reduce` out and say what the objective is by `total`, or use derivative='reverse'"
         )
     checked_sizes(microbatch_size, max_memory)
     if derivative != "reverse" and (microbatch_size or max_memory or autotune):
@@ -101,8 +113,9 @@ def evaluation_by(
         )
     if callable(derivative):
         return _explained(_by_callable(derivative, has_aux), derivative)
-    objective = _objective(loss, in_axes, has_aux, _sum if reduce is sum_ else _mean)
+    objective = _objective(loss, in_axes, has_aux, total)
     if derivative == "reverse":
+        reduce = _OF_OBJECTIVE[total] if reduce is None else reduce
         question = Reduced(reduce) if autotune is True else autotune
         per_example = per_example_grad(
             loss, in_axes=in_axes, has_aux=has_aux,
@@ -110,7 +123,7 @@ def evaluation_by(
         )  # fmt: skip
         plain = per_example_grad(loss, in_axes=in_axes, has_aux=has_aux, strategy="materialized")
         return Evaluator(
-            _by_reverse(per_example, objective, reduce),
+            _by_reverse(per_example, objective, reduce, total),
             {"loss": objective, "gradient": lambda params, *batch: reduce(plain(params, *batch))},
         )
     slopes = _forward if derivative == "forward" else _central_difference
@@ -123,7 +136,6 @@ def _explained(evaluate: Evaluate, objective: Callable[..., Any]) -> Evaluator:
 
 
 Objective = Callable[..., tuple[jax.Array, Any]]
-Total = Callable[..., jax.Array]
 
 
 def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total) -> Objective:
@@ -131,36 +143,34 @@ def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total) -> Objecti
 
     def objective(params: Any, *batch: Any, weights: Any = None) -> tuple[jax.Array, Any]:
         call = bind(loss, (params, *batch), argnums=0, in_axes=in_axes, has_aux=has_aux)
-        if call.size == 0 and total is _mean:
-            raise ValueError("the batch holds no examples: its mean loss is not defined")
+        if call.size == 0 and total == "mean":
+            raise ValueError(
+                "the batch holds no examples: its mean loss is not defined. Their sum is: total='sum'"
+            )
         program, constants = trace(call)
         values, aux = jax.vmap(functools.partial(program.run, call.param_leaves, constants))(
             call.batch_leaves
         )
-        return total(_wide(values), weights), jax.tree.unflatten(program.aux_treedef, aux)
+        return _objective_value(_wide(values), weights, total), jax.tree.unflatten(program.aux_treedef, aux)
 
     return objective
 
 
-def _mean(values: jax.Array, weights: jax.Array | None) -> jax.Array:
-    return jnp.mean(values) if weights is None else _sum(values, weights) / jnp.sum(weights)
-
-
-def _sum(values: jax.Array, weights: jax.Array | None) -> jax.Array:
+def _objective_value(values: jax.Array, weights: jax.Array | None, total: Total) -> jax.Array:
+    """The objective, from the losses of a batch."""
     if weights is None:
-        return jnp.sum(values)
+        return jnp.mean(values) if total == "mean" else jnp.sum(values)
     absent = (weights == 0) & ~jnp.isfinite(values)  # what is finite keeps its derivative by the weight
-    return jnp.sum(jnp.where(absent, 0, values) * weights)
+    weighted = jnp.sum(jnp.where(absent, 0, values) * weights)
+    return weighted / jnp.sum(weights) if total == "mean" else weighted
 
 
-def _by_reverse(per_example: Callable[..., Any], objective: Objective, reduce: Any) -> Evaluate:
-    total = _sum if reduce is sum_ else _mean
-
+def _by_reverse(per_example: Callable[..., Any], objective: Objective, reduce: Any, total: Total) -> Evaluate:
     def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:
         grads = per_example(params, *batch)
         gradient = reduce(grads) if weights is None else _reduced(reduce, grads, weights)
         return Evaluation(
-            total(_wide(grads.values), weights),
+            _objective_value(_wide(grads.values), weights, total),
             gradient,
             grads.aux,
             lambda p: objective(p, *batch, weights=weights)[0],

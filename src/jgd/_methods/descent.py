@@ -6,17 +6,17 @@ from typing import Any
 import optax
 
 from jgd._loss import Loss
-from jgd._methods.derivatives import Derivative, evaluation_by
+from jgd._methods.derivatives import Derivative, Total, evaluation_by
 from jgd._methods.method import Method
 from jgd._methods.optimizers import ascending, checked, simultaneous
-from jgd._reductions.linear import mean
 
 
 def descent(
     loss: Loss,
     optimizer: optax.GradientTransformation,
     *,
-    reduce: Callable[..., Any] = mean,
+    reduce: Callable[..., Any] | None = None,
+    total: Total = "mean",
     derivative: Derivative = "reverse",
     in_axes: Any = None,
     has_aux: bool = False,
@@ -24,20 +24,26 @@ def descent(
     max_memory: int | None = None,
     autotune: bool = False,
 ) -> Method:
-    """A method that minimises the mean of `loss` over the examples.
+    """A method that minimises the mean of `loss` over the examples, or the sum of it.
 
     Args:
         loss: `loss(params, *example)`, a scalar for ONE example, or `(scalar, aux)` with `has_aux`.
         optimizer: any optax transformation. It is passed `value`, `grad` and `value_fn` (the objective of
             the batch as a function of the parameters), as `optax.lbfgs` and `reduce_on_plateau` need.
-        reduce: from the per-example gradients to a pytree like the parameters: `jgd.mean`, `jgd.sum` (the
-            objective is then the sum), `functools.partial(jgd.clipped_sum, max_norm=1.0)`, or your own.
+        reduce: from the per-example gradients to a pytree like the parameters, for instance
+            `functools.partial(jgd.clipped_sum, max_norm=1.0)`, or your own. By default the gradient is that of
+            the objective: `jgd.mean` for `total="mean"`, `jgd.sum` for `total="sum"`.
+        total: how the losses of a batch make the objective, `"mean"` or `"sum"`. It decides `info.value`, and the
+            `value` and `value_fn` that the optimizer is passed, whatever `reduce` is. A line search compares the
+            slope along the gradient with differences of `value_fn`, so it needs both on one scale: with a `reduce`
+            that sums, as `jgd.clipped_sum` does, say `total="sum"`, or the slope it expects is B times too steep.
         derivative: how the gradient is computed.
             `"reverse"`: back-propagation, one forward and one backward pass.
             `"forward"`: a Jacobian-vector product for each parameter, so P forward passes.
             `"finite_difference"`: central differences, so 2P forward passes, and some error: about ε^(2/3).
             A function like `jax.value_and_grad(batch_loss)`: from `(params, *batch)` to `(value, gradient)`,
-            or to `((value, aux), gradient)` with `has_aux`.
+            or to `((value, aux), gradient)` with `has_aux`. It is the objective and is used as it is: with
+            `total="sum"` it must be that of the sum.
             All but the first know only the gradient of the batch, and take no `reduce`.
         in_axes: as in `jax.vmap`, one entry for each argument of the loss; None marks a shared argument.
         has_aux: whether the loss returns a pair.
@@ -52,7 +58,8 @@ def descent(
 
     Raises:
         TypeError: `optimizer` is not an optax transformation.
-        ValueError: `derivative` is unknown, or `reduce` was given with one that knows only the batch.
+        ValueError: `derivative` or `total` is unknown, or `reduce` was given with a derivative that knows only the
+            batch.
 
     Example:
         >>> import jax.numpy as jnp, jgd, optax
@@ -63,7 +70,7 @@ def descent(
         (Array(1., dtype=float32), Array(2.5, dtype=float32), Array(2., dtype=float32))
     """
     evaluate = evaluation_by(
-        derivative, loss, reduce=reduce, in_axes=in_axes, has_aux=has_aux,
+        derivative, loss, reduce=reduce, total=total, in_axes=in_axes, has_aux=has_aux,
         microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune,
     )  # fmt: skip
     return Method(evaluate, checked(optimizer, "optimizer"), in_axes)
@@ -73,7 +80,8 @@ def ascent(
     objective: Loss,
     optimizer: optax.GradientTransformation,
     *,
-    reduce: Callable[..., Any] = mean,
+    reduce: Callable[..., Any] | None = None,
+    total: Total = "mean",
     derivative: Derivative = "reverse",
     in_axes: Any = None,
     has_aux: bool = False,
@@ -81,7 +89,7 @@ def ascent(
     max_memory: int | None = None,
     autotune: bool = False,
 ) -> Method:
-    """A method that maximises the mean of `objective` over the examples.
+    """A method that maximises the mean of `objective` over the examples, or the sum of it.
 
     It walks the path of descent on the objective's negative: the gradient is negated *before* the optimizer,
     so that weight decay still pulls towards zero. `info.value` is the objective, not its negative.
@@ -89,7 +97,8 @@ def ascent(
     Args:
         objective: `objective(params, *example)`, as the loss of `jgd.descent`.
         optimizer: any optax transformation, as for minimising; it sees negated gradients and values.
-        reduce: as in `jgd.descent`.
+        reduce: as in `jgd.descent`, and so is `total`.
+        total: `"mean"` or `"sum"`.
         derivative: as in `jgd.descent`; a function gives the value and gradient of the objective itself.
         in_axes: as in `jgd.descent`.
         has_aux: as in `jgd.descent`.
@@ -102,10 +111,11 @@ def ascent(
 
     Raises:
         TypeError: `optimizer` is not an optax transformation.
-        ValueError: `derivative` is unknown, or `reduce` was given with one that knows only the batch.
+        ValueError: `derivative` or `total` is unknown, or `reduce` was given with a derivative that knows only the
+            batch.
     """
     evaluate = evaluation_by(
-        derivative, objective, reduce=reduce, in_axes=in_axes, has_aux=has_aux,
+        derivative, objective, reduce=reduce, total=total, in_axes=in_axes, has_aux=has_aux,
         microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune,
     )  # fmt: skip
     return Method(evaluate, ascending(checked(optimizer, "optimizer")), in_axes, "ascent")
@@ -116,7 +126,8 @@ def descent_ascent(
     min_optimizer: optax.GradientTransformation,
     max_optimizer: optax.GradientTransformation,
     *,
-    reduce: Callable[..., Any] = mean,
+    reduce: Callable[..., Any] | None = None,
+    total: Total = "mean",
     derivative: Derivative = "reverse",
     in_axes: Any = None,
     has_aux: bool = False,
@@ -124,7 +135,7 @@ def descent_ascent(
     max_memory: int | None = None,
     autotune: bool = False,
 ) -> Method:
-    """A method for min over x, max over y of the mean of `objective((x, y), *example)`.
+    """A method for min over x, max over y of the mean, or the sum, of `objective((x, y), *example)`.
 
     Both halves step at once, from one gradient. With plain steps that circles outwards on a bilinear game;
     `optax.optimistic_gradient_descent` for both finds the saddle.
@@ -133,7 +144,8 @@ def descent_ascent(
         objective: `objective((x, y), *example)`, a scalar for ONE example; x and y are any pytrees.
         min_optimizer: the optimizer of x. Its `value_fn` is the objective with y held.
         max_optimizer: the optimizer of y; it sees negated gradients and values, as in `jgd.ascent`.
-        reduce: as in `jgd.descent`.
+        reduce: as in `jgd.descent`, and so is `total`.
+        total: `"mean"` or `"sum"`.
         derivative: as in `jgd.descent`.
         in_axes: as in `jgd.descent`.
         has_aux: as in `jgd.descent`.
@@ -146,13 +158,13 @@ def descent_ascent(
 
     Raises:
         TypeError: an optimizer is not an optax transformation.
-        ValueError: `derivative` is unknown, or `reduce` was given with one that knows only the batch; at
-            `init`, the parameters are not a pair.
+        ValueError: `derivative` or `total` is unknown, or `reduce` was given with a derivative that knows only the
+            batch; at `init`, the parameters are not a pair.
 
     Source: Mokhtari et al., "A unified analysis of extra-gradient and optimistic gradient methods", 2020.
     """
     evaluate = evaluation_by(
-        derivative, objective, reduce=reduce, in_axes=in_axes, has_aux=has_aux,
+        derivative, objective, reduce=reduce, total=total, in_axes=in_axes, has_aux=has_aux,
         microbatch_size=microbatch_size, max_memory=max_memory, autotune=autotune,
     )  # fmt: skip
     minimiser, maximiser = checked(min_optimizer, "min_optimizer"), checked(max_optimizer, "max_optimizer")

@@ -32,7 +32,7 @@ class StepInfo(NamedTuple):
     """What one update saw, at the parameters before it.
 
     Attributes:
-        value: the objective of the batch: the mean of its losses, or their sum under `reduce=jgd.sum`.
+        value: the objective of the batch: the mean of its losses, or their sum with `total="sum"`.
         grad_norm: the Euclidean norm of the gradient that the optimizer was given.
         aux: what the loss returned beside its value, with a leading axis B; None without `has_aux`. `method.step`
             with `weights` gives all rows, those of weight 0 too; a callback of `jgd.fit` sees none of what `fit`

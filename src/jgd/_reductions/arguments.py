@@ -1,12 +1,13 @@
 """The checks that the reductions share, made before anything runs."""
 
 import contextlib
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_flatten_with_path
 
+from jgd._clipping import Groups
 from jgd._errors import describe, is_concrete, leaf_name
 from jgd._gradients import held_form
 
@@ -66,6 +67,61 @@ def direction_of(direction: Any, like: list[Any], treedef: Any) -> list[jax.Arra
                 "give its real part, and its imaginary part to a second call"
             )
     return [jnp.asarray(leaf) for _, leaf in paths]
+
+
+class Grouping(NamedTuple):
+    """Groups of the parameters' leaves, one for each leaf of a pytree prefix of the parameters.
+
+    Attributes:
+        groups: the leaves of each group, by their numbers.
+        entries: what the prefix holds for each group, with the path to it.
+        treedef: the prefix's structure.
+    """
+
+    groups: Groups
+    entries: list[tuple[Any, Any]]
+    treedef: Any
+
+
+def grouping_of(prefix: Any, treedef: Any, argument: str) -> Grouping:
+    """The groups that a pytree prefix makes of the leaves of parameters of structure `treedef`.
+
+    Raises:
+        ValueError: it is no prefix of them.
+    """
+    entries, structure = tree_flatten_with_path(prefix)
+    if structure == jax.tree.structure(0):
+        return Grouping((tuple(range(treedef.num_leaves)),), entries, structure)
+    try:
+        subtrees = structure.flatten_up_to(jax.tree.unflatten(treedef, range(treedef.num_leaves)))
+    except ValueError as error:
+        raise ValueError(
+            f"`{argument}` must be a pytree prefix of the parameters, with one entry for each group of leaves that "
+            f"has a norm of its own. The parameters are {treedef}, `{argument}` is {structure}"
+        ) from error
+    groups = tuple(tuple(jax.tree.leaves(subtree)) for subtree in subtrees)
+    return Grouping(groups, entries, structure)
+
+
+def max_norms_of(max_norm: Any, treedef: Any) -> tuple[list[Any], Grouping]:
+    """The norms to clip to, and the group of leaves that each is for.
+
+    Raises:
+        ValueError: `max_norm` is no prefix of the parameters, or an entry is negative, nan, or an array of several.
+        TypeError: an entry is no number.
+    """
+    if max_norm is None:
+        raise TypeError("`max_norm` must be one number, or a pytree of them, got None")
+    grouping = grouping_of(max_norm, treedef, "max_norm")
+    for path, entry in grouping.entries:
+        name = leaf_name("max_norm", path)
+        if not isinstance(entry, int | float) and not hasattr(entry, "dtype"):
+            raise TypeError(f"{name} must be one number, got {describe(entry)}")
+        if jnp.ndim(entry) != 0:
+            raise ValueError(f"{name} must be one number, got an array of shape {jnp.shape(entry)}")
+        if is_concrete(entry) and not float(entry) >= 0:
+            raise ValueError(f"{name} must be at least 0, got {entry}")
+    return [entry for _, entry in grouping.entries], grouping
 
 
 def at_least_two(size: int, what: str) -> None:
