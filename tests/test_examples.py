@@ -6,12 +6,7 @@ import subprocess
 import sys
 from pathlib import Path
 
-import jax.numpy as jnp
-import numpy as np
 import pytest
-from cases import B, Draw
-from cases.dense import squared
-from internals import prim, rules
 
 import jgd
 
@@ -86,28 +81,3 @@ def test_the_example_runs(file, tmp_path):
     )
     assert done.returncode == 0, done.stderr
     assert done.stdout.strip()
-
-
-def test_the_rule_of_the_contributors_page_is_right(monkeypatch, x64):
-    rule_text, case_text = re.findall(
-        r"^```python\n(.*?)^```", (ROOT / "CONTRIBUTING.md").read_text(), flags=re.DOTALL | re.MULTILINE
-    )
-    rule: dict = {}
-    exec(compile(rule_text, "scale.py", "exec"), rule)
-    matched = []
-
-    def match(site, position, view):
-        use = rule["match"](site, position, view)
-        matched.append(use.rule if use else None)
-        return use
-
-    monkeypatch.setitem(rules.RULES, prim.mul_p, match)
-    names: dict = {"case": lambda build: build, "squared": squared, "B": B}
-    exec(compile(case_text, "dense.py", "exec"), names)
-    loss, params, (x,) = names["scale_of_positions"](Draw(0))
-
-    grads = jgd.per_example_grad(loss, strategy="factored")(jnp.asarray(params), jnp.asarray(x))
-    expected = np.einsum("btq,btq->bq", x * params, x)  # ∇ ½‖x∘p‖² = Σ_t (x∘p)∘x
-    np.testing.assert_allclose(jgd.materialize(grads), expected, rtol=1e-12)
-    np.testing.assert_allclose(jgd.gram(grads), expected @ expected.T, rtol=1e-12)
-    assert matched == ["scale"]

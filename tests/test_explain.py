@@ -70,7 +70,7 @@ def test_leaves_that_never_meet_data_and_leaves_behind_a_computed_path():
 
     params = {"w": jnp.ones((8, 8)), "unused": jnp.ones(3), "never": jnp.ones(2)}
     rows = by_leaf(jgd.explain(loss, params, jnp.ones((5, 8))))
-    assert rows["['w']"].rule == "whole leaf" and "pulled back" in rows["['w']"].why
+    assert rows["['w']"].rule == "whole leaf" and "carried back" in rows["['w']"].why
     assert rows["['never']"].rule == "none" and "its gradient is 0" in rows["['never']"].why
 
 

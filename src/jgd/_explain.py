@@ -165,7 +165,7 @@ def _predicted(plan: Plan, size: int, *, factored: bool) -> tuple[float, float]:
     for part in plan.parts:
         products = 0.0
         for rule in part.rules.rules:
-            seconds = weight_gradient(rule.sizes, lookup=rule.is_lookup).seconds(device)
+            seconds = weight_gradient(rule.factor_sizes, lookup=rule.is_lookup).seconds(device)
             products += seconds if rule.has_factors else 0
             lookups += seconds if rule.is_lookup else 0
         own += products
@@ -243,7 +243,7 @@ def _part_row(plan: Plan, part: Part, use: Use) -> ExplainRow:
     cost = part.rules.cost
     rule = part.rules.method if part.rules.positions > 1 or part.rules.method == "block" else "norms"
     return ExplainRow(
-        plan.program.param_paths[part.leaf], _primitive(use.site), *use.rule.sizes, len(part.uses), rule,
+        plan.program.param_paths[part.leaf], _primitive(use.site), *use.rule.factor_sizes, len(part.uses), rule,
         cost.flops, 4 * cost.numbers, _why(plan, part, use),
     )  # fmt: skip
 

@@ -84,14 +84,21 @@ class MicrobatchedGradients:
             order = jnp.minimum(jnp.arange(self.size + padding), self.size - 1)
             batch = [x[order] for x in batch]
             weights = jnp.pad(jnp.ones(self.size) if weights is None else weights, (0, padding))
+        # optax can neither cut nor join arrays without elements.
+        given = [x if x.size else None for x in batch]
+        if weights is None and not any(x.size for x in batch):
+            weights = jnp.ones(self.size + padding)
         joined = _Joined()
+
+        def some(given: list[jax.Array | None], weights: jax.Array | None) -> Any:
+            empty = lambda x: jnp.zeros((size, *x.shape[1:]), x.dtype)
+            each = zip(given, batch, strict=True)
+            return joined.split(fun([empty(x) if own is None else own for own, x in each], weights))
+
         if weights is None:
-            walk = micro.microbatch(lambda batch: joined.split(fun(batch, None)), 0, size, (_SUM, _CONCAT))
-            sums, each = walk(batch)
+            sums, each = micro.microbatch(lambda given: some(given, None), 0, size, (_SUM, _CONCAT))(given)
         else:
-            split = lambda batch, weights: joined.split(fun(batch, weights))
-            walk = micro.microbatch(split, (0, 1), size, (_SUM, _CONCAT))
-            sums, each = walk(batch, weights)
+            sums, each = micro.microbatch(some, (0, 1), size, (_SUM, _CONCAT))(given, weights)
         return sums, joined.whole([x[: self.size] for x in each], self.size)
 
     def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
@@ -134,7 +141,7 @@ def _is_key(x: jax.Array) -> bool:
 
 
 class _Joined:
-    """A tree of arrays to be joined along their leading axis: optax cannot join those without elements."""
+    """A tree of arrays to be joined along their leading axis, some without elements."""
 
     def split(self, made: tuple[Any, Any]) -> tuple[Any, list[jax.Array]]:
         """What is summed, and those arrays of what is joined that have elements."""

@@ -158,7 +158,7 @@ class PartRules:
     @property
     def costs(self) -> dict[NormMethod, Cost]:
         """What `square` would cost for one example by each method that is open to it."""
-        made = [costs.weight_gradient(rule.sizes) for rule in self.rules if rule.has_factors]
+        made = [costs.weight_gradient(rule.factor_sizes) for rule in self.rules if rule.has_factors]
         flops, moved = sum(cost.flops for cost in made), sum(cost.moved for cost in made)
         open_to: dict[NormMethod, Cost] = {
             "block": Cost(2 * self.size + flops, self.size, 2 * self.size + moved)
@@ -195,8 +195,8 @@ class PartRules:
         It must be little larger than the factors, and quicker to read again than to make again.
         """
         products = all(rule.is_product for rule in self.rules)
-        sides = sum(r.sizes.n * r.sizes.t * (r.sizes.p + r.sizes.q) for r in self.rules)
-        again = sum(costs.weight_gradient(rule.sizes).seconds(device) for rule in self.rules)
+        sides = sum(r.factor_sizes.n * r.factor_sizes.t * (r.factor_sizes.p + r.factor_sizes.q) for r in self.rules)
+        again = sum(costs.weight_gradient(rule.factor_sizes).seconds(device) for rule in self.rules)
         quicker = device.seconds(moved=self.size) < again
         return products and self.method == "block" and self.size <= _KEPT * sides and quicker
 

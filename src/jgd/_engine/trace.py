@@ -11,6 +11,7 @@ import jax.numpy as jnp
 from jgd._engine import jaxprs
 from jgd._engine.devices import platform_of
 from jgd._engine.fingerprint import fingerprint
+from jgd._engine.rules import registered
 from jgd._errors import describe
 from jgd._loss import Call, example_of
 from jgd._mesh import compiler_places, explicit_mesh, manual_type, unplaced
@@ -92,7 +93,7 @@ def trace(call: Call) -> Traced:
         return Traced(program, constants)
     key = (
         said, len(program.param_avals), program.num_shared, program.aux_treedef, program.param_paths, platform,
-        explicit_mesh((call.param_leaves, call.batch_leaves)), manual_type(call.batch_leaves[0]),
+        explicit_mesh((call.param_leaves, call.batch_leaves)), manual_type(call.batch_leaves[0]), registered(),
     )  # fmt: skip
     return Traced(_programs.eval_shape().once(key, program), constants)
 

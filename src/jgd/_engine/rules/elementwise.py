@@ -25,7 +25,7 @@ class Sum(OperandRule):
     def is_elementwise(self) -> bool:
         return True
 
-    def at_operand(self, data: SiteData) -> jax.Array:
+    def at_step(self, data: SiteData) -> jax.Array:
         return -data.cotangent if self.negative else data.cotangent
 
 
@@ -44,11 +44,9 @@ class Product(OperandRule):
     def is_linear(self) -> bool:
         return not self.divides
 
-    def at_operand(self, data: SiteData) -> jax.Array:
-        other, cotangent = data.values[self.other], data.cotangent
-        missing = cotangent.ndim - other.ndim  # a scalar among arrays, behind the loops' axes
-        other = other.reshape(*other.shape, *(1,) * missing)
-        return cotangent / other if self.divides else cotangent * other
+    def at_step(self, data: SiteData) -> jax.Array:
+        other = data.values[self.other]
+        return data.cotangent / other if self.divides else data.cotangent * other
 
 
 @dataclass(frozen=True)
@@ -61,10 +59,9 @@ class Selection(OperandRule):
     def is_elementwise(self) -> bool:
         return True
 
-    def at_operand(self, data: SiteData) -> jax.Array:
+    def at_step(self, data: SiteData) -> jax.Array:
         which = data.values[0]
         chosen = which == bool(self.case) if which.dtype == bool else which == self.case
-        chosen = chosen.reshape(*chosen.shape, *(1,) * (data.cotangent.ndim - chosen.ndim))
         return jnp.where(chosen, data.cotangent, jnp.zeros((), data.cotangent.dtype))
 
 
@@ -76,9 +73,8 @@ class Piece(OperandRule):
     start: int
     size: int
 
-    def at_operand(self, data: SiteData) -> jax.Array:
-        stop = self.start + self.size
-        return jax.lax.slice_in_dim(data.cotangent, self.start, stop, axis=self.depth + self.axis)
+    def at_step(self, data: SiteData) -> jax.Array:
+        return jax.lax.slice_in_dim(data.cotangent, self.start, self.start + self.size, axis=self.axis)
 
 
 def match_sum(site: Site, position: int, view: View) -> Sum | None:

@@ -106,7 +106,7 @@ class Rule:
         return False
 
     @property
-    def sizes(self) -> Sizes:
+    def factor_sizes(self) -> Sizes:
         """The sizes of the factors, from which costs are predicted."""
         n, p, q = self.layout.sizes()
         return Sizes(n, self.positions, p, q)
@@ -161,10 +161,9 @@ class Rule:
 
 @dataclass(frozen=True)
 class OperandRule(Rule):
-    """A rule that says the gradient at the operand itself, shaped like the operand.
+    """A rule that says the gradient at the operand itself, in `at_step`.
 
-    It is for equations that multiply nothing over positions, such as `add`. What a parameter was broadcast along is
-    summed over.
+    It is for equations that sum over no positions, such as `add`. What a parameter was broadcast along is summed over.
 
     Attributes:
         grouping: which axes of the operand, behind the loops', are summed, and in which order the rest lies in memory.
@@ -193,9 +192,16 @@ class OperandRule(Rule):
     def dot_builds_gradient(self) -> bool:
         return True
 
-    def at_operand(self, data: SiteData) -> jax.Array:
-        """One example's gradient at the operand: the loops' axes, then the operand's as it is broadcast."""
+    def at_step(self, data: SiteData) -> jax.Array:
+        """One example's gradient at the operand as it is broadcast, in one step of the scans around."""
         raise NotImplementedError
+
+    def at_operand(self, data: SiteData) -> jax.Array:
+        """The same in all steps: the loops' axes lead."""
+        of_steps = self.at_step
+        for _ in range(self.depth):
+            of_steps = jax.vmap(of_steps)
+        return of_steps(data)
 
     def factor(self, data: SiteData) -> Full:
         return Full(self.grouping(self.at_operand(data)))
