@@ -7,7 +7,6 @@ import dataclasses
 from jgd import _clock as clock_module
 from jgd import _gradients as gradients_module
 from jgd import _timed as timed
-from jgd import _versions as versions
 from jgd import _whole as whole
 from jgd._bench import command as bench_command
 from jgd._bench import growth
@@ -39,8 +38,9 @@ from jgd._demo import sums as demo_sums
 from jgd._demo.section import Check, Picture, Section, Table
 from jgd._demo.tour import Stop, Visit
 from jgd._demo.walk import recorded
-from jgd._engine import batch_sums, devices, jaxprs, lookups, moments, rules, tiles, views
+from jgd._engine import batch_sums, devices, jaxprs, lookups, moments, rules, tiles, versions, views
 from jgd._engine import trace as trace_module
+from jgd._engine.calls import bind
 from jgd._engine.devices import DEVICES, Device
 from jgd._engine.factors import Outer
 from jgd._engine.flops import Work, work_of
@@ -60,7 +60,6 @@ from jgd._fit.lock import Lock
 from jgd._fit.plain import decoded, encoded
 from jgd._fit.stepwise import _Record as Record
 from jgd._gradients import PerExampleGrads, held_as
-from jgd._loss import bind
 from jgd._whole import Choice
 
 

@@ -10,6 +10,7 @@ import jax.numpy as jnp
 from jgd._clipping import clipped_sum, root, total
 from jgd._clock import time_interleaved
 from jgd._engine.blocks import blocks_at_once
+from jgd._engine.calls import Call, Loss, bind
 from jgd._engine.costs import Cost, weight_gradient
 from jgd._engine.flops import work_of
 from jgd._engine.parts import Part, Use
@@ -20,7 +21,6 @@ from jgd._engine.sites import Site, sites_of
 from jgd._engine.tiles import num_shards_of
 from jgd._engine.trace import TracedLoss, trace
 from jgd._errors import describe, is_concrete
-from jgd._loss import Call, Loss, bind
 from jgd._timed import ready
 from jgd._whole import gradients_of, values_of
 

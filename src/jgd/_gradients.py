@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jgd._engine.calls import Loss, bind
 from jgd._engine.gradients import DenseGradients, FactoredGradients
 from jgd._engine.plan import SECOND_PASS, Variant
 from jgd._engine.residuals import Model
@@ -17,7 +18,6 @@ from jgd._engine.scan_reductions import NOTHING, ScanReductions
 from jgd._engine.stored import stored
 from jgd._engine.trace import TracedLoss, trace
 from jgd._errors import common_length, describe, leaf_name
-from jgd._loss import Loss, bind
 from jgd._memory import checked_sizes, choice_within
 from jgd._mesh import like_examples, placed_by
 from jgd._microbatched import MicrobatchedGradients

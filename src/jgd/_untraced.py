@@ -8,8 +8,8 @@ from typing import Any
 
 import jax
 
+from jgd._engine.calls import Call
 from jgd._engine.gradients import DenseGradients
-from jgd._loss import Call
 
 
 def gradients_untraced(call: Call, refused: Exception) -> tuple[jax.Array, Any, DenseGradients]:

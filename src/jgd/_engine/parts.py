@@ -195,7 +195,9 @@ class PartRules:
         It must be little larger than the factors, and quicker to read again than to make again.
         """
         products = all(rule.is_product for rule in self.rules)
-        sides = sum(r.factor_sizes.n * r.factor_sizes.t * (r.factor_sizes.p + r.factor_sizes.q) for r in self.rules)
+        sides = sum(
+            r.factor_sizes.n * r.factor_sizes.t * (r.factor_sizes.p + r.factor_sizes.q) for r in self.rules
+        )
         again = sum(costs.weight_gradient(rule.factor_sizes).seconds(device) for rule in self.rules)
         quicker = device.seconds(moved=self.size) < again
         return products and self.method == "block" and self.size <= _KEPT * sides and quicker

@@ -15,7 +15,7 @@ import jax
 from jax.interpreters import ad, batching, mlir
 
 from jgd._engine.jaxprs import Primitive
-from jgd._versions import JAXLIB, fuses_products
+from jgd._engine.versions import JAXLIB, fuses_products
 
 _stored_p = Primitive("stored")  # not `optimization_barrier` itself: only where the program is for a CPU
 _stored_p.def_impl(lambda x: x)

@@ -9,11 +9,11 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import jaxprs
+from jgd._engine.calls import Call, example_of
 from jgd._engine.devices import platform_of
 from jgd._engine.fingerprint import fingerprint
 from jgd._engine.rules import registered
 from jgd._errors import describe
-from jgd._loss import Call, example_of
 from jgd._mesh import compiler_places, explicit_mesh, manual_type, unplaced
 
 

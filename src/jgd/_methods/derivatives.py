@@ -14,9 +14,9 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from jgd._engine.calls import Loss, bind
 from jgd._engine.trace import trace
 from jgd._gradients import per_example_grad
-from jgd._loss import Loss, bind
 from jgd._memory import checked_sizes
 from jgd._reductions.linear import mean
 from jgd._reductions.linear import sum as sum_

@@ -5,7 +5,7 @@ from typing import Any
 
 import optax
 
-from jgd._loss import Loss
+from jgd._engine.calls import Loss
 from jgd._methods.derivatives import Derivative, Total, evaluation_by
 from jgd._methods.method import Method
 from jgd._methods.optimizers import ascending, checked, simultaneous

@@ -29,7 +29,7 @@ def release(text: str) -> tuple[int, ...]:
 
 
 def fuses_products(jaxlib: str) -> bool:
-    """Whether a version of jaxlib needs the way round of `_engine/stored.py`."""
+    """Whether a version of jaxlib needs the way round of `stored.py`."""
     return release(jaxlib) >= FUSES_PRODUCTS
 
 
