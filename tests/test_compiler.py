@@ -56,7 +56,7 @@ def test_xla_is_wrong_where_the_way_round_is_taken():
     if NEEDED:
         assert not right, (
             f"jaxlib {_versions.JAXLIB} computes these programs right: {right}. The way round may go: for this version "
-            "and later ones, `fuses_products` in src/jgd/_engine/versions.py can say so, once all of test_compiler.py and the "
+            "and later ones, `fuses_products` in _engine/versions.py can say so, once all of test_compiler.py and the "
             "slow tests of test_jitted.py pass without it"
         )
     else:
