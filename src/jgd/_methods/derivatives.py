@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from jgd._dtypes import accumulation_dtype
 from jgd._engine.program import trace
 from jgd._gradients import per_example_grad
 from jgd._loss import Loss, bind
@@ -259,4 +260,4 @@ def _each_coordinate(slope: Callable[[jax.Array], jax.Array], flat: jax.Array) -
 
 
 def _wide(values: jax.Array) -> jax.Array:
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(accumulation_dtype(values.dtype))

@@ -9,6 +9,7 @@ import optax
 from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, Float, Int
 
+from jgd._dtypes import accumulation_dtype
 from jgd._errors import describe, leaf_name
 from jgd._methods.derivatives import Evaluator
 from jgd._methods.host import owned
@@ -177,7 +178,7 @@ def _kind(dtype: Any) -> int:
 
 
 def _norm(tree: Any) -> jax.Array:
-    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree))
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(accumulation_dtype(x.dtype)), tree))
 
 
 def _check_state(method: Method, state: MethodState) -> None:

@@ -7,6 +7,7 @@ import jax
 import jax.numpy as jnp
 from jax.tree_util import tree_flatten_with_path
 
+from jgd._dtypes import accumulation_dtype
 from jgd._errors import describe, is_concrete, leaf_name
 from jgd._gradients import held_form
 
@@ -39,7 +40,7 @@ def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array |
         if array.shape != (size,):
             raise ValueError(f"`weights` must have shape ({size},), one for each example, got {array.shape}")
         wide = array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else jnp.float32
-        array = array.astype(jnp.promote_types(wide, jnp.float32))
+        array = array.astype(accumulation_dtype(wide))
         if divides and known and not bool(jnp.any(array != 0)):
             raise ValueError("`weights` are all 0, so every example is absent: their mean is not defined")
     return array

@@ -1,0 +1,18 @@
+"""Dtypes of what is computed, whatever `jax_numpy_dtype_promotion` is set to: that option is for the user's code."""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+
+def common_dtype(*dtypes: Any) -> Any:
+    """The narrowest dtype that holds all of these."""
+    with jax.numpy_dtype_promotion("standard"):
+        return functools.reduce(jnp.promote_types, dtypes)
+
+
+def accumulation_dtype(*dtypes: Any) -> Any:
+    """The dtype that numbers of these dtypes are accumulated in: float32, or wider."""
+    return common_dtype(*dtypes, jnp.float32)
