@@ -6,12 +6,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jgd._dtypes import add
 from jgd._weighing import linear, sums
 
 
 def total(squares: list[jax.Array], size: int) -> jax.Array:
     """‖g_i‖² of the leaves' own."""
-    return functools.reduce(jnp.add, squares, jnp.zeros(size, jnp.float32))
+    return functools.reduce(add, squares, jnp.zeros(size, jnp.float32))
 
 
 def root(square: jax.Array) -> jax.Array:

@@ -16,3 +16,9 @@ def common_dtype(*dtypes: Any) -> Any:
 def accumulation_dtype(*dtypes: Any) -> Any:
     """The dtype that numbers of these dtypes are accumulated in: float32, or wider."""
     return common_dtype(*dtypes, jnp.float32)
+
+
+def add(x: jax.Array, y: jax.Array) -> jax.Array:
+    """x + y, in the narrowest dtype that holds both."""
+    dtype = common_dtype(x.dtype, y.dtype)
+    return x.astype(dtype) + y.astype(dtype)
