@@ -23,8 +23,21 @@ if "device_count" not in os.environ["XLA_FLAGS"]:
 
 import hypothesis
 import jax
+import jaxtyping
 import numpy as np
 import pytest
+
+if os.environ.get(
+    "JGD_SHAPES"
+):  # the shapes of what is public are checked at each call; before jgd is imported
+    public = [
+        "jgd._reductions",
+        "jgd._methods",
+        "jgd._fit.history",
+        "jgd._demo.policies",
+        "jgd._demo.cartpole",
+    ]
+    jaxtyping.install_import_hook(public, "beartype.beartype")
 
 # Tracing makes many objects and few cycles: collecting seldom saves a tenth of the time.
 gc.set_threshold(200_000, 20, 50)

@@ -13,6 +13,7 @@ from jgd._dtypes import accumulation_dtype
 from jgd._errors import describe, leaf_name
 from jgd._methods.derivatives import Evaluator
 from jgd._methods.host import owned
+from jgd._reductions.arguments import Weights
 
 
 class MethodState(NamedTuple):
@@ -80,7 +81,7 @@ class Method:
         return MethodState(params, _strongly_typed(self.optimizer.init(params)), jnp.zeros((), jnp.int32))
 
     def step(
-        self, state: MethodState, *batch: Any, weights: Float[Array, "B"] | None = None
+        self, state: MethodState, *batch: Any, weights: Weights | None = None
     ) -> tuple[MethodState, StepInfo]:
         """One update from one batch; compiled at the first call with its shapes.
 

@@ -1,11 +1,14 @@
 """The checks that the reductions share, made before anything runs."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import tree_flatten_with_path
+from jaxtyping import Array, Real
 
 from jgd._dtypes import accumulation_dtype
 from jgd._errors import describe, is_concrete, leaf_name
@@ -15,6 +18,10 @@ from jgd._gradients import held_form
 def form_of(grads: Any) -> tuple[Any, Any]:
     """How gradients are held, and the pytree that they make."""
     return held_form(grads)
+
+
+# Anything that makes an array of B numbers.
+Weights = Real[Array, "B"] | Real[np.ndarray, "B"] | Sequence[float | int]
 
 
 def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array | None:

@@ -11,7 +11,7 @@ from jgd._clipping import root, total
 from jgd._errors import describe, is_concrete
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_examples, like_leaves, like_scalars, placed_by
-from jgd._reductions.arguments import at_least_two, form_of, weights_of
+from jgd._reductions.arguments import Weights, at_least_two, form_of, weights_of
 from jgd._weighing import squared_norms
 
 
@@ -51,7 +51,7 @@ def clipped_sum(
     grads: PerExampleGrads | PyTree[Float[Array, "B ..."]],
     max_norm: float | Float[Array, ""],
     *,
-    weights: Float[Array, "B"] | None = None,
+    weights: Weights | None = None,
     return_norms: bool = False,
 ) -> Any:
     """The sum of the gradients, each scaled down to norm C at most: Σ w_i min(1, C/‖g_i‖) g_i.
