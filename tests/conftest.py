@@ -1,6 +1,8 @@
 """What every test runs under: the CPU, quick compilation, reproducible random examples."""
 
+import gc
 import importlib.metadata
+import inspect
 import itertools
 import os
 
@@ -21,8 +23,24 @@ if "device_count" not in os.environ["XLA_FLAGS"]:
 
 import hypothesis
 import jax
+import jaxtyping
 import numpy as np
 import pytest
+
+if os.environ.get(
+    "JGD_SHAPES"
+):  # the shapes of what is public are checked at each call; before jgd is imported
+    public = [
+        "jgd._reductions",
+        "jgd._methods",
+        "jgd._fit.history",
+        "jgd._demo.policies",
+        "jgd._demo.cartpole",
+    ]
+    jaxtyping.install_import_hook(public, "beartype.beartype")
+
+# Tracing makes many objects and few cycles: collecting seldom saves a tenth of the time.
+gc.set_threshold(200_000, 20, 50)
 
 hypothesis.settings.register_profile(
     "default",
@@ -34,6 +52,20 @@ hypothesis.settings.register_profile(
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=500)
 hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default"))
+
+
+@pytest.hookimpl(tryfirst=True)
+def pytest_collection_modifyitems(items):
+    """Of a test with `sample(chosen)`, the parameters that `chosen` says no to are slow.
+
+    CI asks these too: `pytest -m "sample and slow"`.
+    """
+    for item in items:
+        for marker in item.iter_markers("sample"):
+            for chosen in marker.args:
+                names = inspect.signature(chosen).parameters
+                if not chosen(**{name: item.callspec.params[name] for name in names}):
+                    item.add_marker(pytest.mark.slow)
 
 
 @pytest.fixture

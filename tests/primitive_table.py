@@ -199,13 +199,15 @@ def tolerance_of(problem: Problem) -> float:
     return max([1e-9, *(limit for word, limit in narrow.items() if word in text)])
 
 
-def answers_of(instance: Instance, quantities: Sequence[str] = QUANTITIES) -> list[Answer]:
+def answers_of(
+    instance: Instance, quantities: Sequence[str] = QUANTITIES, *, with_rules: bool = True
+) -> list[Answer]:
     """What becomes of the instance in each role; all roles in one loss, or one by one where that fails."""
     problem, blocks, domain = finite_problem(instance)
     names = list(problem.params)
     error = error_of(problem, blocks, quantities)
     if not error:
-        rules = rules_of(problem)
+        rules = rules_of(problem) if with_rules else collections.defaultdict(tuple)
         zero = [name for name in names if not any(np.any(x) for x in blocks[name].values())]
         return [Answer(instance, name, rules[name], name in zero) for name in names]
     found = []

@@ -18,7 +18,10 @@ FEW = ("tied_embedding_and_head", "stacked_layers_on_positions", "conv2d_same")
 every_strategy = pytest.mark.parametrize("strategy", STRATEGIES[1:])
 
 
-few_cases = pytest.mark.parametrize("name", FEW)
+def few_cases(test):
+    """Puts a test to a few cases, the first of which the default run asks by every strategy."""
+    some = pytest.mark.sample(lambda name, strategy: strategy == "factored" or name == FEW[0])
+    return some(pytest.mark.parametrize("name", FEW)(test))
 
 
 def gradients(case, strategy="auto"):

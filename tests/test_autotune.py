@@ -362,11 +362,20 @@ def test_explain_does_not_measure_shapes():
         jax.jit(lambda w, x: jgd.explain(loss, w, x, measure=True).norms)(*arguments())
 
 
-def test_the_calibration_prints_a_row(monkeypatch, capsys):
+@pytest.fixture
+def calibrate(monkeypatch):
     monkeypatch.syspath_prepend(str(Path(__file__).parent.parent / "benchmarks"))
-    calibrate = importlib.import_module("calibrate")
+    return importlib.import_module("calibrate")
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+def test_the_calibration_measures_every_constant(calibrate):
     row = calibrate.measure(repeats=2, seconds=0.1)
     assert all(0 < value < 1e16 for value in row)
+
+
+def test_the_calibration_prints_a_row(calibrate, monkeypatch, capsys):
     monkeypatch.setattr(calibrate, "measure", lambda *_: Device(4e11, 2e11, 1e10, 16 << 20))
     monkeypatch.setattr("sys.argv", ["calibrate.py"])
     calibrate.main()

@@ -134,7 +134,7 @@ class TestInterrupted:
         assert int(ended.state.step) == 7 and kept(folder) == [7]
 
     def test_kills(self, tmp_path):
-        kills(tmp_path, 6, ["shuffling"])
+        kills(tmp_path, 2, ["shuffling"])
 
     @pytest.mark.slow
     def test_many_kills(self, tmp_path):

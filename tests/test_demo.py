@@ -78,30 +78,37 @@ def short_tour(monkeypatch):
 
 @pytest.fixture(scope="module")
 def quick(tmp_path_factory):
-    """Exit status, printed text and report of `jgd demo --quick`."""
-    out = tmp_path_factory.mktemp("demo") / "new" / "report"
+    """Exit status, printed text, report and sections of `jgd demo --quick`."""
+    out, visited = tmp_path_factory.mktemp("demo") / "new" / "report", []
     with pytest.MonkeyPatch.context() as patch:
-        lines = []
+        lines, run = [], tour.run
+
+        def kept(**options):
+            for visit in run(**options):
+                visited.append(visit.section)
+                yield visit
+
+        patch.setattr(tour, "run", kept)
         patch.setattr("builtins.print", lambda *args, **_: lines.append(" ".join(map(str, args))))
         status = cli.main(["demo", "--quick", "--out", str(out)])
-    return status, "\n".join(lines), (out / "report.html").read_text(encoding="utf-8")
+    return status, "\n".join(lines), (out / "report.html").read_text(encoding="utf-8"), visited
 
 
 def test_the_tour_holds(quick):
-    status, printed, _ = quick
+    status, printed, _, _ = quick
     assert "FAILS" not in printed
     assert status == 0
     assert re.search(r"(\d+) of \1 checks hold\.", printed)
 
 
 def test_the_published_figures_are_printed(quick):
-    _, printed, _ = quick
+    _, printed, _, _ = quick
     for figure in ("938.2379", "2548.07", "0.47", "475"):
         assert figure in printed
 
 
 def test_the_report_needs_nothing_beside_itself(quick):
-    _, _, text = quick
+    _, _, text, _ = quick
     page = Page(text)
     assert not {"script", "link", "iframe", "object"} & set(page.tags)
     for tag, name, value in page.attributes:
@@ -121,7 +128,7 @@ def test_every_picture_of_the_report_is_a_drawing(quick):
 
 
 def test_terminal_and_report_say_the_same(quick):
-    _, printed, text = quick
+    _, printed, text, _ = quick
     page, flat = Page(text), " ".join(printed.split())
     for title in re.findall(r"(?m)^(.+)\n=+$", printed):
         assert title in page.text
@@ -257,9 +264,12 @@ def test_the_recorded_path_is_the_path():
     assert len(set(seen)) == 12
 
 
-def test_prices_are_of_the_three_quantities_by_both_methods():
-    section = prices.section(quick=True)
-    (table,) = section.tables
+def test_prices_are_of_the_three_quantities_by_both_methods(quick):
+    (table,) = next(
+        t
+        for stop, t in zip(tour.STOPS, (s.tables for s in quick[3]), strict=True)
+        if stop.compute is prices.section
+    )
     names = [row[0] for row in table.rows]
     assert names[0] == "sum, plain gradient"
     assert set(names[1:]) == {f"{q}, {m}" for q in prices.QUANTITIES for m in prices.METHODS}

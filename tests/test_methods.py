@@ -111,6 +111,7 @@ def test_weight_decay_still_pulls_to_zero_under_ascent():
     np.testing.assert_allclose(state.params, 4.0 * 0.95**3, rtol=1e-6)
 
 
+@pytest.mark.sample(lambda total, sign: (total == "mean") == (sign == 1))
 @pytest.mark.parametrize("total, objective", [("mean", jnp.mean), ("sum", jnp.sum)], ids=["mean", "sum"])
 @pytest.mark.parametrize("make, sign", [(jgd.descent, 1), (jgd.ascent, -1)], ids=["descent", "ascent"])
 def test_lbfgs_walks_its_own_path_and_converges(x64, total, objective, make, sign):

@@ -45,8 +45,12 @@ def ask(grads, other, direction):
 def _each_case_and_size():
     for name in CASES:
         for size in (1, 2, 3, B):
-            slow = (name, size) not in (("mlp_classifier", 2), ("auxiliary_output", 3))
-            yield pytest.param(name, size, marks=pytest.mark.slow if slow else ())
+            marks = [pytest.mark.slow]
+            if (name, size) == ("auxiliary_output", 3):
+                marks = []
+            elif (name, size) == ("mlp_classifier", 2):
+                marks.append(pytest.mark.sample)
+            yield pytest.param(name, size, marks=marks)
 
 
 @pytest.mark.parametrize(("name", "size"), list(_each_case_and_size()))

@@ -27,7 +27,7 @@ PLAIN = {
     for group, instance in CHOSEN.items()
     if not any(map(is_inexact, instance.draw(np.random.RandomState(0))))
 }
-SHARE = 3  # of the questions, for each instance of the default run
+SHARE = 2  # of the questions, for each instance of the default run
 
 
 def test_the_catalogue_is_there():
@@ -36,13 +36,23 @@ def test_the_catalogue_is_there():
 
 def check(instance, quantities=QUANTITIES):
     try:
-        answers = answers_of(instance, quantities)
+        answers = answers_of(instance, quantities, with_rules=False)
     except NoDerivative:
         return
     failed = [x for x in answers if x.error and (instance.group, x.role) not in EXCEPTIONS]
     assert not failed, "\n".join(f"{x.role}: {x.error}" for x in failed)
 
 
+# Functions of one number to one number have no rule of their own: all go by the fallback, and some will do.
+ELEMENTWISE = (
+    "abs", "acos", "acosh", "asin", "asinh", "atan", "atanh", "bessel_i0e", "bessel_i1e", "cbrt", "ceil", "cos",
+    "cosh", "digamma", "erf", "erf_inv", "erfc", "exp", "exp2", "expm1", "floor", "imag", "integer_pow", "is_finite",
+    "lgamma", "log", "log1p", "log2", "logistic", "neg", "real", "round", "rsqrt", "sign", "sin", "sinh", "sqrt",
+    "square", "tan", "tanh",
+)  # fmt: skip
+
+
+@pytest.mark.sample(lambda group: group not in ELEMENTWISE or ELEMENTWISE.index(group) % 6 == 0)
 @pytest.mark.parametrize("group", sorted(set(CHOSEN) - PLAIN))
 def test_primitive(group, x64):
     start = sorted(CHOSEN).index(group) * SHARE

@@ -44,8 +44,15 @@ def forget_the_programs():
     gc.collect()
 
 
-@pytest.mark.parametrize("part", range(10))
+@pytest.mark.parametrize("part", range(8))
 def test_random_programs(part, x64):
+    search(part, 2, QUARTERS[part % 4])
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+@pytest.mark.parametrize("part", range(12))
+def test_more_random_programs(part, x64):
     search(part, 5, QUARTERS[part % 4])
 
 

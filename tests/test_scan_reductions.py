@@ -16,6 +16,7 @@ from rule_problems import WEIGHTS, gradients, made
 import jgd
 
 
+@pytest.mark.sample(lambda method, checkpointed: (method == "block") == checkpointed)
 @pytest.mark.parametrize("method", ["pairs", "block"])
 @pytest.mark.parametrize("checkpointed", [False, True])
 def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, method, x64):

@@ -86,6 +86,7 @@ def test_gradients_carried_through_a_scan(name, strategy, x64):
     close(jgd.materialize(grads), jax.vmap(jax.grad(case.loss), case.in_axes)(want_params, *case.batch))
 
 
+@pytest.mark.sample(lambda name, strategy: (name == "recurrence") == (strategy == "factored"))
 @every_strategy
 @pytest.mark.parametrize("name", ("relu_mlp_on_positions", "recurrence"))
 def test_without_jit(name, strategy, x64):

@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jgd._engine.dtypes import add
 from jgd._weighing import linear, sums
 
 Groups = tuple[tuple[int, ...], ...]  # the numbers of the leaves that have a norm in common
@@ -14,7 +15,7 @@ Groups = tuple[tuple[int, ...], ...]  # the numbers of the leaves that have a no
 
 def total(squares: list[jax.Array], size: int) -> jax.Array:
     """‖g_i‖² of the leaves' own."""
-    return functools.reduce(jnp.add, squares, jnp.zeros(size, jnp.float32))
+    return functools.reduce(add, squares, jnp.zeros(size, jnp.float32))
 
 
 def root(square: jax.Array) -> jax.Array:

@@ -76,6 +76,11 @@ def placed_by(specs: Callable[..., Any]) -> Callable[[Callable[..., Any]], Calla
     def decorate(fun: Callable[..., Any]) -> Callable[..., Any]:
         @functools.wraps(fun)
         def wrapped(*args: Any) -> Any:
+            # What refuses promotions is meant for the user's code, which is traced by now.
+            with jax.numpy_dtype_promotion("standard"), jax.numpy_rank_promotion("allow"):
+                return placed(*args)
+
+        def placed(*args: Any) -> Any:
             mesh = explicit_mesh(args)
             if mesh is None:
                 return fun(*args)

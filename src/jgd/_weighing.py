@@ -14,6 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from jgd._engine.dtypes import add
+
 
 def linear(question: Callable[[Any, Any], list[jax.Array]], form: Any, weights: Any) -> list[jax.Array]:
     """`question(form, weights)`, which is linear in the weights, or without them where they are None.
@@ -86,7 +88,7 @@ def _spreads_jvp(primals: Any, tangents: Any) -> Any:
 
 def _is_finite(form: Any) -> jax.Array:
     """Whether each gradient is finite."""
-    return jnp.isfinite(sum(squared_norms(form), start=jnp.zeros(form.size)))
+    return jnp.isfinite(functools.reduce(add, squared_norms(form), jnp.zeros(form.size)))
 
 
 def _along(

@@ -78,7 +78,7 @@ def play_many(params: Any, key: jax.Array, episodes: int) -> Episode:
 
 
 @jax.jit
-def _play(params: Any, key: jax.Array, round: int) -> Episode:
+def _play(params: Any, key: jax.Array, round: int | jax.Array) -> Episode:
     keys = jax.random.split(jax.random.fold_in(key, round), SIDE_BY_SIDE)
     return jax.vmap(lambda key: cartpole.play(lambda state: policy_logits(params, state), key))(keys)
 

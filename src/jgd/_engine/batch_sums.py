@@ -3,10 +3,11 @@
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import jax.numpy as jnp
+
+from jgd._engine.dtypes import accumulation_dtype
 
 # Where there are so few examples, of so many numbers each, a sum takes them one by one.
 _FEW, _LONG = 16, 1 << 13
@@ -14,11 +15,6 @@ _FEW, _LONG = 16, 1 << 13
 # So few rows, if they are short, are added up as they lie: it takes no longer, where each product would be one more
 # kernel to compile.
 _FEW_SHORT = 32
-
-
-def accumulation_dtype(x: Any) -> Any:
-    """The dtype in which sums over an array, or over arrays of a dtype, are kept: float32, or its own if wider."""
-    return jnp.promote_types(getattr(x, "dtype", x), jnp.float32)
 
 
 def along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
@@ -49,7 +45,7 @@ def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
     """
     if weights is None:
         weights = jnp.ones(x.shape[0], x.dtype)
-    dtype = jnp.promote_types(accumulation_dtype(x), weights.dtype)
+    dtype = accumulation_dtype(x, weights)
     if adds_rows(x):
         return jnp.sum(x.astype(dtype) * along(weights, 0, x.ndim).astype(dtype), axis=0)
     flat = x.reshape(x.shape[0], math.prod(x.shape[1:]))
@@ -95,9 +91,7 @@ def sum_present(
         return made if weights is None else mask_rows(weights != 0, made)
 
     size = x.shape[0]
-    dtype = (
-        accumulation_dtype(x) if weights is None else jnp.promote_types(accumulation_dtype(x), weights.dtype)
-    )
+    dtype = accumulation_dtype(x) if weights is None else accumulation_dtype(x, weights)
     if not one_device or not unrolls_rows(x):
         return sum_leading(term(x, weights), weights)
 

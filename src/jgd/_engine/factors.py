@@ -18,7 +18,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.batch_sums import accumulation_dtype, sum_leading
+from jgd._engine.batch_sums import sum_leading
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.stored import stored
 from jgd._engine.views import Axis, View, merge_axes
 
@@ -95,7 +96,7 @@ class AxisGrouping:
             total = sum_leading(array.reshape(math.prod(array.shape[:lead]), *array.shape[lead:]))
             array = total.reshape([1] * lead + list(total.shape))
         elif lead:
-            wide = jnp.promote_types(array.dtype, jnp.float32)
+            wide = accumulation_dtype(array)
             array = jnp.sum(array, axis=self.summed, dtype=wide, keepdims=True)
         order = [axis for group in self.groups for axis in group]
         sizes = [math.prod(array.shape[axis] for axis in group) for group in self.groups]
@@ -214,7 +215,7 @@ def dot(factor: Factor, direction: jax.Array) -> jax.Array:
 
 def inner_product(a: jax.Array, b: jax.Array) -> jax.Array:
     """Σ a·b of two arrays of one size, in at least float32; of complex numbers its real part."""
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    dtype = accumulation_dtype(a, b)
     product = a.reshape(-1).astype(dtype) * b.reshape(-1).astype(dtype)
     return jnp.sum(jnp.real(product))
 
@@ -233,7 +234,7 @@ def square(made: Sequence[Factor]) -> jax.Array:
 
 def contract(spec: str, a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
     """An einsum of two arrays that accumulates in at least float32."""
-    dtype = jnp.promote_types(jnp.promote_types(a.dtype, b.dtype), jnp.float32)
+    dtype = accumulation_dtype(a, b)
     return jnp.einsum(spec, stored(a), stored(b), precision=precision, preferred_element_type=dtype)
 
 

@@ -11,7 +11,8 @@ import jax.numpy as jnp
 from jax.sharding import PartitionSpec
 
 from jgd._engine import xla_workarounds
-from jgd._engine.batch_sums import accumulation_dtype, adds_rows, unrolls_rows
+from jgd._engine.batch_sums import adds_rows, unrolls_rows
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.leaf_gradients import (
     ByLeaf,
     ComputedLeaves,

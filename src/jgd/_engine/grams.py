@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import lookups
-from jgd._engine.batch_sums import accumulation_dtype
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factors import Outer, Rows, add, contract
 from jgd._engine.tiles import fold_tiles
 from jgd._mesh import everywhere, varying

@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import factors, grams, moments, tiles
-from jgd._engine.batch_sums import accumulation_dtype, sum_masked, sum_present
+from jgd._engine.batch_sums import sum_masked, sum_present
 from jgd._engine.devices import Device
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part
 from jgd._engine.projection import directions
@@ -107,7 +108,7 @@ class DenseLeaf:
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
         v = direction[self.leaf].reshape(-1)
-        wide = accumulation_dtype(jnp.promote_types(self.block.dtype, v.dtype))
+        wide = accumulation_dtype(self.block, v)
         exact = jax.lax.Precision.HIGHEST  # the direction may differ from a rounder one where it matters
         return jnp.dot(self._flat.astype(wide), v.astype(wide), precision=exact)
 

@@ -10,7 +10,8 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.batch_sums import accumulation_dtype, mask_rows, scale_rows
+from jgd._engine.batch_sums import mask_rows, scale_rows
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factors import Rows, after, contract, sum_squares
 from jgd._engine.moments import inverse
 from jgd._engine.tiles import fold_tiles, tile_of

@@ -10,7 +10,8 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.batch_sums import accumulation_dtype, mask_rows, scale_rows, sum_leading, sum_present
+from jgd._engine.batch_sums import mask_rows, scale_rows, sum_leading, sum_present
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factors import Outer
 from jgd._engine.stored import stored
 from jgd._engine.tiles import Batch
@@ -33,11 +34,7 @@ class Spread(NamedTuple):
 
 def spread_of(blocks: jax.Array, weights: jax.Array | None, *, one_device: bool) -> Spread:
     """The spread of some gradients, by two looks at them."""
-    dtype = (
-        accumulation_dtype(blocks)
-        if weights is None
-        else jnp.promote_types(accumulation_dtype(blocks), weights.dtype)
-    )
+    dtype = accumulation_dtype(blocks) if weights is None else accumulation_dtype(blocks, weights)
     weight = jnp.asarray(blocks.shape[0], dtype) if weights is None else jnp.sum(weights)
     if blocks.shape[0] == 1:
         only = _present(blocks, weights).astype(dtype)[0]

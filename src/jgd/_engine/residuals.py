@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.batch_sums import accumulation_dtype
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.forward import run
 from jgd._engine.plan import Plan
 from jgd._engine.rules.rule import SiteData

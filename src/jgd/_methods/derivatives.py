@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
 from jgd._engine.calls import Loss, bind
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.trace import trace
 from jgd._gradients import per_example_grad
 from jgd._memory import checked_sizes
@@ -269,4 +270,4 @@ def _each_coordinate(slope: Callable[[jax.Array], jax.Array], flat: jax.Array) -
 
 
 def _wide(values: jax.Array) -> jax.Array:
-    return values.astype(jnp.promote_types(values.dtype, jnp.float32))
+    return values.astype(accumulation_dtype(values.dtype))

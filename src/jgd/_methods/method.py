@@ -9,9 +9,11 @@ import optax
 from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, Float, Int
 
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._errors import describe, leaf_name
 from jgd._methods.derivatives import Evaluator
 from jgd._methods.host import owned
+from jgd._reductions.arguments import Weights
 
 
 class MethodState(NamedTuple):
@@ -79,7 +81,7 @@ class Method:
         return MethodState(params, _strongly_typed(self.optimizer.init(params)), jnp.zeros((), jnp.int32))
 
     def step(
-        self, state: MethodState, *batch: Any, weights: Float[Array, "B"] | None = None
+        self, state: MethodState, *batch: Any, weights: Weights | None = None
     ) -> tuple[MethodState, StepInfo]:
         """One update from one batch; compiled at the first call with its shapes.
 
@@ -177,7 +179,7 @@ def _kind(dtype: Any) -> int:
 
 
 def _norm(tree: Any) -> jax.Array:
-    return optax.tree.norm(jax.tree.map(lambda x: x.astype(jnp.promote_types(x.dtype, jnp.float32)), tree))
+    return optax.tree.norm(jax.tree.map(lambda x: x.astype(accumulation_dtype(x.dtype)), tree))
 
 
 def _check_state(method: Method, state: MethodState) -> None:

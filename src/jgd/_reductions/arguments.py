@@ -1,13 +1,17 @@
 """The checks that the reductions share, made before anything runs."""
 
 import contextlib
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax.tree_util import tree_flatten_with_path
+from jaxtyping import Array, Real
 
 from jgd._clipping import Groups
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._errors import describe, is_concrete, leaf_name
 from jgd._gradients import held_form
 
@@ -15,6 +19,10 @@ from jgd._gradients import held_form
 def form_of(grads: Any) -> tuple[Any, Any]:
     """How gradients are held, and the pytree that they make."""
     return held_form(grads)
+
+
+# Anything that makes an array of B numbers.
+Weights = Real[Array, "B"] | Real[np.ndarray, "B"] | Sequence[float | int]
 
 
 def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array | None:
@@ -40,7 +48,7 @@ def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array |
         if array.shape != (size,):
             raise ValueError(f"`weights` must have shape ({size},), one for each example, got {array.shape}")
         wide = array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else jnp.float32
-        array = array.astype(jnp.promote_types(wide, jnp.float32))
+        array = array.astype(accumulation_dtype(wide))
         if divides and known and not bool(jnp.any(array != 0)):
             raise ValueError("`weights` are all 0, so every example is absent: their mean is not defined")
     return array

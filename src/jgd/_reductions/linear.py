@@ -6,7 +6,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_blocks, like_examples, like_leaves, placed_by
-from jgd._reductions.arguments import direction_of, form_of, weights_of
+from jgd._reductions.arguments import Weights, direction_of, form_of, weights_of
 from jgd._weighing import linear, sums
 
 
@@ -23,7 +23,7 @@ def materialize(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> PyTre
 
 
 def sum(
-    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Float[Array, "B"] | None = None
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Weights | None = None
 ) -> PyTree[Float[Array, "..."]]:
     """The weighted sum Σ w_i g_i; without weights it is `jax.grad` of the summed loss.
 
@@ -45,7 +45,7 @@ def sum(
 
 
 def mean(
-    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Float[Array, "B"] | None = None
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Weights | None = None
 ) -> PyTree[Float[Array, "..."]]:
     """The weighted mean Σ w_i g_i / Σ w_i; without weights it is `jax.grad` of the mean loss.
 

@@ -8,12 +8,12 @@ from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_leaves, placed_by
-from jgd._reductions.arguments import at_least_two, form_of, weights_of
+from jgd._reductions.arguments import Weights, at_least_two, form_of, weights_of
 from jgd._weighing import linear, second_moments, spreads
 
 
 def second_moment(
-    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Float[Array, "B"] | None = None
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Weights | None = None
 ) -> PyTree[Float[Array, "..."]]:
     """The weighted mean of g_i², elementwise: Σ w_i g_i² / Σ w_i, the diagonal of the empirical Fisher.
 
@@ -33,7 +33,7 @@ def second_moment(
 
 
 def variance(
-    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Float[Array, "B"] | None = None
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Weights | None = None
 ) -> PyTree[Float[Array, "..."]]:
     """The unbiased variance of the gradients, elementwise: Σ w_i (g_i − ḡ)² / (V₁ − V₂/V₁).
 

@@ -10,7 +10,14 @@ from jgd import _clipping
 from jgd._clipping import total
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_examples, like_leaves, like_scalars, placed_by
-from jgd._reductions.arguments import at_least_two, form_of, grouping_of, max_norms_of, weights_of
+from jgd._reductions.arguments import (
+    Weights,
+    at_least_two,
+    form_of,
+    grouping_of,
+    max_norms_of,
+    weights_of,
+)
 from jgd._weighing import squared_norms
 
 
@@ -92,14 +99,14 @@ def clipped_sum(
     grads: Grads,
     max_norm: Number | PyTree[Number],
     *,
-    weights: Float[Array, "B"] | None = None,
+    weights: Weights | None = None,
     return_norms: Literal[False] = False,
 ) -> PyTree[Float[Array, "..."]]: ...
 
 
 @overload
 def clipped_sum(
-    grads: Grads, max_norm: Number, *, weights: Float[Array, "B"] | None = None, return_norms: Literal[True]
+    grads: Grads, max_norm: Number, *, weights: Weights | None = None, return_norms: Literal[True]
 ) -> tuple[PyTree[Float[Array, "..."]], Float[Array, "B"]]: ...
 
 
@@ -108,7 +115,7 @@ def clipped_sum(
     grads: Grads,
     max_norm: PyTree[Number],
     *,
-    weights: Float[Array, "B"] | None = None,
+    weights: Weights | None = None,
     return_norms: Literal[True],
 ) -> tuple[PyTree[Float[Array, "..."]], PyTree[Float[Array, "B"]]]: ...
 
@@ -118,7 +125,7 @@ def clipped_sum(
     grads: Grads,
     max_norm: Number | PyTree[Number],
     *,
-    weights: Float[Array, "B"] | None = None,
+    weights: Weights | None = None,
     return_norms: bool,
 ) -> Any: ...
 
@@ -127,7 +134,7 @@ def clipped_sum(
     grads: Grads,
     max_norm: Number | PyTree[Number],
     *,
-    weights: Float[Array, "B"] | None = None,
+    weights: Weights | None = None,
     return_norms: bool = False,
 ) -> Any:
     """The sum of the gradients, each scaled down to norm C at most: Σ w_i min(1, C/‖g_i‖) g_i.

@@ -16,7 +16,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax import lax
 
-from jgd._engine.batch_sums import accumulation_dtype, scaled
+from jgd._engine.batch_sums import scaled
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factors import Full, Layout, Outer, contract, group, inner_product, split_axes
 from jgd._engine.jaxprs import prim
 from jgd._engine.rules.rule import Rule, SiteData
