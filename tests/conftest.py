@@ -47,7 +47,7 @@ hypothesis.settings.register_profile(
     derandomize=True,
     deadline=None,
     database=None,
-    max_examples=10,
+    max_examples=7,
     suppress_health_check=list(hypothesis.HealthCheck),
 )
 hypothesis.settings.register_profile("search", deadline=None, max_examples=500)

@@ -144,7 +144,7 @@ THIRDS = tuple(jax.jit(third) for third in (ask_sums, ask_moments, ask_pairs))
 
 
 def _each_case_and_strategy():
-    """Each case is factored, and by default asked the sum, the norms and the clipped sum; every eighth a third of
+    """Each case is factored, and by default asked the sum, the norms and the clipped sum; every twelfth a third of
     all reductions beside, the next one another: to compile them takes minutes. CI asks each case a third.
     The reductions of materialized gradients, which small losses get from "auto" as well, see
     nothing of a loss but its leaves' shapes: a few cases will do.
@@ -157,7 +157,7 @@ def _each_case_and_strategy():
             )
             if strategy == "factored" and name not in NARROW:
                 yield pytest.param(name, strategy, compiled_core, id=f"{name}-core")
-                marks = () if number % 8 == 0 else (pytest.mark.slow, pytest.mark.sample)
+                marks = () if number % 12 == 0 else (pytest.mark.slow, pytest.mark.sample)
                 yield pytest.param(name, strategy, THIRDS[number % 3], marks=marks, id=f"{name}-third")
 
 

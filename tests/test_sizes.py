@@ -241,6 +241,7 @@ def _quick():
         yield "tied", form, 0
 
 
+@pytest.mark.sample(lambda name, size: (name, size) != ("loops", 2))
 @pytest.mark.parametrize(("name", "form", "size"), sorted(set(_quick())))
 def test_sizes(name, form, size, x64):
     compare(name, size, form, sizes_of(name, every=False), every=False)
