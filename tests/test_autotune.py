@@ -169,7 +169,7 @@ def test_float64_answers_by_every_plan_agree_to_rounding(x64):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 gradients_module,
-                "quickest",
+                "autotuned",
                 lambda *_, planned, strategy=strategy, **__: planned._replace(strategy=strategy),
             )
             chosen = calls(autotune=True)(case.params, *case.batch)
@@ -290,7 +290,7 @@ def test_a_plan_that_needs_more_memory_than_there_is_is_left_out(clock, monkeypa
         return made(compute, *args)
 
     tried = []
-    monkeypatch.setattr(_autotune, "compiled_program", ready)
+    monkeypatch.setattr(_autotune, "compiled_program", compiled_program)
     jgd.per_example_grad(renamed(), autotune=True)(*arguments())
     (names,) = clock.calls
     assert tried and BLOCK not in names and PLANNED in names
