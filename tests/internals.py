@@ -4,10 +4,10 @@
 
 import dataclasses
 
+from jgd import _autotune as timed
 from jgd import _clock as clock_module
+from jgd import _execution as whole
 from jgd import _gradients as gradients_module
-from jgd import _timed as timed
-from jgd import _whole as whole
 from jgd._bench import command as bench_command
 from jgd._bench import growth
 from jgd._bench import measure as measuring
@@ -54,13 +54,13 @@ from jgd._engine.stored import stored
 from jgd._engine.trace import trace
 from jgd._engine.views import View, overlap
 from jgd._errors import require
+from jgd._execution import Execution
 from jgd._fit import manifest
-from jgd._fit.chunks import Chunks
+from jgd._fit.dispatcher import Dispatcher
 from jgd._fit.lock import Lock
 from jgd._fit.plain import decoded, encoded
 from jgd._fit.stepwise import _Record as Record
 from jgd._gradients import PerExampleGrads, held_as
-from jgd._whole import Choice
 
 
 def rules_of(plan):

@@ -24,7 +24,7 @@ from pathlib import Path
 
 ROOT = Path(__file__).parents[1]
 PACKAGE = ROOT / "src" / "jgd"
-MUTATED = ("_engine", "_reductions", "_clipping.py", "_microbatched.py", "_weighing.py")
+MUTATED = ("_engine", "_reductions", "_clipping.py", "_microbatched.py", "_weights.py")
 
 # The tests of a room, the first that fits; those that are likeliest to fail come first.
 _ENGINE = (
@@ -48,7 +48,7 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("_reductions/", ("test_reductions.py", "test_groups.py", *_ENGINE, "test_bad_input.py", *_TRANSFORMS)),
     ("_microbatched.py", ("test_microbatches.py", "test_reductions.py", *_TRANSFORMS)),
     (
-        "_weighing.py",
+        "_weights.py",
         ("test_reduction_derivatives.py", "test_batch_edges.py", "test_reductions.py", "test_methods.py"),
     ),
     ("_engine/xla_workarounds.py", ("test_mesh.py", *_ENGINE)),

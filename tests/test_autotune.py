@@ -15,8 +15,8 @@ import optax
 import oracle
 import pytest
 from cases import problem
-from internals import DEVICES, SECOND_PASS, Choice, Device, Variant, devices, form_of, gradients_module
-from internals import timed as _timed
+from internals import DEVICES, SECOND_PASS, Device, Execution, Variant, devices, form_of, gradients_module
+from internals import timed as _autotune
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
@@ -27,7 +27,7 @@ import jgd
 POSITIONS, SIDE = 24, 64
 
 
-PLANNED, BLOCK, HELD = (Choice(s, 8) for s in ("auto", Variant(near="block"), "materialized"))
+PLANNED, BLOCK, HELD = (Execution(s, 8) for s in ("auto", Variant(near="block"), "materialized"))
 
 
 def loss(w, x):
@@ -58,7 +58,7 @@ def clock(monkeypatch):
             run()
         return {name: [clock.gain if name == clock.best else 1.0] for name in programs}
 
-    monkeypatch.setattr(_timed, "time_interleaved", time_interleaved)
+    monkeypatch.setattr(_autotune, "time_interleaved", time_interleaved)
     return clock
 
 
@@ -169,7 +169,7 @@ def test_float64_answers_by_every_plan_agree_to_rounding(x64):
         with pytest.MonkeyPatch.context() as patch:
             patch.setattr(
                 gradients_module,
-                "quickest",
+                "autotuned",
                 lambda *_, planned, strategy=strategy, **__: planned._replace(strategy=strategy),
             )
             chosen = calls(autotune=True)(case.params, *case.batch)
@@ -188,7 +188,7 @@ def test_microbatches_and_memory_are_tuned_at_their_size(clock):
     limited = jgd.per_example_grad(own, max_memory=most, autotune=True)(w, x)
     assert form_of(limited).size == 8 and all(HELD not in names for names in clock.calls[1:])
     oracle.assert_close(jgd.norms(limited), jgd.norms(jgd.per_example_grad(loss)(w, x)), 1e-5)
-    clock.best = Choice(SECOND_PASS, 8)
+    clock.best = Execution(SECOND_PASS, 8)
     again = jgd.per_example_grad(renamed(), max_memory=10**7, autotune=True)(w, x)
     assert form_of(again).strategy == SECOND_PASS and all(
         clock.best not in names for names in clock.calls[:-1]
@@ -197,7 +197,7 @@ def test_microbatches_and_memory_are_tuned_at_their_size(clock):
     oracle.assert_close(jgd.clipped_sum(again, 1.0), jgd.clipped_sum(want, 1.0), 1e-5)
 
 
-@pytest.mark.parametrize("best", [Choice("auto", 4), Choice("auto", 2), Choice("materialized", 2)])
+@pytest.mark.parametrize("best", [Execution("auto", 4), Execution("auto", 2), Execution("materialized", 2)])
 def test_fewer_at_a_time_is_tried(best, clock):
     clock.best = best
     w, x = arguments(8)
@@ -281,16 +281,16 @@ def test_a_question_that_closes_over_a_traced_value_is_an_error():
 
 
 def test_a_plan_that_needs_more_memory_than_there_is_is_left_out(clock, monkeypatch):
-    made = _timed.ready
+    made = _autotune.compiled_program
 
-    def ready(compute, *args):
+    def compiled_program(compute, *args):
         if len(asked := [*tried, compute]) == 1:
             tried[:] = asked
             raise jax.errors.JaxRuntimeError("RESOURCE_EXHAUSTED")
         return made(compute, *args)
 
     tried = []
-    monkeypatch.setattr(_timed, "ready", ready)
+    monkeypatch.setattr(_autotune, "compiled_program", compiled_program)
     jgd.per_example_grad(renamed(), autotune=True)(*arguments())
     (names,) = clock.calls
     assert tried and BLOCK not in names and PLANNED in names
@@ -305,7 +305,7 @@ def test_over_several_devices_the_prediction_decides(clock):
     w, x = arguments()
     x = jax.device_put(x, NamedSharding(mesh_of(4, 1), P("data")))
     w = jax.device_put(w, NamedSharding(mesh_of(4, 1), P()))
-    clock.best = Choice("auto", 2)
+    clock.best = Execution("auto", 2)
     got = jgd.norms(jgd.per_example_grad(renamed(), autotune=True)(w, x))
     tuned = jgd.per_example_grad(loss, autotune=True)
     tuned(*arguments())  # what the clock says of one device is nothing to several

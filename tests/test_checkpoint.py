@@ -13,7 +13,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
-from internals import Chunks
+from internals import Dispatcher
 from kept_runs import METHOD, PARAMS, Died, X, Y, at, contents, dies_after, kept, kept_run, run, squared
 
 import jgd
@@ -122,7 +122,7 @@ class TestInterrupted:
             if len(made) == 3:
                 raise KeyboardInterrupt
 
-        monkeypatch.setattr(Chunks, "_look", look)
+        monkeypatch.setattr(Dispatcher, "_look", look)
         with pytest.raises(KeyboardInterrupt):
             run(folder)
         monkeypatch.undo()

@@ -6,6 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import problem
+from internals import sums_of
 from strategies import FEW, close, every_strategy, few_cases, squared_error
 
 import jgd
@@ -171,7 +172,7 @@ def test_derivatives_of_what_the_pass_makes_of_a_scan(positions, x64):
 
     def ours(p):
         grads = jgd.per_example_grad(loss, strategy="factored")(p, x)
-        assert grads.sums.parts
+        assert sums_of(grads).parts
         return total(grads)
 
     theirs = lambda p: total(jax.vmap(jax.grad(loss), (None, 0))(p, x))

@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import problem
-from internals import whole as _whole
+from internals import whole as _execution
 from strategies import close, every_strategy, few_cases, gradients, row, several, squared_error
 
 import jgd
@@ -126,12 +126,12 @@ def test_immutable_with_a_length_and_a_short_repr(example):
 
 def test_what_is_made_of_all_examples_together_is_made_in_compiled_programs_alone(monkeypatch):
     """Outside of them it would be work that nobody may ask for."""
-    asked, ours = [], _whole.pass_over
+    asked, ours = [], _execution.pass_over
     spy = lambda *args, together, **options: (
         asked.append(together),
         ours(*args, together=together, **options),
     )[1]
-    monkeypatch.setattr(_whole, "pass_over", spy)
+    monkeypatch.setattr(_execution, "pass_over", spy)
     params, x = jnp.ones((2, 4, 4)), np.ones((5, 4), np.float32)
     loss = lambda w, x: jnp.sum(jax.lax.scan(lambda h, w: (jnp.tanh(h @ w), None), x, w)[0])
 

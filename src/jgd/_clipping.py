@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.dtypes import add
-from jgd._weighing import linear, sums
+from jgd._weights import linear_in_weights, sums
 
 Groups = tuple[tuple[int, ...], ...]  # the numbers of the leaves that have a norm in common
 
@@ -34,7 +34,7 @@ def clipped_sum(form: Any, max_norm: Any, weights: jax.Array | None) -> tuple[li
 
     A gradient that is not finite adds nothing.
     """
-    sums, (norm,) = clipped_sum_of_groups(form, [max_norm], (tuple(range(len(form.like))),), weights)
+    sums, (norm,) = clipped_sum_of_groups(form, [max_norm], (tuple(range(len(form.leaf_structs))),), weights)
     return sums, norm
 
 
@@ -60,11 +60,11 @@ def clipped_sum_of_groups(
         factor = jnp.where(finite, factor, 0)
         made = weighted_sum(form, factor if weights is None else factor * weights)
         clipped.update({leaf: made[leaf] for leaf in group})
-    return [clipped[leaf] for leaf in range(len(form.like))], norms
+    return [clipped[leaf] for leaf in range(len(form.leaf_structs))], norms
 
 
 def _weighted_sum(form: Any, factor: jax.Array) -> list[jax.Array]:
-    return linear(sums, form, factor)
+    return linear_in_weights(sums, form, factor)
 
 
 _traced_once = jax.jit(_weighted_sum, inline=True)

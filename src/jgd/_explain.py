@@ -7,6 +7,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from jgd._autotune import compiled_program
 from jgd._clipping import clipped_sum, root, total
 from jgd._clock import time_interleaved
 from jgd._engine.blocks import blocks_at_once
@@ -21,8 +22,7 @@ from jgd._engine.sites import Site, sites_of
 from jgd._engine.tiles import num_shards_of
 from jgd._engine.trace import TracedLoss, trace
 from jgd._errors import describe, is_concrete
-from jgd._timed import ready
-from jgd._whole import gradients_of, values_of
+from jgd._execution import gradients_of, values_of
 
 
 @dataclass(frozen=True)
@@ -211,7 +211,7 @@ def _measured(program: TracedLoss, constants: list[Any], call: Call) -> tuple[fl
         lambda *of: norms_of(held(*of)),
         lambda *of: clipped_sum(held(*of), 1.0, None),
     )
-    runs = {fun: ready(fun, model, call.batch_leaves).run for fun in asked}
+    runs = {fun: compiled_program(fun, model, call.batch_leaves).run for fun in asked}
     plain, norms, clipped = (min(times) for times in time_interleaved(runs).values())
     return norms / plain, clipped / plain
 

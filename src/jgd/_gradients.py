@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.core import Tracer
 
+from jgd._autotune import Question, autotuned, clipped_sum_with_norms
 from jgd._engine.calls import Loss, bind
 from jgd._engine.gradients import DenseGradients, FactoredGradients
 from jgd._engine.plan import SECOND_PASS, Variant
@@ -18,12 +19,11 @@ from jgd._engine.scan_reductions import NOTHING, ScanReductions
 from jgd._engine.stored import stored
 from jgd._engine.trace import TracedLoss, trace
 from jgd._errors import common_length, describe, leaf_name
+from jgd._execution import Execution, Named, gradients_of
 from jgd._memory import checked_sizes, choice_within
 from jgd._mesh import like_examples, placed_by
 from jgd._microbatched import MicrobatchedGradients
-from jgd._timed import Question, clipped_sum_with_norms, quickest
 from jgd._untraced import gradients_untraced
-from jgd._whole import Choice, Named, gradients_of
 
 
 @functools.partial(
@@ -176,10 +176,10 @@ def per_example_grad(
         if max_memory is not None:
             choice = choice_within(max_memory, program, strategy, model, call.batch_leaves)
         else:
-            choice = Choice(strategy, min(microbatch_size or call.size, call.size))
+            choice = Execution(strategy, min(microbatch_size or call.size, call.size))
         hold = functools.partial(_held, program, jax.tree.structure(call.params))
         if question is not False:
-            choice = quickest(
+            choice = autotuned(
                 program, hold, model, call.batch_leaves,
                 question=question, planned=choice, divide=microbatch_size is None, max_memory=max_memory,
             )  # fmt: skip
@@ -189,7 +189,7 @@ def per_example_grad(
 
 
 def _held(
-    program: TracedLoss, treedef: Any, choice: Choice, model: Model, batch: list[jax.Array]
+    program: TracedLoss, treedef: Any, choice: Execution, model: Model, batch: list[jax.Array]
 ) -> PerExampleGrads:
     """The gradients of a batch, made as chosen."""
     if choice.microbatch_size == batch[0].shape[0] and choice.strategy != SECOND_PASS:
@@ -205,7 +205,7 @@ def _stand_in(mark: jax.Array, values: jax.Array, aux: Any, form: Any, treedef: 
     sums = NOTHING
     if isinstance(form, FactoredGradients):
         sums, form = form.reductions, replace(form, reductions=NOTHING)
-    parameters = sum(x.size for x in form.like)
+    parameters = sum(x.size for x in form.leaf_structs)
     made = Made(values.shape[0], parameters, type(form), _leaves(values, aux, form))
     return PerExampleGrads(values, aux, form, treedef, mark, made, sums)
 

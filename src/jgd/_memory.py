@@ -11,7 +11,7 @@ from jgd._engine.residuals import Model
 from jgd._engine.tiles import num_shards_of
 from jgd._engine.trace import TracedLoss
 from jgd._errors import describe
-from jgd._whole import Choice, Strategy, gradients_of, values_of
+from jgd._execution import Execution, Strategy, gradients_of, values_of
 
 Shapes = tuple[jax.ShapeDtypeStruct, ...]
 
@@ -34,7 +34,7 @@ def checked_sizes(microbatch_size: Any, max_memory: Any) -> None:
 
 def choice_within(
     max_memory: int, program: TracedLoss, strategy: Strategy, model: Model, batch: list[Any]
-) -> Choice:
+) -> Execution:
     """The largest B, B/2, B/4, ... rounded up, of which a clipped sum stays within so many temporary bytes.
 
     Where one example's factors alone need more, a second backward pass takes their place, if it may.
@@ -44,7 +44,7 @@ def choice_within(
     """
     made_of = _shapes(model.params), _shapes(model.constants), _shapes(batch)
 
-    def needs(choice: Choice) -> int:
+    def needs(choice: Execution) -> int:
         make = lambda: _temporary_bytes(program, choice.strategy, *made_of, choice.microbatch_size)
         return program.once(("temporary bytes", choice, *made_of), make)
 
@@ -59,9 +59,9 @@ def choice_within(
     strategies: list[Strategy] = [strategy, SECOND_PASS] if again else [strategy]
     for each in strategies:
         for size in sizes:
-            if size == 0 or needs(Choice(each, size)) <= max_memory:
-                return Choice(each, size)
-    needed = min(needs(Choice(each, 1)) for each in strategies)
+            if size == 0 or needs(Execution(each, size)) <= max_memory:
+                return Execution(each, size)
+    needed = min(needs(Execution(each, 1)) for each in strategies)
     raise ValueError(
         f"`max_memory`={max_memory:,} bytes is less than the clipped gradient of one example needs: {needed:,}"
     )

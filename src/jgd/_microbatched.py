@@ -17,9 +17,9 @@ from jgd._engine.factors import sum_squares
 from jgd._engine.moments import inverse
 from jgd._engine.residuals import Model
 from jgd._engine.trace import TracedLoss
+from jgd._execution import Strategy, gradients_of, values_of
 from jgd._mesh import Placement, spec_of
-from jgd._weighing import sums
-from jgd._whole import Strategy, gradients_of, values_of
+from jgd._weights import sums
 
 _SUM, _CONCAT = micro.AccumulationType.SUM, micro.AccumulationType.CONCAT
 
@@ -41,7 +41,7 @@ class MicrobatchedGradients:
         return self.batch[0].shape[0]
 
     @property
-    def like(self) -> list[jax.ShapeDtypeStruct]:
+    def leaf_structs(self) -> list[jax.ShapeDtypeStruct]:
         """Shape and dtype of one gradient's leaves."""
         return list(self.program.param_avals)
 
@@ -60,11 +60,13 @@ class MicrobatchedGradients:
             kinds[:] = [jax.random.key_impl(x) if _is_key(x) else None for x in aux]
             return (), (values, [jax.random.key_data(x) if _is_key(x) else x for x in aux])
 
-        values, aux = self._walk(of_batch, None)[1]
+        values, aux = self._mapped(of_batch, None)[1]
         keyed = zip(aux, kinds, strict=True)
         return values, [x if kind is None else jax.random.wrap_key_data(x, impl=kind) for x, kind in keyed]
 
-    def walk(self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None) -> tuple[Any, Any]:
+    def map_microbatches(
+        self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None
+    ) -> tuple[Any, Any]:
         """`fun` of every microbatch's gradients and weights: of its pair, the first added up, the second joined."""
 
         def of_batch(batch: list[jax.Array], weights: jax.Array | None) -> Any:
@@ -72,9 +74,9 @@ class MicrobatchedGradients:
             *_, form = gradients_of(self.program, self.strategy, True, params, constants, batch)
             return fun(form, weights)
 
-        return self._walk(of_batch, weights)
+        return self._mapped(of_batch, weights)
 
-    def _walk(self, fun: Callable[..., Any], weights: jax.Array | None) -> tuple[Any, Any]:
+    def _mapped(self, fun: Callable[..., Any], weights: jax.Array | None) -> tuple[Any, Any]:
         size = self.microbatch_size
         if size == self.size:  # not in a loop: inside of one XLA has slower convolutions on a CPU
             return fun(self.batch, weights)
@@ -103,8 +105,8 @@ class MicrobatchedGradients:
 
     def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
         """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
-        both = lambda form, weights: (form.weighted_sum(weights, keep_wide=True), form.squared_norms())
-        total, squares = self.walk(both, None)
+        both = lambda form, weights: (form.weighted_sum(weights), form.squared_norms())
+        total, squares = self.map_microbatches(both, None)
         return squares, jnp.sum(jnp.stack([sum_squares(x) for x in total]))
 
     def spreads(self, weights: jax.Array | None, scale: Any = 1) -> list[jax.Array]:
@@ -114,18 +116,18 @@ class MicrobatchedGradients:
 
         def around_the_mean(form: Any, w: Any) -> Any:
             own = jnp.sum(jnp.ones(form.size) if w is None else w)
-            means = [x * inverse(own) for x in form.weighted_sum(w, keep_wide=True)]
+            means = [x * inverse(own) for x in form.weighted_sum(w)]
             parts = zip(form.spreads(w), means, whole, strict=True)
             return [square + own * jnp.square(mean - x / total) for square, mean, x in parts], ()
 
-        return [x * scale for x in self.walk(around_the_mean, weights)[0]]
+        return [x * scale for x in self.map_microbatches(around_the_mean, weights)[0]]
 
     def gram(self, other: Any) -> jax.Array:
         """⟨g_i, g'_j⟩; the other batch's microbatches are made again for each of these."""
         if other.size == 0:  # which optax cannot string together
             return jnp.zeros((self.size, 0))
-        columns = lambda form: other.walk(lambda theirs, _: ((), theirs.gram(form)), None)[1]
-        return self.walk(lambda form, _: ((), columns(form).T), None)[1]
+        columns = lambda form: other.map_microbatches(lambda theirs, _: ((), theirs.gram(form)), None)[1]
+        return self.map_microbatches(lambda form, _: ((), columns(form).T), None)[1]
 
     def self_gram(self) -> jax.Array:
         """⟨g_i, g_j⟩."""
@@ -133,7 +135,7 @@ class MicrobatchedGradients:
 
     def materialize(self) -> list[jax.Array]:
         """g_i, every leaf with a leading axis B."""
-        return self.walk(lambda form, _: ((), form.materialize()), None)[1]
+        return self.map_microbatches(lambda form, _: ((), form.materialize()), None)[1]
 
 
 def _is_key(x: jax.Array) -> bool:

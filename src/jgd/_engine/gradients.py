@@ -31,6 +31,9 @@ from jgd._engine.stored import stored
 from jgd._engine.tiles import Batch, num_shards_of
 from jgd._mesh import Placement, spec_of, varying
 
+# What is asked of some examples' gradients and their weights.
+OfGradients = Callable[["HeldGradients", jax.Array | None], Any]
+
 
 class Gradients(Protocol):
     """B gradients, however they are held: as blocks, as factors, or as what makes them a microbatch at a time."""
@@ -41,7 +44,7 @@ class Gradients(Protocol):
         ...
 
     @property
-    def like(self) -> list[jax.ShapeDtypeStruct]:
+    def leaf_structs(self) -> list[jax.ShapeDtypeStruct]:
         """Shape and dtype of one gradient's leaves."""
         ...
 
@@ -50,7 +53,9 @@ class Gradients(Protocol):
         """Over which axes of a mesh the gradients lie, where that is part of their type."""
         ...
 
-    def walk(self, fun: Callable[["HeldGradients", jax.Array | None], Any], weights: jax.Array | None) -> Any:
+    def map_microbatches(
+        self, fun: Callable[["HeldGradients", jax.Array | None], Any], weights: jax.Array | None
+    ) -> Any:
         """Applies `fun` to each microbatch's gradients and weights.
 
         `fun` returns a pair: the first is summed over microbatches, the second concatenated.
@@ -81,7 +86,7 @@ class Gradients(Protocol):
 class HeldGradients:
     """Gradients that are all held at the same time, leaf by leaf.
 
-    A subclass defines `size`, `like`, `num_shards` and `leaves`. No sum here is rounded to the parameters' dtype.
+    A subclass defines `size`, `leaf_structs`, `num_shards` and `leaves`. No sum is rounded to the parameters' dtype here.
     """
 
     num_shards: int
@@ -92,7 +97,7 @@ class HeldGradients:
         raise NotImplementedError
 
     @property
-    def like(self) -> list[jax.ShapeDtypeStruct]:
+    def leaf_structs(self) -> list[jax.ShapeDtypeStruct]:
         """Shape and dtype of one gradient's leaves."""
         raise NotImplementedError
 
@@ -104,7 +109,9 @@ class HeldGradients:
         """The same gradients, to be asked for norms and sums: blocks that serve both are built once."""
         return self
 
-    def walk(self, fun: Callable[["HeldGradients", jax.Array | None], Any], weights: jax.Array | None) -> Any:
+    def map_microbatches(
+        self, fun: Callable[["HeldGradients", jax.Array | None], Any], weights: jax.Array | None
+    ) -> Any:
         """`fun` of the gradients and weights: the pair of what is summed over examples and what each example has."""
         return fun(self, weights)
 
@@ -112,21 +119,17 @@ class HeldGradients:
         """g_i, every leaf with a leading axis B."""
         made = _joined(leaf.blocks() for leaf in self.leaves())
         zeros = lambda x: jnp.zeros((self.size, *x.shape), x.dtype)
-        return [made[k].astype(x.dtype) if k in made else zeros(x) for k, x in enumerate(self.like)]
+        return [made[k].astype(x.dtype) if k in made else zeros(x) for k, x in enumerate(self.leaf_structs)]
 
     def squared_norms(self) -> list[jax.Array]:
         """‖g_i‖² of each leaf."""
         made = _joined(leaf.squared_norms() for leaf in self.leaves())
-        return [made.get(k, jnp.zeros(self.size, jnp.float32)) for k in range(len(self.like))]
+        return [made.get(k, jnp.zeros(self.size, jnp.float32)) for k in range(len(self.leaf_structs))]
 
-    def weighted_sum(self, weights: jax.Array | None, *, keep_wide: bool = False) -> list[jax.Array]:
-        """Σ w_i g_i, in the leaves' dtypes or, with `keep_wide`, in the accumulation dtypes."""
-        made = self._sums(weights)
-        return made if keep_wide else [x.astype(like.dtype) for x, like in zip(made, self.like, strict=True)]
-
-    def _sums(self, weights: jax.Array | None) -> list[jax.Array]:
+    def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
+        """Σ w_i g_i. Leaves in the accumulation dtype."""
         made = _joined(leaf.weighted_sum(weights) for leaf in self.leaves())
-        return [made[k] if k in made else _zeros(x) for k, x in enumerate(self.like)]
+        return [made[k] if k in made else _zeros(x) for k, x in enumerate(self.leaf_structs)]
 
     def squared_sum(self) -> jax.Array:
         """‖Σ g_i‖²."""
@@ -164,7 +167,7 @@ class HeldGradients:
 
     def _moments(self, weights: jax.Array | None, scale: Any, *, centred: bool) -> list[jax.Array]:
         made = _joined(leaf.moments(weights, scale, centred=centred) for leaf in self.leaves())
-        return [made[k] if k in made else _zeros(x) for k, x in enumerate(self.like)]
+        return [made[k] if k in made else _zeros(x) for k, x in enumerate(self.leaf_structs)]
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
@@ -207,7 +210,7 @@ class DenseGradients(HeldGradients):
         return self.arrays[0].shape[0]
 
     @property
-    def like(self) -> list[jax.ShapeDtypeStruct]:
+    def leaf_structs(self) -> list[jax.ShapeDtypeStruct]:
         return [jax.ShapeDtypeStruct(x.shape[1:], x.dtype) for x in self.arrays]
 
     @property
@@ -256,7 +259,7 @@ class FactoredGradients(HeldGradients):
         return self.residuals.inputs[0].shape[0]
 
     @property
-    def like(self) -> list[jax.ShapeDtypeStruct]:
+    def leaf_structs(self) -> list[jax.ShapeDtypeStruct]:
         return list(self.plan.program.param_avals)
 
     @property
@@ -276,7 +279,7 @@ class FactoredGradients(HeldGradients):
             made.append(
                 FactoredLeaf(
                     leaf,
-                    self.like[leaf],
+                    self.leaf_structs[leaf],
                     [(part, gradients) for _, part, gradients in own],
                     [k for k, _, _ in own],
                     self.plan.device,
@@ -311,7 +314,7 @@ class FactoredGradients(HeldGradients):
         sources = leaves_of(plan, operands)
         numbers = sorted(plan.computed)
         return ComputedLeaves(
-            {leaf: self.like[leaf] for leaf in numbers},
+            {leaf: self.leaf_structs[leaf] for leaf in numbers},
             operands,
             [(part, each) for part, each in parts if part.leaf in plan.computed or part.leaf in operands],
             path_to(plan, operands, *model),
@@ -332,14 +335,14 @@ class FactoredGradients(HeldGradients):
         each = enumerate(self._parts())
         return replace(self, kept={k: x.native_blocks() for k, (part, x) in each if part.leaf in leaves})
 
-    def _sums(self, weights: jax.Array | None) -> list[jax.Array]:
+    def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         if self.plan.second_pass:
             return self._second_pass(weights)
         is_wrong = self.num_shards > 1 and bool(xla_workarounds.wrong_when_sharded(self.plan))
         if is_wrong and (weights is None or has_second_pass(self.plan.program)):
             return self._second_pass(weights)
         form = self if weights is None else self._without_absent(weights)
-        return HeldGradients._sums(form, weights)
+        return HeldGradients.weighted_sum(form, weights)
 
     def _without_absent(self, weights: jax.Array) -> "FactoredGradients":
         """The same with absent examples masked, for sums. The weights are looked at once for all leaves."""
@@ -372,7 +375,7 @@ class FactoredGradients(HeldGradients):
             inputs = [x[who] for x in inputs]
 
         def losses(params: list[jax.Array]) -> jax.Array:
-            narrow = [x.astype(like.dtype) for x, like in zip(params, self.like, strict=True)]
+            narrow = [x.astype(like.dtype) for x, like in zip(params, self.leaf_structs, strict=True)]
             return jax.vmap(lambda example: program.run(narrow, constants, example)[0])(inputs)
 
         wide = [x.astype(accumulation_dtype(x)) for x in self.model.params]

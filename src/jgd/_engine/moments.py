@@ -135,12 +135,12 @@ def spread_of_outer(
     trusted = jnp.all(spread >= _CANCELLED * square)
     if left.shape[2] == 1:  # the same places, along an axis that can be cut
         turned = lambda x: x.reshape(x.shape[0], x.shape[2], x.shape[1])
-        return turned(_unless(trusted, turned(spread) * scale, right, left, each * scale))
-    return _unless(trusted, spread * scale, left, right, each * scale)
+        return turned(recompute_where_cancelled(trusted, turned(spread) * scale, right, left, each * scale))
+    return recompute_where_cancelled(trusted, spread * scale, left, right, each * scale)
 
 
 @jax.custom_jvp
-def _unless(
+def recompute_where_cancelled(
     trusted: jax.Array, made: jax.Array, left: jax.Array, right: jax.Array, weights: jax.Array
 ) -> jax.Array:
     """`made` if it is `trusted`, else the spread from one gradient after the other."""
@@ -162,8 +162,8 @@ def _unless(
     return jax.lax.while_loop(lambda state: state[0] < steps, redo, start)[1]
 
 
-@_unless.defjvp
-def _unless_jvp(primals, tangents):
+@recompute_where_cancelled.defjvp
+def _recompute_jvp(primals, tangents):
     def branched(trusted, made, *factors):
         return jax.lax.cond(trusted, lambda: made, lambda: _spread_one_by_one(*factors).astype(made.dtype))
 

@@ -7,23 +7,23 @@ import jax
 import jax.numpy as jnp
 
 from jgd._errors import is_concrete
-from jgd._fit.chunks import Chunks
 from jgd._fit.data import Examples
+from jgd._fit.dispatcher import Dispatcher
 from jgd._fit.history import History, check_history
+from jgd._fit.run_state import RunState
 from jgd._fit.schedule import Pass, Schedule
-from jgd._fit.standing import Standing
 from jgd._methods.method import Method, MethodState
 
 
 def run_epochs(
     method: Method,
-    start: Standing,
+    start: RunState,
     examples: Examples,
     key: jax.Array,
     schedule: Schedule,
     *,
     check_finite: bool,
-    chunks: Chunks | None = None,
+    chunks: Dispatcher | None = None,
 ) -> tuple[MethodState, History]:
     """Trains by a schedule, from where `start` stands. Its state is consumed.
 
@@ -44,7 +44,7 @@ def run_epochs(
         if chunks:
             stop = chunks.stop(at.batches, stop)
         (state, history), value = run(method, one, (at.state, history), examples, key, at.batches, stop)
-        before, at = at, Standing(state, functools.partial(_same, history), stop)
+        before, at = at, RunState(state, functools.partial(_same, history), stop)
         if check_finite:
             made = [batches * one.inner_steps for batches in (before.batches, stop)]
             check_history(before.state, state, history, *made)
@@ -150,7 +150,7 @@ def _epoch(
 
 
 def _buffer(
-    method: Method, one: Pass, start: Standing, examples: Examples, updates: int
+    method: Method, one: Pass, start: RunState, examples: Examples, updates: int
 ) -> tuple[History, bool]:
     """Room for the history of all updates, those made already filled in; and whether the method holds tracers."""
 

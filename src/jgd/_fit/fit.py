@@ -11,18 +11,18 @@ from jax.sharding import Mesh
 
 from jgd._errors import is_concrete
 from jgd._fit.checkpoint import Checkpoint, checkpoint_of
-from jgd._fit.chunks import Chunks
+from jgd._fit.checkpointer import Checkpointer
 from jgd._fit.data import is_batches
+from jgd._fit.dispatcher import Dispatcher
 from jgd._fit.epochs import run_epochs
 from jgd._fit.history import History, no_history
 from jgd._fit.identity import Identity, key_identity, optimizer_identity, start_identity
-from jgd._fit.keeper import Keeper
 from jgd._fit.placement import mesh_of, on_mesh
 from jgd._fit.processes import lost_processes_named
 from jgd._fit.progress import bar
+from jgd._fit.run_state import RunState
 from jgd._fit.schedule import Length, length_of
 from jgd._fit.source import Arrays, Source, source_of
-from jgd._fit.standing import Standing
 from jgd._fit.stepwise import run_steps
 from jgd._methods.method import Method, MethodState, StepInfo
 
@@ -129,11 +129,11 @@ def fit(
     _check_watchable((state, source.examples if isinstance(source, Arrays) else (), key), watches)
 
     with lost_processes_named(), ExitStack() as stack:
-        keeper, start = None, Standing(state, no_history)
+        keeper, start = None, RunState(state, no_history)
         if checkpoint is not None:
             plan = checkpoint_of(checkpoint)
             keeper = stack.enter_context(
-                Keeper(plan, _identity(method, state, key, source, length), length.inner_steps)
+                Checkpointer(plan, _identity(method, state, key, source, length), length.inner_steps)
             )
             start = keeper.restore(state) or start
             _check_not_past(start, source, length)
@@ -143,7 +143,7 @@ def fit(
         if keeper and (like := feed.like()) is not None:
             keeper.check_batches(method, state.params, like)
         if isinstance(source, Arrays) and callback is None and not start.repeats:
-            chunks = Chunks(keeper, report, length.inner_steps) if keeper or report else None
+            chunks = Dispatcher(keeper, report, length.inner_steps) if keeper or report else None
             trained, history = run_epochs(
                 method, start, source.examples, key, source.schedule, check_finite=check_finite, chunks=chunks
             )
@@ -187,7 +187,7 @@ def _identity(method: Method, state: MethodState, key: jax.Array, source: Source
     }
 
 
-def _check_not_past(start: Standing, source: Source, length: Length) -> None:
+def _check_not_past(start: RunState, source: Source, length: Length) -> None:
     if source.is_past(start):
         asked = f"`epochs`={length.epochs}" if length.steps is None else f"`steps`={length.steps}"
         made = start.batches * length.inner_steps + start.repeats

@@ -13,8 +13,8 @@ from jgd._fit.feed import LoaderFeed
 from jgd._fit.fingerprint import fingerprints
 from jgd._fit.identity import list_identity
 from jgd._fit.placement import batch_axes
+from jgd._fit.run_state import RunState
 from jgd._fit.schedule import Length, Schedule, schedule_of
-from jgd._fit.standing import Standing
 from jgd._fit.stepwise import ArrayFeed
 from jgd._fit.stream import is_stream
 
@@ -38,11 +38,11 @@ class Arrays:
         leaves = jax.tree.leaves(self.examples.args)
         return {"data": fingerprints(leaves), "batch_size": self.schedule.epoch.batch_size}
 
-    def is_past(self, at: Standing) -> bool:
+    def is_past(self, at: RunState) -> bool:
         """Whether a run stands behind its own end."""
         return at.batches + (at.repeats > 0) > self.schedule.batches
 
-    def feed(self, start: Standing, *, keep_position: bool) -> Feed:
+    def feed(self, start: RunState, *, keep_position: bool) -> Feed:
         """The batches that are left; their number says where they stand."""
         del keep_position
         return ArrayFeed(self.examples, self.key, self.schedule, start.batches)
@@ -72,14 +72,14 @@ class Batches:
         digest = f" {list_identity(self.data)}" if isinstance(self.data, list) else ""
         return {"data": f"batches{digest}", "batch_size": None}
 
-    def is_past(self, at: Standing) -> bool:
+    def is_past(self, at: RunState) -> bool:
         """Whether a run stands behind its own end."""
         if self.length.steps is not None:
             return at.batches * self.length.inner_steps + at.repeats > self.length.steps
         epoch, place = (at.position.epoch, at.position.place) if at.position else (0, 0)
         return epoch + (place > 0 or at.repeats > 0) > (self.length.epochs or 0)
 
-    def feed(self, start: Standing, *, keep_position: bool) -> Feed:
+    def feed(self, start: RunState, *, keep_position: bool) -> Feed:
         """The batches that are left, each with where the loader stands after it."""
         return LoaderFeed(
             self.data, self.length, start.position, in_axes=self.in_axes, keep_position=keep_position,

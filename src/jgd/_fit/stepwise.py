@@ -10,13 +10,13 @@ import numpy as np
 
 from jgd._errors import describe, is_concrete
 from jgd._fit.batch import Batch, Feed
+from jgd._fit.checkpointer import Checkpointer
 from jgd._fit.data import Examples
 from jgd._fit.epochs import order_of
 from jgd._fit.history import History, NonFiniteError, is_finite, no_history
-from jgd._fit.keeper import Keeper
 from jgd._fit.progress import Report
+from jgd._fit.run_state import RunState
 from jgd._fit.schedule import Schedule
-from jgd._fit.standing import Standing
 from jgd._methods.method import Method, MethodState, StepInfo, update
 
 _AHEAD = 8  # updates that may wait for the device
@@ -24,14 +24,14 @@ _AHEAD = 8  # updates that may wait for the device
 
 def run_steps(
     method: Method,
-    start: Standing,
+    start: RunState,
     feed: Feed,
     *,
     inner_steps: int,
     check_finite: bool,
     callback: Callable[[MethodState, StepInfo], Any] | None,
     report: Report | None,
-    keeper: Keeper | None,
+    keeper: Checkpointer | None,
 ) -> tuple[MethodState, History]:
     """Makes `inner_steps` updates from each batch, until the callback returns True. The state is consumed."""
     state, record, at = start.state, _Record(start), start
@@ -54,7 +54,7 @@ def run_steps(
                 _stopped(feed, keeper, batch, at, repeat + 1, inner_steps, state, record)
                 return state, record.result()
         feed.use()
-        at = Standing(state, record.history, at.batches + 1, batch.position)
+        at = RunState(state, record.history, at.batches + 1, batch.position)
         due = keeper and keeper.offer(at)
         following = next(batches, None)  # made while the device is at work, before anyone waits for it
         if keeper and due:
@@ -67,9 +67,9 @@ def run_steps(
 
 def _stopped(
     feed: Feed,
-    keeper: Keeper | None,
+    keeper: Checkpointer | None,
     batch: Batch,
-    at: Standing,
+    at: RunState,
     repeats: int,
     inner_steps: int,
     state: MethodState,
@@ -78,9 +78,9 @@ def _stopped(
     """Keeps what was trained: the batch is done, or to be gone on with where a callback stopped amid its updates."""
     if repeats == inner_steps:
         feed.use()
-        at = Standing(state, record.history, at.batches + 1, batch.position)
+        at = RunState(state, record.history, at.batches + 1, batch.position)
     else:
-        at = Standing(state, record.history, at.batches, at.position, repeats)
+        at = RunState(state, record.history, at.batches, at.position, repeats)
     if keeper:
         keeper.end(at)
 
@@ -155,7 +155,7 @@ class ArrayFeed:
 class _Record:
     """The history as it grows. Numbers stay on the device until someone asks."""
 
-    def __init__(self, start: Standing) -> None:
+    def __init__(self, start: RunState) -> None:
         self._parts = [jax.device_get(start.history())] if start.batches or start.repeats else []
         self._recent: list[History] = []
 

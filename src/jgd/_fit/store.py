@@ -29,7 +29,7 @@ from jgd._fit.leaves import Stored, checksums_of, history_checksum, state_from, 
 from jgd._fit.lock import Lock
 from jgd._fit.position import Position
 from jgd._fit.processes import agreed, gathered, gathered_text
-from jgd._fit.standing import Standing
+from jgd._fit.run_state import RunState
 from jgd._methods.method import MethodState
 
 _log = logging.getLogger("jgd")
@@ -40,10 +40,10 @@ class Snapshot(NamedTuple):
 
     stored: Stored
     history: History  # may have room for more
-    at: Standing
+    at: RunState
 
 
-def snapshot_of(at: Standing) -> Snapshot:
+def snapshot_of(at: RunState) -> Snapshot:
     """Copies what there is to save. Waits for nothing."""
     history = jax.tree.map(_copied, at.history())
     return Snapshot(stored(at.state), history, at)
@@ -71,7 +71,7 @@ class Store:
         if agreed(int(error is not None)):
             raise error or OSError(f"`checkpoint`: process 0 could not take the lock in {self._path}")
 
-    def restore(self, state: MethodState) -> Standing | None:
+    def restore(self, state: MethodState) -> RunState | None:
         """Where the run stood at the newest checkpoint that is whole; None if there is none at all.
 
         Raises:
@@ -137,7 +137,7 @@ class Store:
                 "changed; to start anew, give another folder"
             ) from error
 
-    def _read(self, path: Path, state: MethodState) -> Standing:
+    def _read(self, path: Path, state: MethodState) -> RunState:
         run = manifest.read(path)
         compare(self._path, run, self.identity)
         if jax.process_index() == 0:
@@ -159,7 +159,7 @@ class Store:
             raise ValueError("its numbers are not those that were saved")
         position = self._own_position(run["positions"])
         self.identity, self._jax = run["identity"] | self.identity, run["jax"]
-        return Standing(
+        return RunState(
             restored, lambda: history, run["batches"], position and Position(*position), run["repeats"]
         )
 

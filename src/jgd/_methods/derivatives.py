@@ -14,6 +14,7 @@ import jax
 import jax.numpy as jnp
 from jax.flatten_util import ravel_pytree
 
+from jgd._autotune import Reduced
 from jgd._engine.calls import Loss, bind
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.trace import trace
@@ -21,7 +22,6 @@ from jgd._gradients import per_example_grad
 from jgd._memory import checked_sizes
 from jgd._reductions.linear import mean
 from jgd._reductions.linear import sum as sum_
-from jgd._timed import Reduced
 
 Named = Literal["reverse", "forward", "finite_difference"]
 Derivative = Named | Callable[..., Any]

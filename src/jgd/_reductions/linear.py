@@ -7,7 +7,7 @@ from jaxtyping import Array, Float, PyTree
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_blocks, like_examples, like_leaves, placed_by
 from jgd._reductions.arguments import Weights, direction_of, form_of, weights_of
-from jgd._weighing import linear, sums
+from jgd._weights import linear_in_weights, sums
 
 
 def materialize(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> PyTree[Float[Array, "B ..."]]:
@@ -80,7 +80,7 @@ def dot(
     at a time, or for large ones one product more.
     """
     form, treedef = form_of(grads)
-    return _dot(form, direction_of(direction, form.like, treedef))
+    return _dot(form, direction_of(direction, form.leaf_structs, treedef))
 
 
 @jax.jit
@@ -92,7 +92,10 @@ def _materialize(form):
 @jax.jit
 @placed_by(like_leaves)
 def _weighted_sum(form, weights):
-    return [x.astype(like.dtype) for x, like in zip(linear(sums, form, weights), form.like, strict=True)]
+    return [
+        x.astype(like.dtype)
+        for x, like in zip(linear_in_weights(sums, form, weights), form.leaf_structs, strict=True)
+    ]
 
 
 @jax.jit
@@ -102,11 +105,11 @@ def _weighted_mean(form, weights):
         # Not by weights of 1/B: the sum may be asked for beside the mean, and is then shared.
         made = [x / form.size for x in sums(form, None)]
     else:
-        made = linear(sums, form, weights / jnp.sum(weights))
-    return [x.astype(like.dtype) for x, like in zip(made, form.like, strict=True)]
+        made = linear_in_weights(sums, form, weights / jnp.sum(weights))
+    return [x.astype(like.dtype) for x, like in zip(made, form.leaf_structs, strict=True)]
 
 
 @jax.jit
 @placed_by(like_examples)
 def _dot(form, direction):
-    return form.walk(lambda form, _: ((), form.dot(direction)), None)[1]
+    return form.map_microbatches(lambda form, _: ((), form.dot(direction)), None)[1]

@@ -9,7 +9,7 @@ from jaxtyping import Array, Float, PyTree
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_leaves, placed_by
 from jgd._reductions.arguments import Weights, at_least_two, form_of, weights_of
-from jgd._weighing import linear, second_moments, spreads
+from jgd._weights import linear_in_weights, second_moments, spreads
 
 
 def second_moment(
@@ -59,8 +59,8 @@ def variance(
 @placed_by(like_leaves)
 def _second_moment(form, weights):
     total, share = (form.size, None) if weights is None else (1, weights / jnp.sum(weights))
-    moments = linear(functools.partial(second_moments, scale=1 / total), form, share)
-    return [m.astype(x.dtype) for m, x in zip(moments, form.like, strict=True)]
+    moments = linear_in_weights(functools.partial(second_moments, scale=1 / total), form, share)
+    return [m.astype(x.dtype) for m, x in zip(moments, form.leaf_structs, strict=True)]
 
 
 @jax.jit
@@ -74,4 +74,4 @@ def _variance(form, weights):
         # Weights that leave one example alone leave no variance: not defined is nan, not inf.
         unbiased = jnp.where(unbiased == 0, jnp.nan, unbiased)
     made = spreads(form, share, 1 / unbiased)
-    return [m.astype(x.dtype) for m, x in zip(made, form.like, strict=True)]
+    return [m.astype(x.dtype) for m, x in zip(made, form.leaf_structs, strict=True)]

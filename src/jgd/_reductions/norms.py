@@ -18,7 +18,7 @@ from jgd._reductions.arguments import (
     max_norms_of,
     weights_of,
 )
-from jgd._weighing import squared_norms
+from jgd._weights import squared_norms
 
 
 class NoiseScale(NamedTuple):
@@ -199,8 +199,8 @@ def _norms_of_groups(form, groups):
 @placed_by(lambda *args: (like_leaves(*args), like_examples(*args)))
 def _clipped_sum_of_groups(form, max_norms, groups, weights):
     clip = lambda form, w: _clipping.clipped_sum_of_groups(form, max_norms, groups, w)
-    sums, norms = form.walk(clip, weights)
-    return [x.astype(like.dtype) for x, like in zip(sums, form.like, strict=True)], norms
+    sums, norms = form.map_microbatches(clip, weights)
+    return [x.astype(like.dtype) for x, like in zip(sums, form.leaf_structs, strict=True)], norms
 
 
 _norms = jax.jit(_norms_of_groups, static_argnums=1)

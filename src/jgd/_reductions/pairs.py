@@ -30,7 +30,7 @@ def gram(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], other: Any = No
     other_form, other_treedef = form_of(other)
     if treedef != other_treedef:
         raise ValueError(f"`grads` and `other` are of different structure: {treedef} and {other_treedef}")
-    for ours, theirs in zip(form.like, other_form.like, strict=True):
+    for ours, theirs in zip(form.leaf_structs, other_form.leaf_structs, strict=True):
         if ours.shape != theirs.shape:
             raise ValueError(
                 f"`grads` and `other` belong to parameters of different shapes: {ours.shape} and {theirs.shape}"
@@ -81,7 +81,7 @@ def _self_gram(form):
 
 @placed_by(like_examples)
 def _project_form(form, key, dim):
-    return form.walk(lambda form, _: ((), form.project(key, dim)), None)[1]
+    return form.map_microbatches(lambda form, _: ((), form.project(key, dim)), None)[1]
 
 
 _project = jax.jit(_project_form, static_argnums=2)

@@ -17,7 +17,9 @@ from jax.custom_derivatives import SymbolicZero
 from jgd._engine.dtypes import add
 
 
-def linear(question: Callable[[Any, Any], list[jax.Array]], form: Any, weights: Any) -> list[jax.Array]:
+def linear_in_weights(
+    question: Callable[[Any, Any], list[jax.Array]], form: Any, weights: Any
+) -> list[jax.Array]:
     """`question(form, weights)`, which is linear in the weights, or without them where they are None.
 
     Its derivative by a weight of 0 is what that example would add, and 0 where its gradient is not finite.
@@ -34,17 +36,17 @@ def spreads(form: Any, weights: Any, scale: Any) -> list[jax.Array]:
 
 def sums(form: Any, weights: jax.Array | None) -> list[jax.Array]:
     """Σ w_i g_i in the accumulators' dtypes, a microbatch at a time where that is how they are made."""
-    return form.walk(lambda form, w: (form.weighted_sum(w, keep_wide=True), ()), weights)[0]
+    return form.map_microbatches(lambda form, w: (form.weighted_sum(w), ()), weights)[0]
 
 
 def second_moments(form: Any, weights: jax.Array | None, scale: float = 1) -> list[jax.Array]:
     """scale · Σ w_i g_i², likewise."""
-    return form.walk(lambda form, w: (form.second_moments(w, scale), ()), weights)[0]
+    return form.map_microbatches(lambda form, w: (form.second_moments(w, scale), ()), weights)[0]
 
 
 def squared_norms(form: Any) -> list[jax.Array]:
     """‖g_i‖² of each leaf, likewise."""
-    return form.walk(lambda form, _: ((), form.squared_norms()), None)[1]
+    return form.map_microbatches(lambda form, _: ((), form.squared_norms()), None)[1]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

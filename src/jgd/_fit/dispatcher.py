@@ -4,22 +4,22 @@ import time
 
 import jax
 
-from jgd._fit.keeper import Keeper
+from jgd._fit.checkpointer import Checkpointer
 from jgd._fit.processes import agreed
 from jgd._fit.progress import Report
-from jgd._fit.standing import Standing
+from jgd._fit.run_state import RunState
 
 # Long against the dispatch of a call, about 0.2 ms; short to someone who watches, or presses Ctrl-C.
 _SECONDS = 0.1
 
 
-class Chunks:
+class Dispatcher:
     """Decides how far each call goes, and does between the calls what is due.
 
     The device never waits for the host: what is due after a call is done once the next one runs.
     """
 
-    def __init__(self, keeper: Keeper | None, report: Report | None, inner_steps: int) -> None:
+    def __init__(self, keeper: Checkpointer | None, report: Report | None, inner_steps: int) -> None:
         self._keeper, self._report, self._inner = keeper, report, inner_steps
         self._size, self._looked = 1, time.monotonic()
         self._last: tuple[int, jax.Array] | None = None
@@ -29,7 +29,7 @@ class Chunks:
         stop = min(end, at + agreed(self._size))
         return int(min(stop, self._keeper.stop(at))) if self._keeper else stop
 
-    def passed(self, at: Standing, value: jax.Array) -> None:
+    def passed(self, at: RunState, value: jax.Array) -> None:
         """Looks at the call before the one that led to `at`, while this one runs."""
         if self._keeper:
             self._keeper.write()

@@ -17,9 +17,9 @@ from jgd._engine.residuals import Model
 from jgd._engine.shares import factor_bytes
 from jgd._engine.trace import TracedLoss
 from jgd._errors import is_concrete
+from jgd._execution import Execution, Strategy
 from jgd._memory import may_use_second_pass
 from jgd._mesh import explicit_mesh
-from jgd._whole import Choice, Strategy
 
 _REPEATS, _SECONDS = 7, 1.0  # runs of each plan, at most; one that took so long in all rests
 
@@ -48,17 +48,19 @@ class Reduced:
 
 def clipped_sum_with_norms(grads: Any) -> Any:
     """What is timed where nothing else is said."""
-    return grads._form.walk(lambda form, weights: clipped_sum(form, 1.0, weights), None)
+    return grads._form.map_microbatches(lambda form, weights: clipped_sum(form, 1.0, weights), None)
 
 
-class Ready(NamedTuple):
+class CompiledProgram(NamedTuple):
     """A compiled program with its arguments."""
 
     run: Callable[[], Any]  # returns when the result is there
     temporary_bytes: int
 
 
-def ready(compute: Callable[[Model, list[Any]], Any], model: Model, batch: list[Any]) -> Ready:
+def compiled_program(
+    compute: Callable[[Model, list[Any]], Any], model: Model, batch: list[Any]
+) -> CompiledProgram:
     """Compiles a program for concrete arguments; inside of a trace as well as outside."""
     compiled = jax.jit(compute).lower(model, batch).compile()
     memory = compiled.memory_analysis()
@@ -67,20 +69,20 @@ def ready(compute: Callable[[Model, list[Any]], Any], model: Model, batch: list[
         with jax.disable_jit(False):  # what is compiled cannot run without, even where that is told
             return jax.block_until_ready(compiled(model, batch))
 
-    return Ready(run, int(getattr(memory, "temp_size_in_bytes", 0)))
+    return CompiledProgram(run, int(getattr(memory, "temp_size_in_bytes", 0)))
 
 
-def quickest(
+def autotuned(
     program: TracedLoss,
-    hold: Callable[[Choice, Model, list[Any]], Any],
+    hold: Callable[[Execution, Model, list[Any]], Any],
     model: Model,
     batch: list[Any],
     *,
     question: Question,
-    planned: Choice,
+    planned: Execution,
     divide: bool,
     max_memory: int | None = None,
-) -> Choice:
+) -> Execution:
     """The choice by which the answer to the question is there first; remembered.
 
     Timed on the arguments where they are concrete, elsewhere on small numbers of their shapes. Over several devices
@@ -100,14 +102,14 @@ def quickest(
     if planned.strategy != "auto" or not _on_one_device([*model.params, *batch]):
         return planned
 
-    def ask(choice: Choice, model: Model, batch: list[Any]) -> Any:
+    def ask(choice: Execution, model: Model, batch: list[Any]) -> Any:
         return question(hold(choice, model, batch))
 
-    def choose() -> Choice:
+    def choose() -> Execution:
         others = _candidates(program, planned.microbatch_size, divide=divide)
         if max_memory is not None and may_use_second_pass(program, model, batch):
             others += [
-                Choice(SECOND_PASS, size) for size in sorted({planned.microbatch_size, batch[0].shape[0]})
+                Execution(SECOND_PASS, size) for size in sorted({planned.microbatch_size, batch[0].shape[0]})
             ]
         if not others:
             return planned
@@ -144,7 +146,7 @@ def _on_one_device(arrays: list[Any]) -> bool:
     return not meshed and jax.process_count() == 1 and all(len(devices) == 1 for devices in placed)
 
 
-def _candidates(program: TracedLoss, size: int, *, divide: bool) -> list[Choice]:
+def _candidates(program: TracedLoss, size: int, *, divide: bool) -> list[Execution]:
     """What may be quicker than the planner's choice."""
     at_once = blocks_at_once(program, size, 1)
     if at_once == size:
@@ -156,28 +158,28 @@ def _candidates(program: TracedLoss, size: int, *, divide: bool) -> list[Choice]
         plan = plan_of(program, variant)
         different.setdefault((tuple(part.rules.method for part in plan.parts), plan.kept), variant)
     choices = [
-        Choice(variant, size) for variant in different.values() if variant != PLANNED or not as_factors
+        Execution(variant, size) for variant in different.values() if variant != PLANNED or not as_factors
     ]
     by_name: list[Strategy] = ["auto"] if as_factors else []
     if 4 * parameters <= _MATERIALIZED_ABOVE * factor_bytes(plan_of(program, PLANNED)):
         by_name.append("materialized")
-        choices.append(Choice("materialized", size))
+        choices.append(Execution("materialized", size))
     sizes = [size // parts for parts in _DIVISIONS if divide and size % parts == 0]
-    return [*choices, *(Choice(name, some) for name in by_name for some in sizes)]
+    return [*choices, *(Execution(name, some) for name in by_name for some in sizes)]
 
 
 def _first(
-    asked: dict[Choice, Callable[..., Any]],
-    planned: Choice,
+    asked: dict[Execution, Callable[..., Any]],
+    planned: Execution,
     model: Model,
     batch: list[Any],
     max_memory: int | None,
-) -> Choice:
+) -> Execution:
     """The choice whose program is the quickest; the planned one unless another is so by more than noise."""
-    runs: dict[Choice, Callable[[], Any]] = {}
+    runs: dict[Execution, Callable[[], Any]] = {}
     for choice, compute in asked.items():
         try:
-            made = ready(compute, model, batch)
+            made = compiled_program(compute, model, batch)
             made.run()
         except jax.errors.JaxRuntimeError:  # it may need more memory than there is
             continue

@@ -20,7 +20,7 @@ Named = Literal["auto", "factored", "materialized"]
 Strategy = Named | Variant  # a variant is a factored plan that the clock or a limit on memory chose
 
 
-class Choice(NamedTuple):
+class Execution(NamedTuple):
     """How gradients are made: by which strategy, and so many examples at a time."""
 
     strategy: Strategy

@@ -13,7 +13,7 @@ from jgd._fit.checkpoint import Checkpoint
 from jgd._fit.folder import OtherRunError
 from jgd._fit.identity import Identity, batch_identity
 from jgd._fit.processes import agreed, several
-from jgd._fit.standing import Standing
+from jgd._fit.run_state import RunState
 from jgd._fit.store import Snapshot, Store, snapshot_of
 from jgd._methods.method import Method, MethodState
 
@@ -23,7 +23,7 @@ _log = logging.getLogger("jgd")
 _ASK_EVERY = 16
 
 
-class Keeper:
+class Checkpointer:
     """Saves a run while it goes, and finds where it stood.
 
     As a context it waits, at its end, for what is being written. A run that ends is saved as it ended; one that
@@ -34,11 +34,11 @@ class Keeper:
     def __init__(self, checkpoint: Checkpoint, identity: Identity, inner_steps: int) -> None:
         self._plan, self._inner = checkpoint, inner_steps
         self._store = Store(checkpoint.path, checkpoint.keep, identity, inner_steps)
-        self._latest: Standing | None = None
+        self._latest: RunState | None = None
         self._pending: Snapshot | None = None
         self._saved, self._when, self._asked = 0, time.monotonic(), 0
 
-    def restore(self, state: MethodState) -> Standing | None:
+    def restore(self, state: MethodState) -> RunState | None:
         """Where the run stood, as `Store.restore` finds it."""
         self._latest = self._store.restore(state)
         if self._latest:
@@ -73,7 +73,7 @@ class Keeper:
         due = (at * self._inner // self._plan.every + 1) * self._plan.every
         return -(-due // self._inner)
 
-    def offer(self, at: Standing) -> bool:
+    def offer(self, at: RunState) -> bool:
         """Copies what there is to save if a checkpoint is due, for `write`. Waits for nothing."""
         self._latest = at
         if not self._due(self._updates(at)):
@@ -81,7 +81,7 @@ class Keeper:
         self._take(at)
         return True
 
-    def end(self, at: Standing) -> None:
+    def end(self, at: RunState) -> None:
         """Notes where the run has ended, to be saved."""
         self._latest = at
 
@@ -98,7 +98,7 @@ class Keeper:
             _log.error("%s", error)
             warnings.warn(f"{error}. The training goes on without it", RuntimeWarning, stacklevel=3)
 
-    def _updates(self, at: Standing) -> int:
+    def _updates(self, at: RunState) -> int:
         return at.batches * self._inner + at.repeats
 
     def _due(self, updates: int) -> bool:
@@ -110,7 +110,7 @@ class Keeper:
                 return False
         return bool(agreed(time.monotonic() - self._when >= self._plan.seconds))
 
-    def _take(self, at: Standing) -> None:
+    def _take(self, at: RunState) -> None:
         self.write()
         self._pending = snapshot_of(at)
         self._saved, self._when = self._updates(at), time.monotonic()
@@ -139,7 +139,7 @@ class Keeper:
             self._store.close()
 
 
-def _alive(at: Standing) -> bool:
+def _alive(at: RunState) -> bool:
     """Whether the state was not yet given away to the next one."""
     return not any(x.is_deleted() for x in jax.tree.leaves(at.state))
 

@@ -8,7 +8,7 @@ from jgd._fit.position import Position
 from jgd._methods.method import MethodState
 
 
-class Standing(NamedTuple):
+class RunState(NamedTuple):
     """Where a run stands between two updates.
 
     Attributes:
