@@ -86,7 +86,7 @@ class Gradients(Protocol):
 class HeldGradients:
     """Gradients that are all held at the same time, leaf by leaf.
 
-    A subclass defines `size`, `leaf_structs`, `num_shards` and `leaves`. No sum is rounded to the parameters' dtype here.
+    A subclass defines `size`, `leaf_structs`, `num_shards` and `leaves`. No sum is rounded to the parameters' dtype.
     """
 
     num_shards: int
