@@ -38,7 +38,18 @@ from jgd._demo import sums as demo_sums
 from jgd._demo.section import Check, Picture, Section, Table
 from jgd._demo.tour import Stop, Visit
 from jgd._demo.walk import recorded
-from jgd._engine import batch_sums, devices, jaxprs, lookups, moments, rules, tiles, versions, views
+from jgd._engine import (
+    batch_sums,
+    devices,
+    jaxprs,
+    lookups,
+    moments,
+    part_gradients,
+    rules,
+    tiles,
+    versions,
+    views,
+)
 from jgd._engine import trace as trace_module
 from jgd._engine.calls import bind
 from jgd._engine.devices import DEVICES, Device

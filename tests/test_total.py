@@ -184,7 +184,11 @@ def test_lbfgs_of_a_reduction_that_only_looks_different_walks_the_same_path():
         np.testing.assert_array_equal(ended, params)
 
 
-@pytest.mark.parametrize("total", ["total", "Mean", "", None, True, jnp.sum, ["mean"]], ids=str)
+@pytest.mark.parametrize(
+    "total",
+    ["total", "Mean", "", None, True, jnp.sum, ["mean"]],
+    ids=lambda x: getattr(x, "__name__", str(x)),
+)
 @pytest.mark.parametrize("make", [jgd.descent, jgd.ascent])
 def test_another_total_is_refused(make, total):
     with pytest.raises(ValueError, match=r"`total` .* must be one of 'mean', 'sum', got"):

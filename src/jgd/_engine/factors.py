@@ -232,6 +232,22 @@ def square(made: Sequence[Factor]) -> jax.Array:
     return jnp.maximum(inner_sum(made, made), 0)
 
 
+def square_bound(made: Sequence[Factor]) -> jax.Array:
+    """Σ_n (Σ_t ‖left_t‖‖right_t‖)², the most that `square` can be, and the size of the terms that may cancel in it.
+
+    Of lookups only those of the same row can cancel each other.
+    """
+    norms = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(accumulation_dtype(x))), axis=2))
+    total: Any = 0
+    for factor in made:
+        if isinstance(factor, Rows):
+            each = Rows(factor.index, norms(factor.right)[:, :, None], factor.rows)
+            total = total + jnp.sqrt(inner(each, each))
+        elif isinstance(factor, Outer):
+            total = total + jnp.sum(norms(factor.left) * norms(factor.right), axis=1)
+    return jnp.sum(jnp.square(total))
+
+
 def contract(spec: str, a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
     """An einsum of two arrays that accumulates in at least float32."""
     dtype = accumulation_dtype(a, b)

@@ -14,6 +14,7 @@ from jgd._engine import factors, grams, lookups, moments, tiles
 from jgd._engine.batch_sums import sum_leading
 from jgd._engine.parts import PartRules
 from jgd._engine.tiles import Batch
+from jgd._mesh import varying
 
 
 @jax.tree_util.register_dataclass
@@ -73,8 +74,24 @@ class PartGradients:
         """‖G_i‖², `(B,)`, by the part's method."""
         if self.is_kept:
             return jax.vmap(factors.sum_squares)(self.native_blocks())
-        square = lambda some, size: self._each(self.rules.square, some, size)
-        return self.batch.mapped(square, self.rules.cost.numbers)
+        of_one = self.rules.square_and_bound if self.rules.may_cancel else self.rules.square
+        made = self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.cost.numbers)
+        if not self.rules.may_cancel:
+            return made
+        square, bound = made
+        return _squares_again(self, square, _is_trusted(square, bound))
+
+    def _squares_of_blocks(self) -> jax.Array:
+        of_one = lambda data: factors.sum_squares(self.rules.native(data))
+        return self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.size)
+
+    def _example(self, number: jax.Array) -> "PartGradients":
+        """The gradient of one example."""
+        cut = lambda axis, part: jax.tree.map(
+            lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1, axis), part
+        )
+        arrays = tuple(map(cut, self.batch.axes, self.batch.arrays))
+        return replace(self, batch=Batch(arrays, self.batch.axes, 1, 1), blocks=None)
 
     def dot(self, direction: jax.Array) -> jax.Array:
         """⟨G_i, v⟩, `(B,)`, with a direction that is flat in the order of the leaf's memory."""
@@ -97,7 +114,10 @@ class PartGradients:
             assert self.rules.layout is not None
             (rows,) = self.factors()
             return lookups.squared_sum(rows, self.rules.layout.sizes()[1], in_cache=in_cache)
-        return factors.square(self.rules.batch_factors(self.batch.arrays))
+        made = self.rules.batch_factors(self.batch.arrays)
+        square, bound = factors.square(made), factors.square_bound(made)
+        itself = lambda: factors.sum_squares(self.sum(None)).astype(square.dtype)
+        return jax.lax.cond(_is_trusted(square, bound), lambda: square, itself)
 
     def moment(
         self, weights: jax.Array | None, scale: Any, total: jax.Array | None = None, *, centred: bool
@@ -153,3 +173,36 @@ class PartGradients:
     def of(self, arrays: Any) -> "PartGradients":
         """The same for other examples' residuals."""
         return replace(self, batch=replace(self.batch, arrays=arrays), blocks=None)
+
+
+# A squared norm from pairs is trusted if it is at least so many roundings of its bound: then to within 1/2048.
+_CANCELLED = 1 << 11
+
+
+def _is_trusted(square: jax.Array, bound: jax.Array) -> jax.Array:
+    """Whether so little of the bound has cancelled that the rest has digits left."""
+    return square >= _CANCELLED * jnp.finfo(square.dtype).eps * bound
+
+
+@jax.custom_jvp
+def _squares_again(gradients: PartGradients, made: jax.Array, trusted: jax.Array) -> jax.Array:
+    """`made` where it is `trusted`; elsewhere the square of the gradient itself, one example after the other."""
+    # A loop that mostly has no step: XLA keeps what a loop carries in one place, and a branch would copy it.
+
+    def redo(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
+        trusted, made = state
+        number = jnp.argmin(trusted)
+        (square,) = gradients._example(number)._squares_of_blocks()
+        return trusted.at[number].set(True), made.at[number].set(square.astype(made.dtype))
+
+    start = varying((trusted, made), (gradients.batch.arrays, made))
+    return jax.lax.while_loop(lambda state: ~jnp.all(state[0]), redo, start)[1]
+
+
+@_squares_again.defjvp
+def _squares_again_jvp(primals, tangents):
+    def branched(gradients: PartGradients, made: jax.Array, trusted: jax.Array) -> jax.Array:
+        of_blocks = lambda: jnp.where(trusted, made, gradients._squares_of_blocks().astype(made.dtype))
+        return jax.lax.cond(jnp.all(trusted), lambda: made, of_blocks)
+
+    return jax.jvp(branched, primals, tangents)

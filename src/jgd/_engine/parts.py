@@ -119,6 +119,16 @@ class PartRules:
         known = self.rules[0].square(data[0]) if len(self.rules) == 1 else None
         return factors.sum_squares(self.native(data)) if known is None else known
 
+    @property
+    def may_cancel(self) -> bool:
+        """Whether squared norms are sums over pairs of positions, which may be small differences of large numbers."""
+        return self.method == "pairs" and self.positions > 1
+
+    def square_and_bound(self, data: Sequence[SiteData]) -> tuple[jax.Array, jax.Array]:
+        """The squared norm from pairs of positions, and the bound that it would reach if nothing cancelled."""
+        made = self.factors(data)
+        return factors.square(made), factors.square_bound(made)
+
     def dot(self, data: Sequence[SiteData], direction: jax.Array) -> jax.Array:
         """The inner product of one example's gradient with a direction, flat in the order of the leaf's memory."""
         return factors.add([rule.dot(one, direction) for rule, one in zip(self.rules, data, strict=True)])

@@ -198,7 +198,7 @@ def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: jax.Array, tog
     def backward(kept: Any, cotangent: jax.Array) -> Any:
         data, number, together = kept
         data, cotangent = stored((data, cotangent))
-        square = probe.rules.square(probe.data(data, cotangent)).astype(number.dtype)
+        square = _square(probe, data, cotangent).astype(number.dtype)
         made = None if together is None else _made_together(probe, data, cotangent, together)
         return cotangent, None, square, made
 
@@ -206,12 +206,25 @@ def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: jax.Array, tog
     return watch(x, data, number, together)
 
 
+def _square(probe: Probe, data: jax.Array, cotangent: jax.Array) -> jax.Array:
+    """One example's squared norm. Where pairs may cancel, all examples' are made, and those that did are made again."""
+    if not probe.rules.may_cancel:
+        return probe.rules.square(probe.data(data, cotangent))
+    squares = _of_all(probe, data, cotangent).squares()
+    return squares[jax.lax.axis_index(EXAMPLES)]
+
+
+def _of_all(probe: Probe, data: jax.Array, cotangent: jax.Array) -> PartGradients:
+    """The gradients of all examples in the step, from inside the map over examples."""
+    data, cotangent = jax.lax.all_gather(data, EXAMPLES), jax.lax.all_gather(cotangent, EXAMPLES)
+    return PartGradients(probe.rules, Batch(probe.data(data, cotangent), (0,), data.shape[0], 1))
+
+
 def _made_together(probe: Probe, data: jax.Array, cotangent: jax.Array, asked: Together) -> Together:
     """The reductions over all examples, from inside the map over examples; in the dtypes of the dummies."""
-    data, cotangent = jax.lax.all_gather(data, EXAMPLES), jax.lax.all_gather(cotangent, EXAMPLES)
-    batch = Batch(probe.data(data, cotangent), (0,), data.shape[0], 1)
-    gradients = PartGradients(probe.rules, batch)
-    total = probe.total(data, cotangent, asked.bumps.total)
+    gradients = _of_all(probe, data, cotangent)
+    (left,) = gradients.batch.arrays
+    total = probe.total(left.values[1 - probe.own], left.cotangent, asked.bumps.total)
     second, spread = map(probe.as_operand, gradients.both_moments())
     squares = {leaf: sum_squares(total) for leaf in asked.squares}
     made = Together(Bumps(total, second, spread), squares, gradients.gram())

@@ -212,7 +212,7 @@ _clipped_sum = jax.jit(_clipped_sum_of_groups, static_argnums=2)
 def _noise_scale(form):
     size = form.size
     squares, square_sum = form.squares_and_sum()
-    mean_square, square_mean = jnp.mean(total(squares, size)), square_sum / size**2
+    mean_square, square_mean = jnp.mean(total(squares, size)), square_sum / float(size) ** 2
     trace = (mean_square - square_mean) * (size / (size - 1))
     signal = square_mean - trace / size
     return NoiseScale(trace / signal, trace, signal)
