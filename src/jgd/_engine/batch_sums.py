@@ -1,4 +1,4 @@
-"""Sums along a leading axis of examples, in which an example of weight 0 is absent, whatever it left."""
+"""Sums over a leading axis of examples. An example of weight 0 is absent, even if its residuals are not finite."""
 
 import functools
 import math
@@ -9,11 +9,11 @@ import jax.numpy as jnp
 
 from jgd._engine.dtypes import accumulation_dtype
 
-# Where there are so few examples, of so many numbers each, a sum takes them one by one.
+# A sum takes examples one by one if there are at most so many, of at least so many numbers each.
 _FEW, _LONG = 16, 1 << 13
 
-# So few rows, if they are short, are added up as they lie: it takes no longer, where each product would be one more
-# kernel to compile.
+# At most so many rows, if they are short, are added by a plain reduction. It is as quick as a product, which would be
+# one more kernel to compile.
 _FEW_SHORT = 32
 
 
@@ -28,7 +28,7 @@ def scaled(x: jax.Array, axis: int, weights: jax.Array) -> jax.Array:
 
 
 def mask_rows(keep: jax.Array, x: jax.Array) -> jax.Array:
-    """`x` with zeros in the rows that are not kept: unlike a product, it silences nan and inf too."""
+    """`x` with zeros in the rows that are not kept. Unlike a product, this removes nan and inf too."""
     return jnp.where(along(keep, 0, x.ndim), x, jnp.zeros((), x.dtype))
 
 
@@ -55,7 +55,7 @@ def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
 
 
 def adds_rows(x: jax.Array) -> bool:
-    """Whether `sum_leading` would add up the rows of `x` as they lie."""
+    """Whether `sum_leading` would add the rows of `x` by a plain reduction."""
     return x.shape[0] <= _FEW_SHORT and math.prod(x.shape[1:]) < _LONG
 
 
@@ -71,10 +71,10 @@ def sum_present(
     *,
     one_device: bool,
 ) -> jax.Array:
-    """Σ_i w_i fun(x_i) over the leading axis, in at least float32; of what has weight 0, nothing.
+    """Σ_i w_i fun(x_i) over the leading axis, in at least float32. Absent examples add nothing.
 
-    Few long rows are taken one by one: in one elementwise program, which needs no array of what is summed. Not where
-    they may lie on several devices, which would have to send them.
+    Few long rows are taken one by one, in one elementwise program that stores no terms. Not on several devices, which
+    would have to send their rows.
 
     Args:
         x: the examples.
@@ -108,7 +108,7 @@ def sum_present(
 
 
 def sum_masked(x: jax.Array, weights: jax.Array | None, *, one_device: bool) -> jax.Array:
-    """`sum_present` of long rows in which those of weight 0 have been masked already; short ones are masked here."""
+    """`sum_present`, if `mask_absent` has masked `x` already where the sum is a product; else it is masked here."""
     if weights is None or adds_rows(x) or (one_device and unrolls_rows(x)):
         return sum_present(x, weights, one_device=one_device)
     return sum_leading(x, weights)

@@ -1,9 +1,9 @@
-"""When the gradients of a batch are held as they are, one block for each leaf, and how many are made at a time.
+"""When `strategy="auto"` holds blocks instead of factors, and how many examples then go through one pass.
 
-Factors are less than gradients where a parameter meets few positions. Where few parameters are trained of the many
-that an example passes through, as adapters are, it is the other way round. Then some examples at a time leave
-nothing but their gradients, and where what such a pass makes stays in the processor's cache, several of them are
-also quicker than one of the whole batch.
+Factors take less memory than gradients if a parameter meets few positions. If few parameters are trained of the many
+that an example passes through, as adapters are, gradients take less. Then passes over some examples at a time keep
+only gradients. If the residuals of such a pass stay in the processor's cache, several of these passes are also quicker
+than one over the whole batch.
 """
 
 from typing import Any
@@ -17,22 +17,22 @@ from jgd._engine.shares import bytes_of, factor_bytes
 from jgd._engine.tiles import tile_of
 from jgd._engine.trace import TracedLoss
 
-# Gradients of this many numbers in all are held as they are: less than one tile, and quicker to compile.
+# Gradients of at most this many numbers in all are held as blocks: less than one tile, and quicker to compile.
 _MATERIALIZED_BELOW = 1 << 13
 
-# How many times larger than its gradient the factors of one example must be.
+# Blocks are held if the factors of one example are at least so many times larger than its gradient.
 _FACTORS = 4
 
-# How many times larger than the cache may be what all examples share: each of the passes reads it again.
+# What all examples share may be at most so many times larger than the cache: each of the passes reads it again.
 _SHARED = 4
 
 
 def blocks_at_once(program: TracedLoss, size: int, num_shards: int) -> int | None:
-    """How many of `size` gradients "auto" makes at a time, to hold all as they are; None where it holds factors.
+    """How many of `size` gradients "auto" makes at a time, to hold all as blocks; None if it holds factors.
 
     Args:
         program: the traced loss.
-        size: the number of the examples, B. It is returned itself only where all gradients are few numbers.
+        size: the number of the examples, B. The result is `size` itself only if all gradients are few numbers.
         num_shards: how many devices may share them; with several, factors are held.
     """
     if num_shards > 1:
@@ -47,7 +47,7 @@ def blocks_at_once(program: TracedLoss, size: int, num_shards: int) -> int | Non
 
 
 def _left_by_an_example(program: TracedLoss, most_shared: int) -> int:
-    """The bytes that one example leaves for its backward pass; 0 where its gradient is no small part of them."""
+    """The bytes that one example keeps for its backward pass; 0 if blocks would not pay."""
     params, constants, example = program.avals()
     if bytes_of((params, constants)) > most_shared:
         return 0

@@ -11,8 +11,8 @@ class Cost(NamedTuple):
     Attributes:
         flops: floating-point operations.
         numbers: the numbers held while they are done.
-        moved: the numbers read and written, beside the factors that every method reads. What small products make
-            is counted among their operations.
+        moved: the numbers read and written, beside the factors that every method reads. The results of small products
+            are not counted: the rate of small products includes them.
         small: whether the operations are those of many small products.
     """
 
@@ -37,9 +37,9 @@ class Sizes(NamedTuple):
 
 
 def pairs(sizes: Sizes, *, lookups: int) -> Cost:
-    """Inner products of all pairs of positions on both sides; two squared norms where there is one position.
+    """Inner products of all pairs of positions on both sides; two squared norms if there is one position.
 
-    Those positions that are `lookups` of rows need no products on the side of the rows' numbers.
+    Positions that are `lookups` compare row numbers, and need no products over p.
     """
     n, t, p, q = sizes
     others = t - lookups

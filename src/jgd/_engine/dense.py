@@ -1,7 +1,7 @@
 """Which leaves are dense because some derivative depends on their being differentiated themselves.
 
-The backward pass perturbs the outputs of sites. A dense leaf is data in the region, and the pass perturbs the leaf
-itself, as `jax.grad` does.
+The backward pass differentiates by the outputs of sites, through taps. A dense leaf is read as data, and the pass
+differentiates by the leaf itself, as `jax.grad` does.
 """
 
 from collections.abc import Callable
@@ -34,17 +34,22 @@ class Reading:
     dense: frozenset[int]
 
     def leaves_at(self, wanted: Callable[[Op], bool]) -> frozenset[int]:
-        """The leaves that go into the wanted equations, themselves or by a path without data."""
+        """The leaves that are operands of the wanted equations, or from which such an operand is computed."""
         return _leaves_at(self.region, wanted)
 
 
 def read_as_differentiated(program: TracedLoss, dense: frozenset[int]) -> Reading:
-    """The loss with the `dense` leaves as data, and all others that must be differentiated themselves.
+    """Reads the loss with the `dense` leaves as data, and with all others that must be differentiated themselves.
 
-    The taps move what is downstream of a site, as the parameters would. A parameter must move itself where it goes
-    into a derivative that asks what moves, or meets data in one that changes the value. Where there is such a
-    derivative at all, so must what meets an operation of several outputs: a tap moves all of them, a parameter maybe
-    one. With more data there are more sites, so the new region is looked at again.
+    A tap gives a tangent to what is downstream of a site, as the parameter would. Some derivatives can tell the two
+    apart, so a leaf is also dense if
+
+    - it goes into a derivative that depends on which inputs are differentiated;
+    - it meets data in a custom derivative that changes the value;
+    - it meets data in an equation of several outputs, and such a derivative is anywhere in the loss: a tap gives a
+      tangent to all outputs, and the parameter perhaps to one.
+
+    More data makes more sites, so the new region is looked at again.
     """
     every = frozenset(range(len(program.param_avals)))
     if touches_references(program.jaxpr):
@@ -63,13 +68,13 @@ def read_as_differentiated(program: TracedLoss, dense: frozenset[int]) -> Readin
 def _must_move(op: Op) -> bool:
     if asks_what_moves(op.eqn):
         return True
-    # A rule of its own may give another value where the parameter moves, and its data need not.
+    # A custom derivative may change the value if the parameter is differentiated, and not if the data is.
     is_custom = isinstance(op, Site) and op.eqn.primitive in CUSTOM
     return is_custom and differentiated(op.eqn, [bool(x.leaves) for x in op.inputs]).changes
 
 
 def _may_ask(eqn: Any) -> bool:
-    """Whether it matters to an equation which of its inputs move, whatever they are, or to one inside of it."""
+    """Whether an equation, or one inside it, may depend on which of its inputs are differentiated."""
     inexact = [jnp.issubdtype(x.aval.dtype, jnp.inexact) for x in eqn.invars]
     return asks_what_moves(eqn) or (mentions(eqn, *CUSTOM) and differentiated(eqn, inexact).changes)
 
@@ -90,7 +95,7 @@ def _read(program: TracedLoss, dense: frozenset[int]) -> Reading:
 
 
 def _leaves_at(region: Region, wanted: Callable[[Op], bool]) -> frozenset[int]:
-    """The leaves that go into the wanted equations, themselves or by a path without data."""
+    """The leaves that are operands of the wanted equations, or from which such an operand is computed."""
     leaves: frozenset[int] = frozenset()
     for op in region.ops:
         if isinstance(op, Nested):

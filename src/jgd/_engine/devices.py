@@ -13,10 +13,10 @@ class Device(NamedTuple):
 
     Attributes:
         large: operations of one large product.
-        small: operations of many products of one example's positions by its positions.
+        small: operations of many small products, of one example's positions by its positions.
         bandwidth: bytes written by one operation and read by the next.
-        cache: bytes that some examples may leave for their backward pass and find there sooner than what a whole batch
-            leaves; None where a pass over few examples leaves most of the device idle.
+        cache: bytes of residuals that the backward pass of some examples still finds in the processor's cache, so that
+            it is quicker than a whole batch's; None where a pass over few examples leaves most of the device idle.
     """
 
     large: float
@@ -46,7 +46,7 @@ def device_of(platform: str) -> Device:
 
 
 def platform_of(arrays: Iterable[Any]) -> str:
-    """The platform that arrays lie on; the default one where they do not say, being traced, or shapes."""
+    """The platform that arrays lie on; the default one if all of them are traced, or shapes."""
     for x in arrays:
         if isinstance(x, jax.Array) and is_concrete(x):
             return next(iter(x.sharding.device_set)).platform

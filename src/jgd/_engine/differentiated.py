@@ -1,5 +1,7 @@
 """What becomes of an equation when it is differentiated: which outputs move, and whether its value changes.
 
+A value *moves* if it has a tangent.
+
 `floor` and `stop_gradient` have no tangent. A custom derivative may compute another value than its function does
 (quantized weights in training), and so may a rule of JAX's own: `eigh` reads a matrix that is not symmetric in
 another way.
@@ -20,11 +22,11 @@ CUSTOM = {prim.custom_jvp_call_p, prim.custom_vjp_call_p}
 
 
 class Differentiated(NamedTuple):
-    """Of an equation some of whose inputs are differentiated: what becomes of its outputs.
+    """What becomes of an equation's outputs if some of its inputs are differentiated.
 
     Attributes:
         moves: which of them have a tangent.
-        changes: whether they may have other values than they have where nothing is differentiated.
+        changes: whether their values may differ from those that they have without differentiation.
     """
 
     moves: tuple[bool, ...]
@@ -36,7 +38,7 @@ def differentiated(eqn: Any, moving: Sequence[bool]) -> Differentiated:
 
     Where JAX cannot differentiate the equation, its error follows where it is differentiated.
     """
-    if eqn.primitive in CUSTOM or inner_jaxprs(eqn):  # whose rules may be other ones the next time
+    if eqn.primitive in CUSTOM or inner_jaxprs(eqn):  # whose derivative rules may be others at the next call
         return _looked_at(eqn, moving)
     key = eqn.primitive, tuple(eqn.params.items()), tuple(x.aval for x in eqn.invars), tuple(moving)
     try:
@@ -80,9 +82,9 @@ def _changes_inside(jaxpr: Any) -> bool:
 
 
 def bind_differentiated(eqn: Any, moving: Sequence[bool], operands: Sequence[Any]) -> list[Any]:
-    """Applies an equation, with the value that it has where its `moving` inputs are differentiated, and they are not.
+    """Applies an equation, with the value that it has if its `moving` inputs are differentiated.
 
-    A custom derivative is then one of the answers' derivatives too, as it is of `jax.grad`'s.
+    Custom derivatives then also apply when an answer is differentiated, as they do to what `jax.grad` returns.
     """
     if not any(moving):
         return bind(eqn, operands)
@@ -103,7 +105,7 @@ def _value_and_moves(
     eqn: Any, moving: Sequence[bool], operands: Sequence[Any]
 ) -> tuple[list[Any], list[bool]]:
     """The outputs of an equation whose `moving` inputs are differentiated, and which of them have a tangent."""
-    found = [False] * len(eqn.outvars)  # and nobody looks where no output moves
+    found = [False] * len(eqn.outvars)  # `look_jvp` is not called if no output moves
 
     @jax.custom_jvp
     def look(*outputs: Any) -> jax.Array:
@@ -126,7 +128,7 @@ def _value_and_moves(
 
 
 def _plain(fun: Callable[..., list[Any]], shapes: Sequence[Any]) -> Any:
-    """What `fun` computes, as a key: calls opened, and nothing that its results do not need."""
+    """The fingerprint of `fun`, with calls opened, and without equations that its results do not need."""
     jaxpr, consts, _ = trace_jaxpr(fun, *shapes)
 
     def opened(*operands: Any) -> list[Any]:
@@ -136,7 +138,7 @@ def _plain(fun: Callable[..., list[Any]], shapes: Sequence[Any]) -> Any:
 
 
 def _needed(jaxpr: Any, consts: Sequence[Any], operands: Sequence[Any], wanted: Sequence[bool]) -> list[Any]:
-    """The wanted outputs of a jaxpr, by the equations that they need; None in the place of others."""
+    """Evaluates the wanted outputs of a jaxpr, by the equations that they need; None in place of the others."""
     used = {x for x, w in zip(jaxpr.outvars, wanted, strict=True) if w and not isinstance(x, Literal)}
     live = []
     for eqn in reversed(jaxpr.eqns):

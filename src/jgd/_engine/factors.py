@@ -4,9 +4,9 @@ A *part* is a set of the leaf's elements: an offset and axes, in the leaf's memo
 
     G[n, p, q] = Σ_t left[n, t, p] · right[n, t, q]
 
-where n are block axes, t summed positions, p and q the two groups of axes that the sum leaves apart. Three kinds
-of factors say it: `Outer` has both, `Rows` has the row's number in the place of `left` (a one-hot that is never
-built), and `Full` is the gradient itself, flat, in the order of the leaf's memory.
+where n are block axes, t summed positions, p and q the other axes of `left` and of `right`. There are three kinds of
+factors: `Outer` has both arrays, `Rows` has row numbers in the place of `left` (a one-hot that is never built), and
+`Full` is the gradient itself, flat, in the order of the leaf's memory.
 """
 
 import functools
@@ -37,7 +37,7 @@ class Layout(NamedTuple):
         return merge_axes(sorted((*self.n, *self.p, *self.q), key=_falling))
 
     def merged(self) -> "Layout":
-        """The same, written in the one way that can be compared."""
+        """The same in canonical form, to be compared."""
         return Layout(merge_axes(self.n), merge_axes(self.p), merge_axes(self.q))
 
     def swapped(self) -> "Layout":
@@ -137,16 +137,16 @@ def add(arrays: Sequence[jax.Array]) -> jax.Array:
 
 
 def sum_squares(x: jax.Array) -> jax.Array:
-    """Σ x², in at least float32, along one axis: a sum over several would not take the squares in."""
+    """Σ x², in at least float32. Flat, because XLA does not fuse the squares into a sum over several axes."""
     flat = x.reshape(-1)
     return jnp.sum(jnp.square(flat.astype(accumulation_dtype(x))))
 
 
 def after(mask: jax.Array, x: jax.Array) -> jax.Array:
-    """`mask`, which is not computed before `x` is there.
+    """`mask`, made to depend on `x`, so that it is computed after `x`.
 
-    XLA orders a program by what depends on what: what follows from a batch's indices alone it may compute first of
-    all, and hold through the forward and the backward pass.
+    XLA orders a program by its dependences. What depends on a batch's indices alone it may compute first of all, and
+    hold through the forward and the backward pass.
     """
     if x.size == 0:
         return mask
@@ -200,7 +200,7 @@ def inner_sum(ours: Sequence[Factor], theirs: Sequence[Factor]) -> jax.Array:
 
 
 def dot(factor: Factor, direction: jax.Array) -> jax.Array:
-    """⟨G, V⟩ with a `(N, P, Q)` direction of any dtype, whose digits all count."""
+    """⟨G, V⟩ with a `(N, P, Q)` direction of any dtype, which is not rounded."""
     exact = jax.lax.Precision.HIGHEST
     if isinstance(factor, Full):
         return inner_product(factor.flat, direction)
@@ -233,9 +233,9 @@ def square(made: Sequence[Factor]) -> jax.Array:
 
 
 def square_bound(made: Sequence[Factor]) -> jax.Array:
-    """(Σ‖left_t‖‖right_t‖)² over factors of one shape, added up over n: what cancels in `square` is a part of this.
+    """Σ_n (Σ_t ‖left_t‖‖right_t‖)², the most that `square` can be, and the size of the terms that may cancel in it.
 
-    Only lookups of the same row can cancel each other.
+    Of lookups only those of the same row can cancel each other.
     """
     norms = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(accumulation_dtype(x))), axis=2))
     total: Any = 0

@@ -1,4 +1,4 @@
-"""What a jaxpr says, as a key: two jaxprs with equal keys are the same program, whatever traced them.
+"""A jaxpr as a key: two jaxprs with equal keys are the same program, whatever function was traced.
 
 Equations, shapes and literals are compared by value, and an array that a custom derivative closes over by identity. A
 derivative rule is a Python function, made anew by each trace, and may itself refer to what has changed: it is traced
@@ -40,11 +40,11 @@ def fingerprint(jaxpr: Any) -> Hashable | None:
 
 
 class _Unknown(Exception):
-    """Something in a jaxpr may behave in another way the next time, and nothing shows whether it will."""
+    """Something in a jaxpr may behave differently the next time, and the jaxpr does not show it."""
 
 
 class _Same:
-    """Equal to itself alone, like what it holds."""
+    """Holds an object, and compares it by identity."""
 
     def __init__(self, it: Any):
         self._it = it
@@ -77,7 +77,7 @@ class _Keys:
                 return atom.aval, self.of_value(atom.val, above)
             return numbers[id(atom)]
 
-        # By identity too: what is kept holds the first of two equal arrays, and NumPy's change in place.
+        # By identity too: the program that is kept holds the first of two equal arrays, and NumPy's change in place.
         held = tuple((self.of_value(x, above), _Same(x)) for x in consts)
         inputs = declared(jaxpr.constvars), declared(jaxpr.invars), held
         equations = [
@@ -129,7 +129,7 @@ class _Keys:
     def of_rule(self, eqn: Any, above: tuple[Hashable, ...]) -> Hashable:
         """A derivative rule, as it traces now, with the rules that it uses."""
         if eqn.params.get("symbolic_zeros") or len(above) == _DEEPEST:
-            raise _Unknown  # it may do otherwise for each choice of the inputs that are differentiated
+            raise _Unknown  # it may differ for each choice of the inputs that are differentiated
         rule = functools.partial(_RULES[eqn.primitive], eqn)
         try:
             jaxpr, consts, _ = trace_jaxpr(
@@ -137,7 +137,7 @@ class _Keys:
             )
         except Exception as error:  # whatever the rule raises: where it is used, the user sees it
             raise _Unknown from error
-        # Rules that read alike may still use other ones: it is the same functions that repeat.
+        # Rules with equal jaxprs may still use different rules inside: only the same functions are a repetition.
         own = self.of_jaxpr(jaxpr, consts, None), _functions_of(eqn)
         if own in above:
             return "repeats", above.index(own)
@@ -166,7 +166,7 @@ class _Keys:
         return x.__code__, _Same(x.__globals__), held, variables
 
     def of_held(self, x: Any, plain: tuple[type, ...]) -> Hashable:
-        """What a function holds on to."""
+        """What a function closes over, its defaults, or bound arguments."""
         if isinstance(x, tuple):
             return type(x), *(self.of_held(y, plain) for y in x)
         if isinstance(x, types.FunctionType | functools.partial):
@@ -175,7 +175,7 @@ class _Keys:
 
 
 def _functions_of(eqn: Any) -> frozenset[_Same]:
-    """The functions of a user's, or of JAX's, that the rules of an equation come to, as JAX wraps them."""
+    """The functions, a user's or JAX's, inside the wrappers in which an equation holds its derivative rules."""
     found: set[_Same] = set()
 
     def wraps(x: Any) -> bool:

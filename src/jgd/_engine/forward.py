@@ -37,8 +37,9 @@ def run(
 ) -> tuple[list[Any], Tree]:
     """One example's forward pass: the region's outputs and its residuals.
 
-    Each value that is tapped goes through `watch`, with the way to look at the others at hand there, and with what
-    the `bumps` have for each parameter operand, by the site's identity and the position: a tree as of `bumps_of`.
+    Each tapped value goes through `watch` first, which may put probes on it. `watch` also gets a function that looks up
+    other values of the region, and the `bumps` of each parameter operand by the site's identity and the position.
+    `bumps` is a tree like that of `bumps_of`.
     """
     env, inner_taps = Environment(region.inputs, inputs), iter(zip(taps[1], bumps[1], strict=True))
     operands_at = [(id(op), i) for op in region.ops if isinstance(op, Site) for i in op.params]
@@ -59,7 +60,7 @@ def run(
 
 
 class Environment:
-    """The values at hand, by identity; a literal is its own."""
+    """The arrays of the values computed so far, by the value's identity; a literal has its own."""
 
     def __init__(self, values: Sequence[Value], arrays: Sequence[Any]):
         self._arrays: dict[int, Any] = {}
@@ -89,7 +90,7 @@ def _run_nested(
     def branch(number: int) -> Callable[..., Any]:
         def run_branch(inputs: list[Any], taps: Any, bumps: Any) -> Any:
             outputs, own = run(op.regions[number], inputs, taps[number], bumps[number], watch)
-            # Of branches that are not taken: what a rule can multiply and divide by.
+            # The residuals of branches that are not taken are 1, which every rule can multiply with and divide by.
             blank = [filled(region, residuals_of, 1) for region in op.regions]
             return varying((outputs, (*blank[:number], own, *blank[number + 1 :])), operands)
 

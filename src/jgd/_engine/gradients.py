@@ -1,4 +1,4 @@
-"""B gradients, however they are held, and what they answer: ask each leaf, add up."""
+"""B gradients in one of three forms behind one protocol. A reduction asks each leaf, and adds up or collects."""
 
 import functools
 import math
@@ -56,7 +56,10 @@ class Gradients(Protocol):
     def map_microbatches(
         self, fun: Callable[["HeldGradients", jax.Array | None], Any], weights: jax.Array | None
     ) -> Any:
-        """`fun` of each microbatch's gradients and weights: of its pair, the first is summed, the second joined."""
+        """Applies `fun` to each microbatch's gradients and weights.
+
+        `fun` returns a pair: the first is summed over microbatches, the second concatenated.
+        """
         ...
 
     def materialize(self) -> list[jax.Array]:
@@ -81,9 +84,9 @@ class Gradients(Protocol):
 
 
 class HeldGradients:
-    """Gradients that are all there at the same time, leaf by leaf.
+    """Gradients that are all held at the same time, leaf by leaf.
 
-    A subclass says `size`, `leaf_structs`, `num_shards` and `leaves`. No sum is rounded to the parameters' dtype here.
+    A subclass defines `size`, `leaf_structs`, `num_shards` and `leaves`. No sum is rounded to the parameters' dtype.
     """
 
     num_shards: int
@@ -103,13 +106,13 @@ class HeldGradients:
         raise NotImplementedError
 
     def for_norms_and_sums(self) -> "HeldGradients":
-        """The same, to be asked for both: what they have in common is made once."""
+        """The same gradients, to be asked for norms and sums: blocks that serve both are built once."""
         return self
 
     def map_microbatches(
         self, fun: Callable[["HeldGradients", jax.Array | None], Any], weights: jax.Array | None
     ) -> Any:
-        """`fun` of the gradients and weights: of what they make, what adds up over examples and what each has."""
+        """`fun` of the gradients and weights: the pair of what is summed over examples and what each example has."""
         return fun(self, weights)
 
     def materialize(self) -> list[jax.Array]:
@@ -283,7 +286,7 @@ class FactoredGradients(HeldGradients):
                     None if at_hand else squares,
                     [self.plan.is_probed(part) for _, part, _ in own],
                     self.reductions,
-                    self.plan.program.platform == "cpu",  # elsewhere the sum's products may be of fewer bits
+                    self.plan.program.platform == "cpu",  # elsewhere a product may be too coarse for a sum
                 )
             )
         made += [
@@ -342,11 +345,11 @@ class FactoredGradients(HeldGradients):
         return HeldGradients.weighted_sum(form, weights)
 
     def _without_absent(self, weights: jax.Array) -> "FactoredGradients":
-        """The same, with nothing in it of examples of weight 0, for sums: one look at the weights for all leaves."""
+        """The same with absent examples masked, for sums. The weights are looked at once for all leaves."""
         one_device = self.num_shards == 1
         blocks = {("kept", k): x for k, x in self.kept.items()}
         blocks |= {("dense", k): x for k, x in self.residuals.blocks.items()}
-        # The others are masked by `sum_masked`: sums that are elementwise programs take the look at the weights in.
+        # The others are masked by `sum_masked`: XLA fuses the mask into sums that are elementwise programs.
         some = {
             key: x.reshape(self.size, math.prod(x.shape[1:]))
             for key, x in blocks.items()
@@ -366,7 +369,7 @@ class FactoredGradients(HeldGradients):
         program, constants, inputs = self.plan.program, self.model.constants, self.residuals.inputs
         if weights is None:
             weights = jnp.ones(self.size)
-        else:  # a present example stands in for an absent one, without weight
+        else:  # a present example replaces an absent one, with weight 0
             present = weights != 0
             who = jnp.where(present, jnp.arange(self.size), jnp.argmax(present))
             inputs = [x[who] for x in inputs]

@@ -1,6 +1,6 @@
 """⟨g_i, g'_j⟩ for all pairs of examples, in one part: from the blocks, the factors, or the rows looked up.
 
-`theirs` None means the gradients themselves once more. Half of the pairs would be enough then, but two products
+`theirs` None means the same gradients on both sides. Half of the pairs would be enough then, but two products
 of half the size take longer than the whole one.
 
 Over several devices the rows stay where their examples are, and the other batch comes by, a few columns at a time:
@@ -55,7 +55,7 @@ def _of_outer(a: Outer, b: Outer | Rows) -> jax.Array:
 
 
 def _of_columns(ours: Sequence[Outer | Rows], theirs: Sequence[Outer | Rows] | None, p: int) -> jax.Array:
-    """From the gradients at a few places of p at a time: no more of them is ever built."""
+    """From the gradients at a few places of p at a time; no more of them is built at once."""
     sides = [ours] if theirs is None else [ours, theirs]
     sizes = [side[0].right.shape[0] for side in sides]
     size, n, _, q = ours[0].right.shape

@@ -45,7 +45,10 @@ class OpenJaxpr(NamedTuple):
 
 
 def trace_jaxpr(fun: Callable[..., Any], *args: Any) -> tuple[Any, list[Any], Any]:
-    """Traces `fun` on shapes: `(jaxpr, consts, shape of the output)`; the consts are of the jaxpr's `constvars`."""
+    """Traces `fun` on shapes: `(jaxpr, consts, shape of the output)`; the consts are the values of its `constvars`.
+
+    Arrays that inner calls close over become constants of the whole jaxpr.
+    """
     closed, shape = jax.make_jaxpr(fun, return_shape=True)(*args)
     traced, consts = closed, list(closed.consts)
     if any(map(_holds_arrays, open_jaxpr(traced).eqns)):
@@ -57,13 +60,13 @@ def trace_jaxpr(fun: Callable[..., Any], *args: Any) -> tuple[Any, list[Any], An
 
 
 def _holds_arrays(eqn: Any) -> bool:
-    """Whether an equation is a call of what closes over arrays, or of what holds such a call."""
+    """Whether an equation calls a jaxpr that closes over arrays, at any depth."""
     inside = called(eqn)
     return inside is not None and (bool(inside[1]) or any(map(_holds_arrays, inside[0].eqns)))
 
 
 def _evaluate_opened(jaxpr: Any, consts: Sequence[Any], inputs: Sequence[Any]) -> list[Any]:
-    """Runs a jaxpr with those calls opened that close over arrays, which so become constants of their own."""
+    """Runs a jaxpr and opens the calls that close over arrays. In a new trace these arrays are constants."""
     values = dict(zip((*jaxpr.constvars, *jaxpr.invars), (*consts, *inputs), strict=True))
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
     for eqn in jaxpr.eqns:
@@ -85,7 +88,7 @@ def inner_jaxpr(jaxpr: Any) -> tuple[Any, list[Any]]:
 
 
 def evaluate(jaxpr: Any, values: dict[Any, Any]) -> list[Any]:
-    """Runs a jaxpr whose inputs and constants have their `values`."""
+    """Runs a jaxpr. `values` holds its inputs and constants, and receives the result of each equation."""
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
     for eqn in jaxpr.eqns:
         values.update(zip(eqn.outvars, bind(eqn, [read(x) for x in eqn.invars]), strict=True))
@@ -101,7 +104,7 @@ def bind(eqn: Any, operands: Sequence[Any]) -> list[Any]:
     return list(out) if eqn.primitive.multiple_results else [out]
 
 
-# Where the ids begin among the operands of what looks rows up or writes them, and behind how many.
+# Which operands of a lookup or of a write are ids.
 _IDS = {
     prim.gather_p: slice(1, 2),
     prim.dynamic_slice_p: slice(1, None),
@@ -117,8 +120,8 @@ _IDS = {
 def with_wide_ids(eqn: Any, operands: Sequence[Any]) -> Sequence[Any]:
     """The operands, with ids of at least 32 bits.
 
-    XLA compares ids with the bounds in the ids' own dtype: of jaxlib 0.10 it wraps a bound that they cannot hold, and
-    reads or writes another row.
+    XLA compares ids with the bounds in the ids' own dtype. In jaxlib 0.10 a bound that this dtype cannot hold wraps
+    around, and another row is read or written.
     """
     at = _IDS.get(eqn.primitive)
     if at is None or all(x.aval.dtype.itemsize >= 4 for x in eqn.invars[at]):
@@ -133,14 +136,14 @@ def aval_of(atom: Any) -> jax.ShapeDtypeStruct:
 
 
 def mentions(eqn: Any, *primitives: Any) -> bool:
-    """Whether an equation is an application of one of the `primitives`, or has one inside."""
+    """Whether an equation, or one inside it, applies one of the `primitives`."""
     return any(inner.primitive in primitives for inner in _all_within(eqn))
 
 
 def asks_what_moves(eqn: Any) -> bool:
-    """Whether an equation's derivative may depend on which of its inputs are differentiated, or one inside does.
+    """Whether the derivative of an equation, or of one inside it, may depend on which inputs are differentiated.
 
-    A custom derivative with symbolic zeros is told, and so is the rule of a primitive that is not JAX's own.
+    A custom derivative with symbolic zeros can see that, and so can the rule of a primitive that is not JAX's own.
     """
     return any(
         inner.params.get("symbolic_zeros") or _is_foreign(inner.primitive) for inner in _all_within(eqn)
@@ -156,7 +159,7 @@ def _is_foreign(primitive: Any) -> bool:
 
 
 def called(eqn: Any) -> tuple[Any, list[Any]] | None:
-    """`(jaxpr, consts)` of what an equation is but a call of; None where it is more than that."""
+    """`(jaxpr, consts)` if an equation does nothing but call a jaxpr, as `jit` does; else None."""
     if eqn.primitive not in _CALLS:
         return None
     return inner_jaxpr(eqn.params.get("jaxpr") or eqn.params["call_jaxpr"])
@@ -195,7 +198,7 @@ def _listed(value: Any) -> Sequence[Any]:
 
 
 class Scan(NamedTuple):
-    """What a scan equation says, whatever JAX's version writes it down as."""
+    """A scan equation, read alike from all versions of JAX."""
 
     jaxpr: Any
     consts: list[Any]
@@ -207,7 +210,7 @@ class Scan(NamedTuple):
 
 
 def _primitive_of(fun: Callable[..., Any], *shapes: tuple[int, ...]) -> Any:
-    """The primitive that `fun` is, for those that `jax.extend` has no name for."""
+    """The primitive that `fun` binds, for primitives that `jax.extend` does not name."""
     jaxpr = open_jaxpr(jax.make_jaxpr(fun)(*(jax.ShapeDtypeStruct(shape, "float32") for shape in shapes)))
     return jaxpr.eqns[0].primitive
 

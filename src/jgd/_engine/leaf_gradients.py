@@ -1,8 +1,8 @@
-"""A batch's gradients with respect to some leaves: what may be asked of them, and the three kinds of leaves.
+"""A batch's gradients with respect to some leaves: the protocol of questions, and the three kinds of leaf.
 
 A factored leaf is held as the factors of its sites. A dense leaf is held as its `(B, leaf)` block. Computed leaves
-meet data through operands that are computed from them, or in parts that overlap: sums and products with a direction
-are those of the operands, carried through the computation, and gradients are put together a tile at a time.
+meet data through operands that are computed from them, or in parts that overlap. Sums and products with a direction
+are made at the operands and carried through the computation. Gradients themselves are built a tile at a time.
 """
 
 import functools
@@ -39,7 +39,7 @@ class LeafGradients(Protocol):
         ...
 
     def weighted_sum(self, weights: jax.Array | None) -> ByLeaf:
-        """Σ w_i g_i. What examples of weight 0 left has been masked, but for blocks that are there."""
+        """Σ w_i g_i. Residuals of absent examples have been masked before; blocks may be masked here."""
         ...
 
     def squared_sum(self) -> jax.Array:
@@ -51,7 +51,7 @@ class LeafGradients(Protocol):
         ...
 
     def gram(self, other: Any, *, num_shards: int) -> jax.Array:
-        """⟨g_i, g'_j⟩, `(B, B')`; other None means the gradients themselves once more."""
+        """⟨g_i, g'_j⟩, `(B, B')`; `other` None means the same gradients on both sides."""
         ...
 
     def moments(self, weights: jax.Array | None, scale: Any, *, centred: bool) -> ByLeaf:
@@ -71,7 +71,7 @@ class DenseLeaf:
         leaf: its number.
         block: the gradients.
         num_shards: how many devices may share them.
-        is_of_pass: whether the program that asks makes the block too, and masks it before weighted sums.
+        is_of_pass: whether the block comes from a pass; if so, long rows of it are masked before weighted sums.
     """
 
     leaf: int
@@ -85,7 +85,7 @@ class DenseLeaf:
 
     @property
     def _flat(self) -> jax.Array:
-        # An axis of length 1 would be one more way to lie in memory, and a copy between the two.
+        # Without axes of length 1, which could give the block another layout in memory, and cost a copy.
         return self.block.reshape(self._size, math.prod(self.block.shape[1:]))
 
     def blocks(self) -> ByLeaf:
@@ -109,7 +109,7 @@ class DenseLeaf:
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
         v = direction[self.leaf].reshape(-1)
         wide = accumulation_dtype(self.block, v)
-        exact = jax.lax.Precision.HIGHEST  # the direction may differ from a rounder one where it matters
+        exact = jax.lax.Precision.HIGHEST  # rounding the direction could change the answer
         return jnp.dot(self._flat.astype(wide), v.astype(wide), precision=exact)
 
     def gram(self, other: "DenseLeaf | None", *, num_shards: int) -> jax.Array:
@@ -142,9 +142,9 @@ class FactoredLeaf:
         numbers: of the parts, in the plan.
         device: the constants of the device.
         squares: the squared norms of the parts that probes saw; None where there were none.
-        probed: whether a part is among these.
+        probed: for each part, whether `squares` includes it.
         reductions: what the pass has reduced.
-        exact_sums: whether a sum beside a moment may be computed by the same product as alone.
+        exact_sums: whether a variance may take Σ g_i from the product that also makes the sum.
     """
 
     leaf: int
@@ -235,7 +235,7 @@ class FactoredLeaf:
             if centred and gradients.rules.is_outer and weights is None and self.exact_sums:
                 total = self._part_sum(
                     replace(gradients, blocks=None), None
-                )  # as a sum that is asked for beside it
+                )  # equal to a sum in the same program, and shared with it
             flat.append(_moment(gradients, weights, scale, total, centred))
         return {self.leaf: self._assembled(flat)}
 
@@ -284,7 +284,7 @@ def placed(flat: Sequence[tuple[Part, jax.Array]], like: jax.ShapeDtypeStruct) -
 
 @dataclass(frozen=True)
 class ComputedLeaves:
-    """Leaves whose gradients are put together.
+    """Leaves that meet data through computed operands, or in parts that overlap.
 
     Attributes:
         likes: the leaves' numbers, shapes and dtypes.
@@ -379,14 +379,14 @@ class ComputedLeaves:
         if self._num_shards > 1 or elements <= tiles.TILE or rounded:
             return by_blocks()
         total = self._dot_by_tangents(direction)
-        # A number on the way back that is not finite may meet a tangent of 0. A sum is finite where all gradients are,
-        # but for an overflow, and it costs what one product for all examples does.
+        # Where a tangent of 0 meets a number on the path that is not finite, this may not be the gradients' product.
+        # Their sum shows it: it is finite if all gradients are, unless it overflows, and costs one product.
         finite = [jnp.all(jnp.isfinite(x)) for x in (total, *self.weighted_sum(None).values())]
         narrow = lambda: by_blocks().astype(total.dtype)
         return jax.lax.cond(jnp.all(jnp.stack(finite)), lambda: total, narrow)
 
     def _dot_by_tangents(self, direction: Sequence[jax.Array]) -> jax.Array:
-        """The same from products at the operands: a tangent passes the computation once for all examples."""
+        """The same from products at the operands. The direction passes through the path once for all examples."""
         tangents = [direction[leaf].astype(x.dtype) for leaf, x in self.sources.items()]
         along = {leaf: direction[leaf] for leaf in self.likes}
         if self.operands:

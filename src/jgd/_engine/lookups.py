@@ -17,7 +17,7 @@ from jgd._engine.moments import inverse
 from jgd._engine.tiles import fold_tiles, tile_of
 from jgd._mesh import everywhere, varying
 
-_DISTANCES = 16  # of partners in the sorted lookups that are looked at before asking whether any are left
+_DISTANCES = 16  # between sorted lookups that are compared before a check whether any pair is left
 
 # Numbers that stay in a core's cache while rows are added to them in any order; and columns that fill one line of it.
 _CACHED, _NARROW = 1 << 16, 16
@@ -44,7 +44,7 @@ def _empty(made: Rows, rows: int, number: int, *, one_device: bool) -> jax.Array
 
 
 def second_moment(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device: bool) -> jax.Array:
-    """scale · Σ w_i g_i², `(rows, Q)`: what is met is scaled, not the table."""
+    """scale · Σ w_i g_i², `(rows, Q)`: the rows that were met are scaled, not the table."""
     right = mask_rows(weights != 0, made.right)
     first, total = _by_row(made.index, right, rows)
     share = jnp.where(first & (weights != 0)[:, None], weights[:, None], 0)
@@ -53,7 +53,10 @@ def second_moment(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_
 
 
 def spread(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device: bool) -> jax.Array:
-    """scale · Σ w_i (g_i − ḡ)², `(rows, Q)`, ḡ the weighted mean: who did not look up a row deviates by ḡ."""
+    """scale · Σ w_i (g_i − ḡ)², `(rows, Q)`, ḡ the weighted mean.
+
+    An example that did not look up a row deviates there by ḡ.
+    """
     present, weight = weights != 0, jnp.sum(weights)
     first, total = _by_row(made.index, mask_rows(present, made.right), rows)
     share = jnp.where(first & present[:, None], weights[:, None], 0).reshape(-1, 1)
@@ -86,10 +89,10 @@ def squared_sum(made: Rows, rows: int, *, in_cache: bool) -> jax.Array:
 
 
 def gram(ours: Rows, theirs: Rows | None, rows: int) -> jax.Array:
-    """⟨g_i, g'_j⟩, from the rows that both examples looked up; `theirs` None means `ours` once more.
+    """⟨g_i, g'_j⟩, from the rows that both examples looked up; `theirs` None means `ours` on both sides.
 
-    All lookups are grouped by row, after those of one example have been added up: then the partners of each lie
-    next to it, at distances below the number of examples, and mostly there are none.
+    The lookups of one row by one example are added up. Then all are sorted by row, so that the partners of each lie
+    next to it, at distances below the number of examples. Mostly there are none.
     """
     indices, rights = [], []
     for made in [ours] if theirs is None else [ours, theirs]:
@@ -147,7 +150,7 @@ def _partners(index: jax.Array, owner: jax.Array, right: jax.Array, rows: int, s
 
 
 def _by_row(index: jax.Array, right: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """Which lookup is the first of its row in its example, and the whole δ of its row there, `(B, T, Q)`."""
+    """For each lookup, whether it is the first of its row in its example, and the sum of that row's δ, `(B, T, Q)`."""
     right = right[:, 0].astype(accumulation_dtype(right))
     same = jax.vmap(after)(index[:, :, None] == index[:, None, :], right)
     earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
@@ -165,7 +168,7 @@ def _numbered(index: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
 
 
 def _representative(flat: jax.Array, rows: int) -> jax.Array:
-    """For each lookup, one of its row's: a table of integers finds it, where a sort would take far longer."""
+    """For each lookup, the place of one of the same row. A table of integers finds it far quicker than a sort."""
     place = jnp.arange(flat.size)
     return jnp.zeros(rows + 1, place.dtype).at[flat].set(place)[flat]
 

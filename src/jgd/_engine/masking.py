@@ -23,7 +23,7 @@ def mask_absent(
     *,
     in_place: bool,
 ) -> tuple[Residuals, list[jax.Array]]:
-    """Residuals with nothing in them of the examples of weight 0; and so `blocks` of gradients.
+    """Residuals, and `blocks` of gradients, with the examples of weight 0 masked.
 
     Args:
         residuals: of a batch; its own blocks and squares stay as they are.
@@ -39,7 +39,7 @@ def mask_absent(
     first_operand = len(residuals.inputs)
     first_cotangent = first_operand + len(jax.tree.leaves(axes.operands))
     floats = [k for k, x in enumerate(leaves) if jnp.issubdtype(x.dtype, jnp.inexact)]
-    # What was given to the program is not the program's to write into.
+    # A program must not write into its arguments.
     given = [k for k in floats if k < first_operand or not in_place]
     for fill, some in ((_filled, given), (_filled_in_place, [k for k in floats if k not in given])):
         others = [jnp.full((), k < first_cotangent, leaves[k].dtype) for k in some]

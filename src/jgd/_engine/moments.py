@@ -17,8 +17,8 @@ from jgd._engine.stored import stored
 from jgd._engine.tiles import Batch
 from jgd._mesh import varying
 
-# A spread below this share of the second moment is not taken from the difference of two sums: six bits are lost
-# at most, of the 24 that float32 has.
+# A spread below this share of the second moment is not computed as the difference of two sums. So at most six of
+# float32's 24 bits are lost.
 _CANCELLED = 1 / 64
 
 _TILE = 1 << 18  # elements of an answer that are worked on at once, where its gradients go one by one
@@ -33,7 +33,7 @@ class Spread(NamedTuple):
 
 
 def spread_of(blocks: jax.Array, weights: jax.Array | None, *, one_device: bool) -> Spread:
-    """The spread of some gradients, by two looks at them."""
+    """The spread of some gradients: first their mean, then the squares of the deviations."""
     dtype = accumulation_dtype(blocks) if weights is None else accumulation_dtype(blocks, weights)
     weight = jnp.asarray(blocks.shape[0], dtype) if weights is None else jnp.sum(weights)
     if blocks.shape[0] == 1:
@@ -47,7 +47,7 @@ def spread_of(blocks: jax.Array, weights: jax.Array | None, *, one_device: bool)
 def spread_of_tiles(
     batch: Batch, blocks: Callable[[Any, int], jax.Array], size: int, weights: jax.Array | None
 ) -> Spread:
-    """The spread of the gradients, of so many elements each, that `blocks` makes of some examples and their number."""
+    """The spread of all gradients, a tile at a time. `blocks` builds those of some examples, of `size` elements."""
     one_device = batch.num_shards == 1
     if weights is None:
         of_tile = lambda some, number: spread_of(blocks(some, number), None, one_device=one_device)
@@ -62,9 +62,9 @@ def _present(x: jax.Array, weights: jax.Array | None) -> jax.Array:
 
 
 def square_around_zero(spread: Spread) -> jax.Array:
-    """Σ w g². Where a variance is asked for beside it, one way through the gradients serves both.
+    """Σ w g². A variance in the same program shares the spread, so the gradients are built once.
 
-    It is inf where a gradient is, but nan where one is inf and another −inf.
+    The result is inf where a gradient is, but nan where one is inf and another −inf.
     """
     square = spread.square + spread.weight * jnp.square(spread.mean)
     return jnp.where(jnp.isinf(spread.mean), jnp.inf, square)
@@ -122,8 +122,8 @@ def spread_of_outer(
 ) -> jax.Array:
     """scale · Σ w_i (l_i r_iᵀ − mean)² for one position, `(n, p, q)`.
 
-    It is the difference of two sums or, where too much of them cancels, taken from one gradient after the other.
-    The `total`, Σ w_i l_i r_iᵀ, may be at hand.
+    It is the difference of two sums or, where these cancel too much, computed from one gradient after the other. The
+    caller may give `total`, Σ w_i l_i r_iᵀ.
     """
     left, right = (_present(x, weights) for x in _sides(made))
     square = square_of_outer(made, weights)
@@ -143,9 +143,10 @@ def spread_of_outer(
 def recompute_where_cancelled(
     trusted: jax.Array, made: jax.Array, left: jax.Array, right: jax.Array, weights: jax.Array
 ) -> jax.Array:
-    """What is `made` where it is `trusted`, else the spread from one gradient after the other."""
-    # A loop of all steps or none: XLA keeps what a loop carries in one place, and a branch would copy it. Of several
-    # steps, some places of p each: the work of a single one would not depend on its number, and be done before it.
+    """`made` if it is `trusted`, else the spread from one gradient after the other."""
+    # A loop of all steps or none: XLA keeps what a loop carries in one place, and a branch would copy it. It has at
+    # least two steps, of some places of p each: the work of a single step would not depend on the step's number, and
+    # XLA would do it before the loop.
     n, p, q = made.shape
     width = math.ceil(p / max(2, math.ceil(n * p * q / _TILE)))
     steps = jnp.where(trusted, 0, math.ceil(p / width))

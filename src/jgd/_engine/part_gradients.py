@@ -1,6 +1,6 @@
 """A batch's gradients in one part: blocks, squares, inner products, moments.
 
-It makes no difference here whether the backward pass is over or is in a step of a scan.
+The same code serves after the backward pass and in a step of a scan's backward pass.
 """
 
 from collections.abc import Callable
@@ -20,14 +20,14 @@ from jgd._mesh import varying
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class PartGradients:
-    """B gradients in one part, as what the examples left at its uses.
+    """B gradients in one part, as the residuals at its uses.
 
-    A pytree: parts of a kind are equal in all but their arrays, so what is traced for one of them serves all.
+    It is a pytree. Parts of a kind differ only in their arrays, so one trace serves them all.
 
     Attributes:
         rules: how gradients are computed.
         batch: the `SiteData` of each use.
-        is_kept: whether all gradients may be there at once.
+        is_kept: whether the blocks of all examples may be built at once.
         blocks: all gradients, `(B, ...)`, each in native order, if they are at hand.
     """
 
@@ -86,7 +86,7 @@ class PartGradients:
         return self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.size)
 
     def _example(self, number: jax.Array) -> "PartGradients":
-        """Those of one example."""
+        """The gradient of one example."""
         cut = lambda axis, part: jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1, axis), part
         )
@@ -100,7 +100,7 @@ class PartGradients:
         return self.batch.mapped(lambda some, size: self._each(of_one, some, size), built)
 
     def gram(self, other: "PartGradients | None" = None, *, num_shards: int = 1) -> jax.Array:
-        """⟨G_i, G'_j⟩, `(B, B')`; other None means the gradients themselves once more."""
+        """⟨G_i, G'_j⟩, `(B, B')`; `other` None means the same gradients on both sides."""
         both = [self] if other is None else [self, other]
         if not self.rules.has_pairs or self.is_kept:
             flat = [one.native_blocks().reshape(one.batch.size, self.rules.size) for one in both]
@@ -124,8 +124,8 @@ class PartGradients:
     ) -> jax.Array:
         """scale · Σ w_i G_i², or of the deviations from the weighted mean: flat in the order of the leaf's memory.
 
-        From the factors where they give it, else from the gradients, a tile at a time. Of outer products the
-        `total`, Σ G_i, may be at hand.
+        From the factors if these are outer products or rows, else from the gradients, a tile at a time. For outer
+        products the caller may give `total`, Σ G_i.
         """
         layout = self.rules.layout
         if layout is not None and self.rules.is_lookup:
@@ -166,16 +166,16 @@ class PartGradients:
         return self.batch.mapped(some, 2 * self.rules.positions * rows.shape[0])
 
     def _each(self, fun: Callable[[Any], Any], some: Any = None, size: int | None = None) -> Any:
-        """`fun` of what each example left; of all of them, or of `some`, which are so many."""
+        """`fun` of each example's residuals: of all examples, or of `some`, which are `size` many."""
         each = jax.vmap(fun, in_axes=(self.batch.axes,), axis_size=size or self.batch.size)
         return each(self.batch.arrays if some is None else some)
 
     def of(self, arrays: Any) -> "PartGradients":
-        """The same of what other examples left."""
+        """The same for other examples' residuals."""
         return replace(self, batch=replace(self.batch, arrays=arrays), blocks=None)
 
 
-# How many times the rounding of their bound squares may be, to be taken from pairs: to within 1/2048 then.
+# A squared norm from pairs is trusted if it is at least so many roundings of its bound: then to within 1/2048.
 _CANCELLED = 1 << 11
 
 
@@ -186,7 +186,7 @@ def _is_trusted(square: jax.Array, bound: jax.Array) -> jax.Array:
 
 @jax.custom_jvp
 def _squares_again(gradients: PartGradients, made: jax.Array, trusted: jax.Array) -> jax.Array:
-    """What is `made` where it is `trusted`; else the square of the gradient itself, one example after the other."""
+    """`made` where it is `trusted`; elsewhere the square of the gradient itself, one example after the other."""
     # A loop that mostly has no step: XLA keeps what a loop carries in one place, and a branch would copy it.
 
     def redo(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:

@@ -1,4 +1,4 @@
-"""Parts of leaves: the elements that the same operands lie at, and how gradients in them are computed."""
+"""Parts of leaves: sets of elements that the same operands meet, and how gradients in them are computed."""
 
 import math
 from collections.abc import Sequence
@@ -39,7 +39,9 @@ class Use:
 
 @dataclass(frozen=True)
 class PartRules:
-    """How gradients in a part are computed, from what its uses left: a value, equal for all parts of a kind.
+    """How gradients in a part are computed from the residuals of its uses.
+
+    It is a value without arrays: parts that differ only in their arrays have equal rules.
 
     Attributes:
         axes: the axes of the part, in the leaf's memory.
@@ -81,7 +83,7 @@ class PartRules:
         """Whether each gradient is one outer product, of which moments are products."""
         return len(self.rules) == 1 and self.rules[0].is_outer
 
-    # One example: `data` has what it left at each use.
+    # One example: `data` has its `SiteData` of each use.
 
     def factors(self, data: Sequence[SiteData]) -> list[Factor]:
         """One example's factors, those of a kind joined into one."""
@@ -123,7 +125,7 @@ class PartRules:
         return self.method == "pairs" and self.positions > 1
 
     def square_and_bound(self, data: Sequence[SiteData]) -> tuple[jax.Array, jax.Array]:
-        """The squared norm from pairs of positions, and what it is a part of before anything cancels."""
+        """The squared norm from pairs of positions, and the bound that it would reach if nothing cancelled."""
         made = self.factors(data)
         return factors.square(made), factors.square_bound(made)
 
@@ -167,7 +169,7 @@ class PartRules:
 
     @property
     def costs(self) -> dict[NormMethod, Cost]:
-        """What `square` would cost for one example by each method that is open to it."""
+        """What `square` would cost for one example, by each method that the part can use."""
         made = [costs.weight_gradient(rule.factor_sizes) for rule in self.rules if rule.has_factors]
         flops, moved = sum(cost.flops for cost in made), sum(cost.moved for cost in made)
         open_to: dict[NormMethod, Cost] = {
@@ -188,7 +190,7 @@ class PartRules:
         return Sizes(n, positions, p, q)
 
     def sum_has_short_norm(self, size: int, device: Device) -> bool:
-        """Whether the sum over `size` examples has its norm by a shorter way than by itself: from rows or pairs."""
+        """Whether the norm of the sum over `size` examples costs less from rows or pairs than from the sum itself."""
         if not self.has_pairs:
             return False
         if self.is_lookup:

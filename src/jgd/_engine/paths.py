@@ -1,4 +1,4 @@
-"""From the parameters to the operands that are computed from them: no example is needed for it."""
+"""The path from the parameters to the operands that are computed from them. It needs no example."""
 
 from collections.abc import Callable, Collection, Sequence
 from typing import Any
@@ -49,7 +49,7 @@ def _computed(region: Region, inputs: Sequence[Any], wanted: dict[int, int]) -> 
                 operands = [None if x.side == Side.DATA else env[x] for x in op.inputs]
                 found |= _computed_inside(op, operands, wanted)
         elif any(id(x) in needed for x in op.outputs):
-            # Differentiated, the equation has the value that it has where it is differentiated.
+            # Not `bind_differentiated`: the path itself is differentiated, and then the equation has that value anyway.
             env.set(op.outputs, bind(op.eqn, [env[x] for x in op.inputs]))
             found |= {wanted[id(x)]: env[x] for x in op.outputs if id(x) in wanted}
     return found
@@ -108,7 +108,7 @@ def _digits(dtype: Any) -> int:
 
 
 def _values_of(region: Region, leaves: frozenset[int]) -> list[Value]:
-    """The values that are made of some leaves and no example, in a region and those inside."""
+    """The values that are computed from some leaves and no example, in a region and those inside."""
     found = [x for op in region.ops for x in op.inputs if x.leaves & leaves]
     nested = [op for op in region.ops if isinstance(op, Nested)]
     return found + [x for op in nested for inner in op.regions for x in _values_of(inner, leaves)]

@@ -22,21 +22,21 @@ from jgd._engine.views import Axis, overlap
 # A block that is kept wins where pairs are not quicker by this factor: it also saves the sum's product.
 _TIE = 0.95
 
-# How many times longer than the best method one may be predicted to take, and still be worth a trial.
+# A method that is predicted to take at most so many times as long as the best is worth a trial.
 _NEAR = 3
 
-# How many times larger than a leaf the arrays must be over which it is spread, for the pass to make its blocks.
+# A leaf is spread, and so dense, if it is broadcast to arrays of at least so many times its size.
 _SPREAD = 4
 
-_FARTHEST = 2**31 - 1  # place in a leaf that an index has the bits for, where JAX has no wider ones
-_MANY = 64  # parts of one leaf beyond which a program for each, and a look at every pair, is too much
+_FARTHEST = 2**31 - 1  # place in a leaf that an int32 index can have; JAX may have no wider ones
+_MANY = 64  # parts of one leaf; with more, compiling each and comparing all pairs takes too long
 
 
 class Variant(NamedTuple):
-    """What a plan is asked to do otherwise than by prediction, so that the clock can decide.
+    """How a plan differs from the one that is predicted to be best, so that the clock can decide.
 
     Attributes:
-        near: the method for the norms of those parts of which both are predicted to take about as long.
+        near: the method for norms of parts whose two methods are predicted to take about as long.
         keeps: whether blocks may stay until the clipped sum.
         second_pass: whether a weighted sum is a second backward pass, with the weights on the losses. No residuals
             have to stay for it.
@@ -58,14 +58,14 @@ class Plan:
     Attributes:
         program: the traced loss.
         reading: its region, and the operands in it that are computed from parameters.
-        parts: of the factored leaves, of the computed operands, and of the leaves that have parts beside these.
-        computed: the leaves whose gradients are put together: from parts that overlap, or from computed operands.
+        parts: those of factored leaves, of computed operands, and of computed leaves that also meet data themselves.
+        computed: the leaves whose parts overlap, and those that computed operands are computed from.
         operands: the computed operands that meet data, by number.
         dense: the leaves whose `(B, leaf)` blocks the backward pass makes, as `vmap(grad)` would.
-        spread: the parts that those dense leaves would have that are spread over many positions.
+        spread: the parts that dense leaves would have which are dense because they are spread over many positions.
         kept: leaves whose blocks, built for the norms, also make the clipped sum.
-        probes: of those parts whose squared norms the backward pass of a scan can take as it goes.
-        summed: leaves whose sum these probes see.
+        probes: for the parts whose squared norms the backward pass of a scan can take as it goes.
+        summed: leaves all of whose parts have probes that also see the sum over examples.
         second_pass: whether a weighted sum is a second backward pass.
     """
 
@@ -114,12 +114,12 @@ class Plan:
 
 
 def has_second_pass(program: TracedLoss) -> bool:
-    """Whether weights on the losses weigh their gradients: a `custom_vjp` may be nonlinear in its cotangent."""
+    """Whether a weight on a loss weighs its gradient. A `custom_vjp` may be nonlinear in its cotangent."""
     return not any(mentions(eqn, prim.custom_vjp_call_p) for eqn in program.jaxpr.eqns)
 
 
 def plan_of(program: TracedLoss, variant: Variant) -> Plan:
-    """The plan of a loss for its platform, which is kept with the loss and goes with it."""
+    """The plan of a loss for its platform. It is kept with the program."""
     return program.once(("plan", variant), lambda: _plan(program, variant))
 
 
@@ -178,7 +178,7 @@ def _uses(reading: Reading) -> tuple[list[Use], frozenset[int]]:
 
 
 def _real(program: TracedLoss, reading: Reading, numbers: frozenset[int]) -> frozenset[int]:
-    """Leaves, and in the place of computed operands the leaves that these are computed from."""
+    """The given leaves, with each computed operand replaced by the leaves that it is computed from."""
     leaves = len(program.param_avals)
     own = frozenset(k for k in numbers if k < leaves)
     return own.union(*(reading.computed[k - leaves].leaves for k in numbers if k >= leaves))
@@ -187,7 +187,7 @@ def _real(program: TracedLoss, reading: Reading, numbers: frozenset[int]) -> fro
 def _parts(
     uses: Sequence[Use], method: Callable[[PartRules], NormMethod]
 ) -> tuple[list[Part], frozenset[int], frozenset[int]]:
-    """The parts of all leaves and computed operands; those whose parts overlap; those with too many or too far."""
+    """The parts of all leaves and computed operands; those with parts that overlap; those with too many or too far."""
     by_leaf: dict[int, dict[tuple[int, tuple[Axis, ...]], list[Use]]] = {}
     for use in uses:
         places = by_leaf.setdefault(use.view.leaf, {})
@@ -217,7 +217,7 @@ def _spread(program: TracedLoss, reading: Reading, parts: Sequence[Part]) -> tup
         used[part.leaf] += part.rules.size
     others = _branched(reading.region) | {part.leaf for part in parts if not all(map(_is_spread, part.uses))}
     others = others.union(*(x.leaves for k, x in enumerate(reading.computed) if leaves + k in used))
-    # Of a leaf that is met in a few places only, the block would be mostly 0.
+    # The block of a leaf that is used in few places only would be mostly 0.
     others |= {
         leaf for leaf, size in used.items() if leaf < leaves and 2 * size < program.param_avals[leaf].size
     }
@@ -245,13 +245,13 @@ def _branched(region: Region) -> frozenset[int]:
 
 
 def _summed(parts: Sequence[Part], probes: Probes) -> frozenset[int]:
-    """The leaves that have probes in all their parts, which see all of their sum."""
+    """The leaves all of whose parts have probes that see their sum."""
     probed = {id(probe.of) for some in probes.values() for probe in some if probe.is_summed}
     return frozenset(part.leaf for part in parts) - {part.leaf for part in parts if id(part) not in probed}
 
 
 def _method(rules: PartRules, device: Device, variant: Variant) -> NormMethod:
-    """The method by which norms are predicted to be there sooner, or that which is to be tried in its place."""
+    """The method that is predicted to be quicker for norms, or the one that the variant tries in its place."""
     seconds = {method: cost.seconds(device) for method, cost in rules.costs.items()}
     if "pairs" not in seconds:
         return "block"

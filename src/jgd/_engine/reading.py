@@ -27,9 +27,9 @@ def read_regions(
         leaves: how many leaves the parameters have.
 
     Returns:
-        The region and the values that are computed from parameters alone and are a view of none of them. Where one of
-        these meets data, its gradient is factored like a leaf's: it has the number behind the leaves' and a view of
-        its own. Inside of scans it stands for the values of all steps.
+        The region, and the computed operands: values that are computed from parameters alone and are a view of none.
+        Where one of them meets data, its gradient is factored like a leaf's. So each has a number, behind the leaves',
+        and a view of itself. Inside of a scan it stands for its values at all steps.
     """
     reader = _Reader((), count(), _Computed(leaves))
     value, *aux = reader.read(jaxpr, constants, inputs)
@@ -47,7 +47,7 @@ class _Computed:
     def add(
         self, aval: jax.ShapeDtypeStruct, leaves: frozenset[int], loops: Sequence[tuple[int, int]]
     ) -> Value:
-        """A new one, which may change along these loops."""
+        """Adds one that may differ from step to step of these loops."""
         names = [number for number, _ in loops]
         shape = (*(length for _, length in loops), *aval.shape)
         is_complex = jnp.issubdtype(aval.dtype, jnp.complexfloating)
@@ -97,7 +97,7 @@ class _Reader:
         sources = views.follow(eqn, inputs[0].view if inputs and side == Side.PARAM else None)
         moving = tuple(bool(x.leaves) for x in inputs)
         found = Differentiated((True,) * len(sources), changes=False)
-        if leaves and None in sources:  # a view moves where its source does, and keeps its value
+        if leaves and None in sources:  # a view moves as its source does, and keeps its value
             found = differentiated(eqn, moving)
         outputs = tuple(
             self.derived(aval_of(v), side, leaves if m else frozenset(), view, loops)
@@ -114,7 +114,7 @@ class _Reader:
         view: View | None,
         loops: frozenset[int],
     ) -> Value:
-        """What an equation makes of values of one side."""
+        """An output of an equation that is no site."""
         if not leaves or not jnp.issubdtype(aval.dtype, jnp.inexact):
             return Value(aval, side, loops=loops)  # an integer made of parameters has no derivative
         if view is None and not self.in_branch:  # a branch that is not taken may have no derivative
@@ -122,7 +122,7 @@ class _Reader:
         return Value(aval, side, leaves, view, loops)
 
     def as_data(self, value: Value) -> Value:
-        """The value itself where no gradient flows through it; else what an identity site makes of it."""
+        """The value itself if no gradient flows through it; else the output of an identity site."""
         if not value.carries_gradient:
             return value
         output = Value(value.aval, Side.DATA)
@@ -191,7 +191,7 @@ def _region(
     """Drops what nothing needs, and lists the residuals that the rules of the sites need.
 
     A residual is kept by the region that computes it. What comes in through an input is kept by the region around,
-    save what a scan carries, which only its body sees.
+    except a scan's carry, which only its body sees.
     """
     used = set(map(id, outputs))
     kept: list[Op] = []
@@ -208,7 +208,7 @@ def _region(
 
 
 def _taps(ops: Sequence[Op], outputs: Sequence[Value]) -> tuple[tuple[Value, ...], dict[int, int]]:
-    """Where to tap. What goes into one addition and nowhere else has the sum's cotangent: one tap serves both."""
+    """Where to tap. A value whose only use is in an addition has the sum's cotangent, so one tap serves both."""
     consumers: dict[int, list[Op | None]] = {}
     for op in ops:
         for x in op.inputs:

@@ -44,7 +44,7 @@ class Residuals(NamedTuple):
         operands: the DATA operands that the sites' rules need, a tree.
         cotangents: the loss's derivative by each tapped value, a tree.
         blocks: the gradients of each dense leaf.
-        squares: the squared norms of each leaf that has probes and whose blocks are not kept, in the probed parts.
+        squares: for each leaf that has probes and whose blocks are not kept, the squared norms of its probed parts.
     """
 
     inputs: list[Any]
@@ -131,7 +131,7 @@ def _inputs(plan: Plan, model: Model, inputs: Sequence[Any]) -> list[Any]:
 
 
 def site_data(plan: Plan, model: Model, residuals: Residuals) -> dict[int, SiteData]:
-    """What all examples left at each site, by its identity; the batch axis is behind the loops' in each array."""
+    """The residuals of all examples at each site, by its identity, with the batch axis behind the loops'."""
     # A dense leaf is data, which has the batch axis like all other data.
     size, params = residuals.inputs[0].shape[0], list(model.params)
     for leaf in plan.dense:
@@ -185,7 +185,7 @@ class _Collector:
             elif op.loop is not None:
                 array = jnp.swapaxes(array, depth, depth + 1)
             if first and jnp.issubdtype(array.dtype, jnp.inexact) and id(op.inputs[0]) in values:
-                # What a branch that was not taken would have met may be anything.
+                # The inputs of a branch that was not taken may be anything. They are replaced by 1.
                 taken = values[id(op.inputs[0])] == number
                 array = jnp.where(taken.reshape(taken.shape + (1,) * (array.ndim - taken.ndim)), array, 1)
             given[id(own)] = array

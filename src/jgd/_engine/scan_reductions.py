@@ -1,13 +1,14 @@
-"""What the backward pass of a scan reduces as it goes, before what its steps leave is stored.
+"""Reductions that the backward pass of a scan makes as it goes, so that its steps' residuals need not be stored.
 
 Where a scan steps through a stacked parameter, as through layers, each step has its own elements of the leaf. Squares
 and inner products then add up over the steps, without products between them, and a sum over examples is complete as
-soon as the step's cotangent is there. So what is asked without weights can be computed then, and nothing of a step
-outlives it.
+soon as the step's cotangent is there. So a reduction without weights can be made at the step, and nothing else of the
+step has to stay.
 
-A *probe* stands beside the tap of a site's output. It has a number, whose derivative is defined to be an example's
-square. It may have what receives the derivatives of all examples together: one array like the parameter operand for
-each of the step's sum and moments, and numbers for the sum's square and the examples' inner products.
+A *probe* is an identity on a site's output, a `custom_vjp` beside the tap. It has dummy inputs, whose derivatives its
+backward function defines. That of a number is an example's squared norm. If reductions over all examples are asked
+for, there are more: the *bumps*, arrays like the parameter operand for the step's sum and moments, a number for the
+sum's squared norm, and an array for the examples' inner products.
 """
 
 import functools
@@ -34,7 +35,7 @@ EXAMPLES = "jgd examples"  # the axis that they lie along in the pass
 
 
 class ScanReductions(NamedTuple):
-    """What the pass has reduced over all examples, of those leaves of which it sees every part.
+    """What the pass has reduced over all examples, for leaves all of whose parts have probes.
 
     Attributes:
         parts: Σ g_i of a part, flat in the order of memory, by the part's number.
@@ -42,7 +43,7 @@ class ScanReductions(NamedTuple):
         spreads: Σ (g_i − ḡ)² of a part, likewise.
         squares: ‖Σ g_i‖² of each leaf.
         gram: ⟨g_i, g_j⟩, `(B, B)`, in all these leaves together; None where there are none.
-        norms: ‖g_i‖², `(B,)`, of each leaf whose blocks give it where a sum is made of them too.
+        norms: ‖g_i‖², `(B,)`, of each probed leaf whose blocks may be kept: a clipped sum takes it from these instead.
     """
 
     parts: dict[int, jax.Array]
@@ -57,7 +58,7 @@ NOTHING = ScanReductions({}, {}, {}, {}, None, {})
 
 
 class Bumps(NamedTuple):
-    """Of one parameter operand, what receives the step's Σ g_i, Σ g_i² and Σ (g_i − ḡ)²."""
+    """For one parameter operand, the dummies that receive the step's Σ g_i, Σ g_i² and Σ (g_i − ḡ)²."""
 
     total: Any
     second: Any
@@ -65,7 +66,7 @@ class Bumps(NamedTuple):
 
 
 class Together(NamedTuple):
-    """Of all examples: each operand's bumps, as a tree, and the numbers that receive squares and inner products."""
+    """The dummies for reductions over all examples: a tree of bumps, ‖Σ g_i‖² by leaf, and the Gram."""
 
     bumps: Any
     squares: dict[int, Any]
@@ -74,7 +75,7 @@ class Together(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """What is asked of one step's gradient in a part `of` a leaf; `rules` and `site`, of two operands, are its own."""
+    """One step's gradient in a part `of` a leaf. `rules` and `site` are of a single step; the site has two operands."""
 
     of: Part
     rules: PartRules
@@ -97,15 +98,15 @@ class Probe:
 
     @property
     def is_summed(self) -> bool:
-        """Whether it sees the examples' sum too: of an operand that is wide enough, and not spread over axes."""
+        """Whether it also reduces over examples: the operand has at least 4 bytes a number, and is no broadcast."""
         return self.of.uses[0].is_wide and all(stride != 0 or size == 1 for size, stride in self.axes)
 
     def data(self, operand: jax.Array, cotangent: jax.Array) -> tuple[SiteData]:
-        """What is left at the site: the other operand, and the cotangent."""
+        """The residuals at the site: the other operand, and the cotangent."""
         return (SiteData({1 - self.own: operand}, [cotangent]),)
 
     def total(self, data: jax.Array, cotangent: jax.Array, like: jax.Array) -> jax.Array:
-        """Σ G of all examples, as the operand lies: real, where the leaf was cast to complex numbers too."""
+        """Σ G of all examples, shaped like the operand. It is real, also where the leaf was cast to complex numbers."""
 
         def output(parameter: jax.Array, data: jax.Array) -> jax.Array:
             operands = (parameter, data) if self.own == 0 else (data, parameter)
@@ -115,7 +116,7 @@ class Probe:
         return jnp.real(jax.linear_transpose(outputs, like)(cotangent)[0])
 
     def as_operand(self, flat: jax.Array) -> jax.Array:
-        """What lies in the order of the leaf's memory, as the operand does."""
+        """An array in the order of the leaf's memory, shaped like the operand."""
         order, _ = group(list(enumerate(self.axes)))
         sizes = [self.axes[i][0] for i in order]
         return flat.reshape(sizes).transpose(sorted(range(len(order)), key=order.__getitem__))
@@ -157,7 +158,7 @@ def _probe(part: Part, planned: Callable[[PartRules], PartRules]) -> Probe:
 
 
 def _unbranched(region: Region) -> list[Region]:
-    """The region and those inside of its scans and checkpoints, but for those of a `cond`."""
+    """The region and those inside of its scans and checkpoints, but not those inside of a `cond`."""
     nested = [op for op in region.ops if isinstance(op, Nested) and len(op.regions) == 1]
     return [region, *(inner for op in nested for inner in _unbranched(op.regions[0]))]
 
@@ -165,9 +166,12 @@ def _unbranched(region: Region) -> list[Region]:
 def insert_probes(
     probes: Probes, numbers: dict[int, jax.Array], together: Together | None
 ) -> Callable[..., jax.Array]:
-    """What sets the probes beside the values that are tapped, in a pass along the axis `EXAMPLES`.
+    """The `watch` of `forward.run` that puts probes on tapped values. The pass maps examples along the axis `EXAMPLES`.
 
-    The leaves' `numbers` receive an example's squares; what is there for all examples `together`, what is theirs.
+    Args:
+        probes: by the identity of the tapped value.
+        numbers: for each leaf, the dummy that receives an example's squared norm.
+        together: the dummies for reductions over all examples; None for none.
     """
 
     def watch(value: Value, x: jax.Array, look: Callable[[Value], Any], bumps: dict[Any, Any]) -> jax.Array:
@@ -203,7 +207,7 @@ def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: jax.Array, tog
 
 
 def _square(probe: Probe, data: jax.Array, cotangent: jax.Array) -> jax.Array:
-    """One example's squared norm. Where pairs may cancel, all examples' are there, and few of them done again."""
+    """One example's squared norm. Where pairs may cancel, all examples' are made, and those that did are made again."""
     if not probe.rules.may_cancel:
         return probe.rules.square(probe.data(data, cotangent))
     squares = _of_all(probe, data, cotangent).squares()
@@ -211,13 +215,13 @@ def _square(probe: Probe, data: jax.Array, cotangent: jax.Array) -> jax.Array:
 
 
 def _of_all(probe: Probe, data: jax.Array, cotangent: jax.Array) -> PartGradients:
-    """The gradients of all examples in the step, from one of them."""
+    """The gradients of all examples in the step, from inside the map over examples."""
     data, cotangent = jax.lax.all_gather(data, EXAMPLES), jax.lax.all_gather(cotangent, EXAMPLES)
     return PartGradients(probe.rules, Batch(probe.data(data, cotangent), (0,), data.shape[0], 1))
 
 
 def _made_together(probe: Probe, data: jax.Array, cotangent: jax.Array, asked: Together) -> Together:
-    """What all examples make, from one of them: in the dtypes of what is asked."""
+    """The reductions over all examples, from inside the map over examples; in the dtypes of the dummies."""
     gradients = _of_all(probe, data, cotangent)
     (left,) = gradients.batch.arrays
     total = probe.total(left.values[1 - probe.own], left.cotangent, asked.bumps.total)
@@ -228,7 +232,7 @@ def _made_together(probe: Probe, data: jax.Array, cotangent: jax.Array, asked: T
 
 
 def scan_reductions_of(region: Region, together: Together, parts: Sequence[Part]) -> ScanReductions:
-    """What the pass has reduced, by the numbers of those parts whose operand received it."""
+    """The derivatives of the dummies as `ScanReductions`, by the number of the part."""
     found = {(id(site), position): made for site, position, made in bumped(region, together.bumps)}
     totals, seconds, spreads = {}, {}, {}
     for number, part in enumerate(parts):

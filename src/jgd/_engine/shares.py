@@ -1,4 +1,4 @@
-"""What each device holds of the work and sends of the answers, read off where the arguments lie."""
+"""What each device holds, and what it sends and receives, from where the arguments lie."""
 
 import math
 from collections.abc import Sequence
@@ -20,7 +20,7 @@ class DeviceShare:
         devices: over how many devices the examples lie.
         examples: how many of them one device has.
         parameter_bytes: what it holds of the parameters.
-        factor_bytes: what its examples leave at the sites: the price of not having their gradients.
+        factor_bytes: the residuals of its examples, which it holds in place of their gradients.
         sum_bytes: what it receives for a sum, clipped or not: one all-reduce of its share of the gradient.
         norm_bytes: what it receives for norms: nothing where parameters lie whole on each device, as each has its
             own examples' factors; one number for each of its examples where they do not.
@@ -43,7 +43,7 @@ class DeviceShare:
 
 
 def share_of(plan: Plan, size: int, params: Sequence[Any], batch: Sequence[Any]) -> DeviceShare | None:
-    """One device's share; None where the examples lie on one device, or nobody has said where."""
+    """One device's share; None if the examples lie on one device, or their place is not known."""
     pieces = max((size // max(_share(x)[0], 1) for x in batch), default=1)
     if pieces <= 1:
         return None
@@ -58,14 +58,14 @@ def share_of(plan: Plan, size: int, params: Sequence[Any], batch: Sequence[Any])
 
 
 def factor_bytes(plan: Plan) -> int:
-    """What one example leaves."""
+    """The bytes of one example's residuals."""
     one = jax.eval_shape(lambda: [zeros(plan.region, of) for of in (residuals_of, taps_of)])
     blocks = [plan.program.param_avals[leaf] for leaf in plan.dense]
     return bytes_of((one, blocks))
 
 
 def bytes_of(tree: Any) -> int:
-    """What a tree of arrays or shapes takes."""
+    """The bytes of a tree of arrays or shapes."""
     return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 

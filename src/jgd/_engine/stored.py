@@ -5,7 +5,7 @@ right operand is an array that is broadcast along the product's columns, the ker
 docs/xla_report.md. A broadcast that is stored first is an array like any other. What is stored anyway, as arguments and
 the results of other products are, costs nothing more: `stored` is the identity, and keeps the compiler from fusing.
 
-So the engine stores the operands of each product that it asks for, and all that the pass leaves for the questions.
+So the engine stores the operands of each product that it computes, and all residuals.
 `tests/test_compiler.py` says when this may go.
 """
 

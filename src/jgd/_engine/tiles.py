@@ -1,7 +1,7 @@
 """Walks over a batch, a tile of its examples at a time, on one device or on many.
 
-A batch axis that lies over several devices is cut into as many pieces; each step takes examples in a row from
-every piece, so that no device asks another for its own, and what is summed is summed on each device until the end.
+A batch axis that lies over several devices is cut into as many shards. Each step takes consecutive examples from
+every shard, so that no device sends its examples, and sums stay on each device until the end.
 """
 
 import functools
@@ -52,7 +52,7 @@ class Batch:
         return Batch((self.arrays, numbers), (self.axes, 0), self.size, self.num_shards)
 
     def mapped(self, fun: Fun, elements: int) -> Any:
-        """`fun` of all examples, a tree whose leading axis they are, with room for so many `elements` for each."""
+        """`fun` of all examples, a tile at a time; each needs so many `elements`. The results lead with examples."""
         tile = tile_of(self.size // self.num_shards, elements)
         if tile * self.num_shards == self.size:
             return fun(self.arrays, self.size)
@@ -71,7 +71,7 @@ class Batch:
     ) -> Any:
         """The sum of `fun`, which itself sums over the examples that it is given.
 
-        Another sum may be given, by how two parts `join`, and how all do that lie along a leading axis.
+        Another way to combine may be given: `join` for two results, `join_all` for those along a leading axis.
         """
         tile = tile_of(self.size // self.num_shards, elements)
         if tile * self.num_shards == self.size:
@@ -80,7 +80,7 @@ class Batch:
         return piece(self.arrays) if self.num_shards == 1 else join_all(self.by_shard(piece))
 
     def by_shard(self, fun: Callable[[Any], Any]) -> Any:
-        """`fun` of each device's examples apart: the shards as its leading axis."""
+        """`fun` of each device's examples. The results have the shards as their leading axis."""
         sizes = self.num_shards, self.size // self.num_shards
         cut = lambda x, axis: x.reshape(*x.shape[:axis], *sizes, *x.shape[axis + 1 :])
         cuts = _each(cut, self.arrays, self.axes)
@@ -88,12 +88,12 @@ class Batch:
 
 
 def num_shards_of(arrays: Any, size: int) -> int:
-    """Into how many shards of one length the devices may cut a batch of arrays whose leading axis it is."""
+    """How many equal shards the devices may cut the leading axis of some arrays into, which is the batch."""
     return math.gcd(size, max((num_shards(x, 0) for x in jax.tree.leaves(arrays)), default=1))
 
 
 def tile_of(size: int, elements: int, room: int | None = None) -> int:
-    """How many examples to take at once, of so many elements each; a divisor of their number where one is near."""
+    """How many examples to take at once, of so many elements each: a divisor of their number if one is near."""
     most = max(1, min(size, (room or TILE) // max(elements, 1)))
     return next((k for k in range(most, most // 2, -1) if size % k == 0), most)
 

@@ -19,10 +19,10 @@ from jgd._mesh import compiler_places, explicit_mesh, manual_type, unplaced
 
 @dataclass(frozen=True, eq=False)
 class TracedLoss:
-    """The jaxpr of a loss on one example. Compared by identity: `trace` gives one for all that are the same.
+    """The jaxpr of a loss on one example. Compared by identity: `trace` returns one object for all equal programs.
 
     Its inputs are the parameters' leaves, the shared arguments' and one example's; its constants stand for the arrays
-    that the loss closes over, which are no part of it. Its first output is the value, the rest are the auxiliary
+    that the loss closes over, whose values are not kept here. Its first output is the value, the rest are the auxiliary
     leaves.
     """
 
@@ -31,8 +31,8 @@ class TracedLoss:
     num_shared: int
     aux_treedef: Any
     param_paths: tuple[str, ...]
-    platform: str  # that the arguments lie on, for which plans are made
-    found: dict[Any, Any] = field(default_factory=dict, repr=False)  # by `once`
+    platform: str  # that the arguments lie on; plans are made for it
+    found: dict[Any, Any] = field(default_factory=dict, repr=False)  # what `once` has made
 
     def avals(self) -> tuple[list[Any], list[Any], list[Any]]:
         """Shapes and dtypes of what `run` takes: parameters, constants and one example."""
@@ -43,7 +43,7 @@ class TracedLoss:
         return inputs[:first], inputs[first:last] + captured, inputs[last:]
 
     def once(self, key: Any, make: Callable[[], Any]) -> Any:
-        """What is worked out about the program once for each key, and goes with it."""
+        """What `make` returns: called once for each key, and kept with the program."""
         if key not in self.found:
             self.found[key] = make()
         return self.found[key]
@@ -68,14 +68,14 @@ class Traced(NamedTuple):
     """What a call's loss traced to, and the values of the program's constants in this call."""
 
     program: TracedLoss
-    constants: list[Any]  # that no example changes: shared arguments, then what the loss closes over
+    constants: list[Any]  # shared arguments, then the arrays that the loss closes over
 
 
 def trace(call: Call) -> Traced:
     """Traces the loss of a call, as it is now, on one example.
 
-    The program is the one that was traced before, if one was that is the same in all that is compiled: its plans and
-    compiled functions, which know it by identity, serve again.
+    If an equal program was traced before, that object is returned. Plans and compiled functions are kept by the
+    program's identity, so they are used again.
 
     Raises:
         TypeError: the loss of one example is not a floating-point scalar, or closes over an array reference.
@@ -99,7 +99,7 @@ def trace(call: Call) -> Traced:
 
 
 def _as_now(x: Any) -> Any:
-    """A captured array that does not change with NumPy's."""
+    """A captured array, copied if it is NumPy's, which may change later."""
     return x if isinstance(x, jax.Array) else jnp.array(x)
 
 
@@ -120,8 +120,8 @@ class _Programs:
 
 _PROGRAMS_KEPT = 256
 jax.tree_util.register_static(_Programs)
-# Traced, this is kept in JAX's own cache: one for each state of all the options that change a trace, and gone when
-# the cache is cleared.
+# Tracing this function gives an object from JAX's own cache. There is one for each state of the options that change a
+# trace, and clearing the cache removes it.
 _programs = jax.jit(_Programs)
 
 

@@ -1,7 +1,7 @@
-"""What belongs to the values of a region and of those inside it, as a tree of arrays.
+"""Trees of arrays, one array for each value of some kind in a region and in the regions inside it.
 
-A tree is what a region has, then, for each of its nested operations, a tree for each region of that. What lies
-inside a scan has the steps as a leading axis.
+A tree is a pair: the arrays of the region itself, and for each of its nested operations a tuple with a tree for each
+region of that. Arrays inside a scan have the steps as a leading axis.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -36,14 +36,14 @@ def batch_axes(region: Region, of: Callable[[Region], Sequence[Value]], depth: i
 
 
 def zeros(region: Region, of: Callable[[Region], Sequence[Value]]) -> Tree:
-    """A tree of zeros for what each region has of values."""
+    """A tree of zeros for the values that `of` selects in each region."""
     return filled(region, of, 0)
 
 
 def filled(
     region: Region, of: Callable[[Region], Sequence[Value]], number: int, lead: tuple[int, ...] = ()
 ) -> Tree:
-    """A tree of one number for what each region has of values."""
+    """A tree of one `number` for the values that `of` selects in each region."""
     own = tuple(_filled(value.aval, lead, number) for value in of(region))
     inner = tuple(
         tuple(filled(r, of, number, lead if op.loop is None else (*lead, op.loop[1])) for r in op.regions)
@@ -62,7 +62,7 @@ def _filled(aval: jax.ShapeDtypeStruct, lead: tuple[int, ...], number: int) -> j
 
 
 def bumps_of(region: Region, chosen: Callable[[Site, int], bool], lead: tuple[int, ...] = ()) -> Tree:
-    """A tree of zeros to add to each chosen parameter operand of a site; None for those not chosen."""
+    """A tree of zeros, one array like each chosen parameter operand of a site; None for those not chosen."""
     own = tuple(
         _filled(op.inputs[i].aval, lead, 0) if chosen(op, i) else None
         for op in region.ops
@@ -78,7 +78,7 @@ def bumps_of(region: Region, chosen: Callable[[Site, int], bool], lead: tuple[in
 
 
 def bumped(region: Region, tree: Tree) -> Iterator[tuple[Site, int, Any]]:
-    """The chosen operands of a tree like that of `bumps_of`: site, position, and what the tree has of it."""
+    """The chosen operands of a tree like that of `bumps_of`: site, position, and the array in the tree."""
     own, inner = iter(tree[0]), iter(tree[1])
     for op in region.ops:
         if isinstance(op, Nested):

@@ -29,7 +29,7 @@ class View:
     leaf: int
     array: np.ndarray
     loops: tuple[int, ...] = ()
-    is_complex: bool = False  # the leaf itself, which then is a computed operand
+    is_complex: bool = False  # whether the leaf is: only a computed operand can be
 
     @property
     def offset(self) -> int:
@@ -83,7 +83,7 @@ def follow(eqn: Any, view: View | None) -> list[View | None]:
 
 
 def merge_axes(axes: Sequence[Axis]) -> tuple[Axis, ...]:
-    """One writing for axes in the order given: without those of size 1, and contiguous neighbours as one."""
+    """Axes in canonical form: without those of size 1, and with contiguous neighbours merged. The order stays."""
     merged: list[Axis] = []
     for size, stride in axes:
         if size == 1:
@@ -96,7 +96,7 @@ def merge_axes(axes: Sequence[Axis]) -> tuple[Axis, ...]:
 
 
 def overlap(a: tuple[int, Sequence[Axis]], b: tuple[int, Sequence[Axis]]) -> bool:
-    """Whether two sets of elements, each an offset and axes, may meet."""
+    """Whether two sets of elements, each given by an offset and axes, may have an element in common."""
     arrays = [as_strided(_BASE, [s for s, _ in axes], [d for _, d in axes]) for _, axes in (a, b)]
     shift = [as_strided(_BASE, [offset + 1], [1])[offset:] for offset, _ in (a, b)]
     moved = [as_strided(s, x.shape, x.strides) for s, x in zip(shift, arrays, strict=True)]
@@ -160,5 +160,5 @@ _RULES: dict[Any, Callable[[np.ndarray, int, Any], list[np.ndarray]]] = {
     prim.real_p: lambda array, loops, eqn: [array],  # of a real leaf that was cast
     prim.conj_p: lambda array, loops, eqn: [array],
 }
-# What is a view of a real leaf alone.
+# These are views of real leaves only: they change the values of a complex one.
 _OF_REAL = {prim.convert_element_type_p, prim.real_p, prim.conj_p}

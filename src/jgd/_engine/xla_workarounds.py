@@ -1,4 +1,4 @@
-"""What XLA's partitioner computes wrongly when the examples lie over several devices, and which leaves that meets.
+"""What XLA's partitioner computes wrongly if the examples lie over several devices, and the leaves concerned.
 
 It gets the derivative of a convolution in groups wrong, and `vmap` makes every convolution one whose kernel differs
 from example to example (docs/mesh.md). The rule of a convolution does without such a derivative.

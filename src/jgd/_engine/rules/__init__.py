@@ -78,5 +78,5 @@ def unregister(primitive: Primitive) -> None:
 
 
 def registered() -> tuple[tuple[Any, Any], ...]:
-    """What has been registered, as a key: plans and programs that were made by other rules are not found again."""
+    """The registered rules, as part of a program's key: one that was planned by other rules is not found again."""
     return tuple(_registered.items())

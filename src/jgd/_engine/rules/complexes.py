@@ -91,7 +91,7 @@ class RealParts(Rule):
         return concatenate([self.rule.batch_factor(x, weights) for x in self._apart(data)])
 
     def _apart(self, data: SiteData) -> list[SiteData]:
-        """The real parts, and the imaginary ones where there are two: what they make adds up."""
+        """The real parts and, if both sides are complex, the imaginary parts: their gradients add up."""
         real = SiteData(
             {i: jnp.real(x) for i, x in data.values.items()}, list(map(jnp.real, data.cotangents))
         )

@@ -102,12 +102,12 @@ class Convolution(Rule):
         return inner_product(self.gradient(data), direction)
 
     def batch_factor(self, data: SiteData, weights: jax.Array | None) -> Full:
-        """By the convolution's own transpose, the examples inside."""
+        """By the transpose of the convolution of the whole batch."""
         x, cotangent = data.values[0], data.cotangent
         if weights is not None:
             cotangent = scaled(cotangent, self.depth, weights)
 
-        # Real parts, taken apart, have a dtype of their own.
+        # Where real and imaginary parts are taken apart, the dtype is theirs.
         params = dict(self.params) | {"preferred_element_type": cotangent.dtype}
 
         def convolve(kernel: jax.Array, x: jax.Array) -> jax.Array:
@@ -138,7 +138,7 @@ class Convolution(Rule):
         return self.layout.flatten(apart.transpose(ordered).reshape(n, p, q))
 
     def square(self, data: SiteData) -> jax.Array:
-        """The gradient's squared norm, of which no more than one place in the window is ever built."""
+        """The gradient's squared norm. No more of the gradient is built than a few places in the window."""
         product = self._product(data)
         square = lambda place: jnp.sum(jnp.square(product(place)))
         return jnp.sum(self._of_places(square))
@@ -176,7 +176,7 @@ class Convolution(Rule):
         return right.reshape(*right.shape[: len(steps) + 1], -1, right.shape[-1])
 
     def _outside(self) -> tuple[list[int], list[int]]:
-        """The axes around one convolution's own: those that step through the kernel, and those that share it."""
+        """The loops' axes: those of loops that step through the kernel, and those of loops that share it."""
         axes = range(self.depth)
         return [i for i in axes if i in self.stepping], [i for i in axes if i not in self.stepping]
 

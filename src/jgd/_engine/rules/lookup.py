@@ -22,7 +22,7 @@ from jgd._engine.rules.rule import Rule, SiteData
 from jgd._engine.sites import Site
 from jgd._engine.views import View
 
-_MOST_ROWS = np.iinfo(np.int32).max  # that row numbers can tell apart, beside the one of no row
+_MOST_ROWS = np.iinfo(np.int32).max  # that int32 can number, with one number left for no row
 
 # Where the number of a row comes from: a step of a loop, by the loop's axis; a constant; an operand of the equation,
 # or one place along its last axis.
@@ -64,7 +64,7 @@ class Lookup(Rule):
         rows = product(self.layout.p)
         if self.clamps:
             return Rows(number.reshape(-1), cotangent, rows)
-        # What was filled and not read may have a cotangent that is not finite. It must reach no sum, not even times 0.
+        # A value that was filled in may have a cotangent that is not finite. It must reach no sum, not even times 0.
         valid = valid.reshape(-1)
         met = jnp.where(valid[None, :, None], cotangent, jnp.zeros((), cotangent.dtype))
         return Rows(jnp.where(valid, number.reshape(-1), rows), met, rows)
@@ -160,6 +160,6 @@ def _rows(
 
 
 def _within(index: jax.Array, size: int) -> jax.Array:
-    """The nearest id within bounds, in the ids' own dtype: a bound that it cannot hold is no bound of theirs."""
+    """The nearest id within bounds. A bound that the ids' dtype cannot hold does not restrict them."""
     last = min(size - 1, int(jnp.iinfo(index.dtype).max))
     return jnp.clip(index, jnp.zeros((), index.dtype), jnp.asarray(last, index.dtype))

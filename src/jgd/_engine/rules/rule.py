@@ -31,7 +31,7 @@ from jgd._engine.views import Axis, View, merge_axes
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class SiteData:
-    """What one example left at a site. The loops around the site are the leading axes of every array.
+    """One example's residuals at a site. The loops around the site are the leading axes of every array.
 
     Attributes:
         values: the DATA operands that the site's rules may need, by position.
@@ -102,7 +102,7 @@ class Rule:
 
     @property
     def is_wrong_when_sharded(self) -> bool:
-        """Whether XLA computes `batch_gradient` wrongly of examples over several devices, see docs/mesh.md."""
+        """Whether XLA computes `batch_gradient` wrongly if the examples lie over several devices, see docs/mesh.md."""
         return False
 
     @property
@@ -197,7 +197,7 @@ class OperandRule(Rule):
         raise NotImplementedError
 
     def at_operand(self, data: SiteData) -> jax.Array:
-        """The same in all steps: the loops' axes lead."""
+        """`at_step` of all steps: the loops' axes lead."""
         of_steps = self.at_step
         for _ in range(self.depth):
             of_steps = jax.vmap(of_steps)
