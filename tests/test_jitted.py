@@ -159,7 +159,7 @@ def test_every_case_compiled(name):
 
 def compare_program(seed, questions):
     with jax.enable_x64(True):
-        program = random_program(seed, MENDED, sizes=WIDE)
+        program = random_program(seed, MENDED - {"ids"}, sizes=WIDE)
     return compare(narrow(program.problem), program.problem, questions, what=program.text)
 
 
