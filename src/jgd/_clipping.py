@@ -56,7 +56,8 @@ def clipped_sum_of_groups(
         if not group:
             continue
         inside = norm <= max_norm
-        factor = jnp.where(inside, 1, max_norm / jnp.where(inside, 1, norm))
+        # Not by a norm that is not finite, which the derivative would keep.
+        factor = jnp.where(inside, 1, max_norm / jnp.where(inside | ~finite, 1, norm))
         factor = jnp.where(finite, factor, 0)
         made = weighted_sum(form, factor if weights is None else factor * weights)
         clipped.update({leaf: made[leaf] for leaf in group})

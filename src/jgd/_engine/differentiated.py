@@ -66,7 +66,8 @@ def _looked_at(eqn: Any, moving: Sequence[bool]) -> Differentiated:
 
     try:
         of_rule = _plain(values, shapes)
-        if eqn.primitive not in CUSTOM and inner_jaxprs(eqn):
+        # The rule of `reduce` computes another value than it does, if what it reduces by is not associative.
+        if eqn.primitive not in (*CUSTOM, prim.reduce_p) and inner_jaxprs(eqn):
             return Differentiated(tuple(moves), any(map(_changes_inside, inner_jaxprs(eqn))))
         of_function = _plain(lambda *operands: bind(eqn, operands), shapes)
     except Exception:  # whatever a rule of JAX's or of a user's raises

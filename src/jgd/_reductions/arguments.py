@@ -25,12 +25,15 @@ def form_of(grads: Any) -> tuple[Any, Any]:
 Weights = Real[Array, "B"] | Real[np.ndarray, "B"] | Sequence[float | int]
 
 
-def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array | None:
+def weights_of(
+    weights: Any, size: int, *, divides: bool = False, may_be_negative: bool = True
+) -> jax.Array | None:
     """The weights as an array of floats, at least float32, or None for none.
 
     Raises:
-        ValueError: they are not `(B,)`; or, where their sum `divides`, there is no example or they are all 0.
-        TypeError: they are not numbers.
+        ValueError: they are not `(B,)`, or one is negative that may not be; or, where their sum `divides`, there is no
+            example or they are all 0.
+        TypeError: they are not real numbers.
     """
     if divides and size == 0:
         raise ValueError("`grads` holds no examples: the mean over an empty batch is not defined")
@@ -47,6 +50,12 @@ def weights_of(weights: Any, size: int, *, divides: bool = False) -> jax.Array |
             ) from error
         if array.shape != (size,):
             raise ValueError(f"`weights` must have shape ({size},), one for each example, got {array.shape}")
+        if jnp.iscomplexobj(array):
+            raise TypeError(f"`weights` must be real numbers, got {describe(array)}")
+        if not may_be_negative and known and bool(jnp.any(array < 0)):
+            raise ValueError(
+                f"`weights` must not be negative, a moment is a mean of squares, got {float(jnp.min(array))}"
+            )
         wide = array.dtype if jnp.issubdtype(array.dtype, jnp.floating) else jnp.float32
         array = array.astype(accumulation_dtype(wide))
         if divides and known and not bool(jnp.any(array != 0)):
@@ -129,7 +138,18 @@ def max_norms_of(max_norm: Any, treedef: Any) -> tuple[list[Any], Grouping]:
             raise ValueError(f"{name} must be one number, got an array of shape {jnp.shape(entry)}")
         if is_concrete(entry) and not float(entry) >= 0:
             raise ValueError(f"{name} must be at least 0, got {entry}")
-    return [entry for _, entry in grouping.entries], grouping
+    # JAX has no integers for large ones.
+    as_float = lambda x: float(x) if isinstance(x, int) else x
+    return [as_float(entry) for _, entry in grouping.entries], grouping
+
+
+def shares_of(weights: jax.Array) -> jax.Array:
+    """w_i / Σ w_i, whose sum neither overflows nor vanishes."""
+    largest = jax.lax.stop_gradient(jnp.max(jnp.abs(weights)))
+    # By powers of two, which round nothing. A division by the largest would need its inverse, which may be denormal.
+    step = jnp.where(largest > 2.0**64, 2.0**-64, jnp.where(largest < 2.0**-64, 2.0**64, 1.0))
+    scaled = weights * step.astype(weights.dtype)
+    return scaled / jnp.sum(scaled)
 
 
 def at_least_two(size: int, what: str) -> None:

@@ -1,12 +1,11 @@
 """Linear questions: Jᵀw and Jv, with J the `(B, P)` Jacobian of the per-example losses."""
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_blocks, like_examples, like_leaves, placed_by
-from jgd._reductions.arguments import Weights, direction_of, form_of, weights_of
+from jgd._reductions.arguments import Weights, direction_of, form_of, shares_of, weights_of
 from jgd._weights import linear_in_weights, sums
 
 
@@ -105,7 +104,7 @@ def _weighted_mean(form, weights):
         # Not by weights of 1/B: the sum may be asked for beside the mean, and is then shared.
         made = [x / form.size for x in sums(form, None)]
     else:
-        made = linear_in_weights(sums, form, weights / jnp.sum(weights))
+        made = linear_in_weights(sums, form, shares_of(weights))
     return [x.astype(like.dtype) for x, like in zip(made, form.leaf_structs, strict=True)]
 
 

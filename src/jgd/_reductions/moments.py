@@ -8,7 +8,7 @@ from jaxtyping import Array, Float, PyTree
 
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_leaves, placed_by
-from jgd._reductions.arguments import Weights, at_least_two, form_of, weights_of
+from jgd._reductions.arguments import Weights, at_least_two, form_of, shares_of, weights_of
 from jgd._weights import linear_in_weights, second_moments, spreads
 
 
@@ -22,14 +22,14 @@ def second_moment(
         weights: `(B,)`; weight 0 means absent.
 
     Returns:
-        A pytree like the parameters, in their dtypes, accumulated in at least float32. Where a gradient is infinite
-        it is inf, or nan beside one that is infinite the other way.
+        A pytree like the parameters, in at least float32: squares leave the range of half precision. Where a gradient
+        is infinite it is inf, or nan beside one that is infinite the other way.
 
     Raises:
-        ValueError: there are no examples, or `weights` is not `(B,)` or is all 0.
+        ValueError: there are no examples, or `weights` is not `(B,)`, is all 0, or is negative somewhere.
     """
     form, treedef = form_of(grads)
-    return jax.tree.unflatten(treedef, _second_moment(form, weights_of(weights, form.size, divides=True)))
+    return jax.tree.unflatten(treedef, _second_moment(form, _weights_of(weights, form.size)))
 
 
 def variance(
@@ -45,22 +45,25 @@ def variance(
         weights: `(B,)`; weight 0 means absent.
 
     Returns:
-        A pytree like the parameters, in their dtypes.
+        A pytree like the parameters, in at least float32.
 
     Raises:
-        ValueError: there are fewer than two examples, or `weights` is not `(B,)` or is all 0.
+        ValueError: there are fewer than two examples, or `weights` is not `(B,)`, is all 0, or is negative somewhere.
     """
     form, treedef = form_of(grads)
     at_least_two(form.size, "the variance")
-    return jax.tree.unflatten(treedef, _variance(form, weights_of(weights, form.size, divides=True)))
+    return jax.tree.unflatten(treedef, _variance(form, _weights_of(weights, form.size)))
+
+
+def _weights_of(weights, size):
+    return weights_of(weights, size, divides=True, may_be_negative=False)
 
 
 @jax.jit
 @placed_by(like_leaves)
 def _second_moment(form, weights):
-    total, share = (form.size, None) if weights is None else (1, weights / jnp.sum(weights))
-    moments = linear_in_weights(functools.partial(second_moments, scale=1 / total), form, share)
-    return [m.astype(x.dtype) for m, x in zip(moments, form.leaf_structs, strict=True)]
+    total, share = (form.size, None) if weights is None else (1, shares_of(weights))
+    return linear_in_weights(functools.partial(second_moments, scale=1 / total), form, share)
 
 
 @jax.jit
@@ -69,9 +72,11 @@ def _variance(form, weights):
     if weights is None:
         share, unbiased = None, form.size - 1
     else:
-        share = weights / jnp.sum(weights)
-        unbiased = 1 - jnp.sum(jnp.square(share))
+        share = shares_of(weights)
+        # 1 − Σ share², by the shares of all others: where one dominates, the difference would have no digits left.
+        before = jnp.cumsum(share)[:-1]
+        behind = jnp.cumsum(share[::-1])[:-1][::-1]
+        unbiased = jnp.sum(share[1:] * before) + jnp.sum(share[:-1] * behind)
         # Weights that leave one example alone leave no variance: not defined is nan, not inf.
         unbiased = jnp.where(unbiased == 0, jnp.nan, unbiased)
-    made = spreads(form, share, 1 / unbiased)
-    return [m.astype(x.dtype) for m, x in zip(made, form.leaf_structs, strict=True)]
+    return spreads(form, share, 1 / unbiased)
