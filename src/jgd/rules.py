@@ -34,7 +34,9 @@ array.
 - `Rule` is for all others. Its `factor` says the factors: `Outer(left, right)` where the gradient is
   G[n, p, q] = Σ_t left[n, t, p] · right[n, t, q], `Rows` where `left` would be one-hot, `Full` where there is no
   better than the gradient itself. `layout` says where n, p and q lie in the leaf, and `positions` is T, from which
-  costs are predicted. Its properties, such as `is_product`, say what else may be counted on.
+  costs are predicted. Its properties, such as `is_product`, say what else may be counted on: `is_linear`, that the
+  gradient is linear in the one operand that depends on the example, without which complex numbers make a leaf dense.
+  `split_axes` and `group` help to find the layout, `operand_grouping` to arrange an array like the operand.
 
 docs/how_it_works.md has the whole way of a loss through the engine.
 """
@@ -44,10 +46,13 @@ from jgd._engine.factors import Full as Full
 from jgd._engine.factors import Layout as Layout
 from jgd._engine.factors import Outer as Outer
 from jgd._engine.factors import Rows as Rows
+from jgd._engine.factors import group as group
+from jgd._engine.factors import split_axes as split_axes
 from jgd._engine.rules import register as register
 from jgd._engine.rules import unregister as unregister
 from jgd._engine.rules.rule import OperandRule as OperandRule
 from jgd._engine.rules.rule import Rule as Rule
 from jgd._engine.rules.rule import SiteData as SiteData
+from jgd._engine.rules.rule import operand_grouping as operand_grouping
 from jgd._engine.sites import Site as Site
 from jgd._engine.views import View as View

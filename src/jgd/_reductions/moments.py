@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jgd._engine.dtypes import accumulation_dtype
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_leaves, placed_by
 from jgd._reductions.arguments import Weights, at_least_two, form_of, shares_of, weights_of
@@ -63,7 +64,7 @@ def _weights_of(weights, size):
 @placed_by(like_leaves)
 def _second_moment(form, weights):
     total, share = (form.size, None) if weights is None else (1, shares_of(weights))
-    return linear_in_weights(functools.partial(second_moments, scale=1 / total), form, share)
+    return _wide(linear_in_weights(functools.partial(second_moments, scale=1 / total), form, share), form)
 
 
 @jax.jit
@@ -79,4 +80,8 @@ def _variance(form, weights):
         unbiased = jnp.sum(share[1:] * before) + jnp.sum(share[:-1] * behind)
         # Weights that leave one example alone leave no variance: not defined is nan, not inf.
         unbiased = jnp.where(unbiased == 0, jnp.nan, unbiased)
-    return spreads(form, share, 1 / unbiased)
+    return _wide(spreads(form, share, 1 / unbiased), form)
+
+
+def _wide(moments, form):
+    return [m.astype(accumulation_dtype(x)) for m, x in zip(moments, form.leaf_structs, strict=True)]

@@ -32,10 +32,11 @@ _registered: dict[Any, Match] = {}
 def rule_of(site: Site, position: int, view: View) -> Rule | None:
     """The rule of a site's operand, which is a view of a leaf; None where it has none."""
     if site.eqn is None:
-        match: Match | None = elementwise.match_sum
+        rule = elementwise.match_sum(site, position, view)
     else:
-        match = _registered.get(site.eqn.primitive) or _BUILT_IN.get(site.eqn.primitive)
-    rule = None if match is None else match(site, position, view)
+        known = (_registered.get(site.eqn.primitive), _BUILT_IN.get(site.eqn.primitive))
+        found = (match(site, position, view) for match in known if match is not None)
+        rule = next((rule for rule in found if rule is not None), None)
     if rule is None:
         return None
     try:
@@ -48,7 +49,7 @@ def rule_of(site: Site, position: int, view: View) -> Rule | None:
 
 
 def register(primitive: Primitive, match: Match) -> None:
-    """Makes a rule known for a primitive, in place of the one that it may have.
+    """Makes a rule known for a primitive. It is asked before the built-in one, which serves where it says None.
 
     Args:
         primitive: a JAX primitive, for example `jax.lax.cumsum_p`.

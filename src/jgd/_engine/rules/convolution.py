@@ -50,6 +50,10 @@ class Convolution(Rule):
     p_order: tuple[int, ...]
 
     @property
+    def is_linear(self) -> bool:
+        return True
+
+    @property
     def is_product(self) -> bool:
         return True
 

@@ -26,6 +26,10 @@ class DotGeneral(Rule):
     right: AxisGrouping
 
     @property
+    def is_linear(self) -> bool:
+        return True
+
+    @property
     def is_product(self) -> bool:
         return True
 

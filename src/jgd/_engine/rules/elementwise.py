@@ -22,6 +22,10 @@ class Sum(OperandRule):
     negative: bool
 
     @property
+    def is_linear(self) -> bool:
+        return True
+
+    @property
     def is_elementwise(self) -> bool:
         return True
 
@@ -56,6 +60,10 @@ class Selection(OperandRule):
     case: int
 
     @property
+    def is_linear(self) -> bool:
+        return True
+
+    @property
     def is_elementwise(self) -> bool:
         return True
 
@@ -72,6 +80,10 @@ class Piece(OperandRule):
     axis: int
     start: int
     size: int
+
+    @property
+    def is_linear(self) -> bool:
+        return True
 
     def at_step(self, data: SiteData) -> jax.Array:
         return jax.lax.slice_in_dim(data.cotangent, self.start, self.start + self.size, axis=self.axis)

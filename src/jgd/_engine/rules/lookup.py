@@ -46,6 +46,10 @@ class Lookup(Rule):
     clamps: bool
 
     @property
+    def is_linear(self) -> bool:
+        return True
+
+    @property
     def folds_batch(self) -> bool:
         return True
 

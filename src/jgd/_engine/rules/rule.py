@@ -88,7 +88,7 @@ class Rule:
     @property
     def is_linear(self) -> bool:
         """Whether the gradient is linear in the recorded operand; then real and imaginary parts can be taken apart."""
-        return True
+        return False
 
     @property
     def has_factors(self) -> bool:
