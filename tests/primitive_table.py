@@ -318,6 +318,11 @@ def page(chosen: dict[str, Instance], plain: Iterable[str], not_covered: dict[st
         cells += [cell(answers, lambda role, name=name: role == name) for name in ("path", "data")]
         lines.append(f"| {group} | {' | '.join(cells)} | {exact} |")
         jax.clear_caches()
+    lines += [
+        "",
+        "`linear_call`, `custom_vmap`, exported functions and ahead-of-time compiled ones have no row: on JAX 0.10.1",
+        "`jax.vmap(jax.grad(loss))` itself refuses a parameter that meets data in them.",
+    ]
     lines += ["", "## Without a row", "", "| primitive | why |", "|---|---|"]
     reasons = {
         **not_covered,
