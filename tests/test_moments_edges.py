@@ -52,7 +52,5 @@ def test_moments_of_what_is_not_finite(broken, tile, x64):
         np.testing.assert_allclose(moments.square_around_mean(whole), spread, rtol=1e-12)
 
 
-def test_a_variance_by_weights_of_either_sign():
-    got = jgd.variance([jnp.arange(3.0)], jnp.array([3.0, -1.0, 1.0]))[0]
-    assert got == pytest.approx(-4.0)  # Σ w (g − ḡ)² / (V₁ − V₂/V₁), from its definition
+def test_a_variance_by_weights_that_leave_one_example():
     assert np.isnan(jgd.variance([jnp.arange(3.0)], jnp.array([2.0, 0.0, 0.0]))[0])

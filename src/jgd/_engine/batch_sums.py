@@ -23,8 +23,9 @@ def along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
 
 
 def scaled(x: jax.Array, axis: int, weights: jax.Array) -> jax.Array:
-    """w_i x_i of examples along an axis, in the dtype of `x`."""
-    return x * along(weights, axis, x.ndim).astype(x.dtype)
+    """w_i x_i of examples along an axis, in at least float32: weights may be out of the range of `x`."""
+    wide = accumulation_dtype(x)
+    return x.astype(wide) * along(weights, axis, x.ndim).astype(wide)
 
 
 def mask_rows(keep: jax.Array, x: jax.Array) -> jax.Array:

@@ -35,7 +35,7 @@ class Reading:
 
     def leaves_at(self, wanted: Callable[[Op], bool]) -> frozenset[int]:
         """The leaves that are operands of the wanted equations, or from which such an operand is computed."""
-        return _leaves_at(self.region, wanted)
+        return leaves_at(self.region, wanted)
 
 
 def read_as_differentiated(program: TracedLoss, dense: frozenset[int]) -> Reading:
@@ -94,12 +94,12 @@ def _read(program: TracedLoss, dense: frozenset[int]) -> Reading:
     return Reading(region, computed, dense)
 
 
-def _leaves_at(region: Region, wanted: Callable[[Op], bool]) -> frozenset[int]:
+def leaves_at(region: Region, wanted: Callable[[Op], bool]) -> frozenset[int]:
     """The leaves that are operands of the wanted equations, or from which such an operand is computed."""
     leaves: frozenset[int] = frozenset()
     for op in region.ops:
         if isinstance(op, Nested):
-            leaves = leaves.union(*(_leaves_at(inner, wanted) for inner in op.regions))
+            leaves = leaves.union(*(leaves_at(inner, wanted) for inner in op.regions))
         elif op.eqn is not None and any(x.leaves for x in op.inputs) and wanted(op):
             leaves = leaves.union(*(x.leaves for x in op.inputs))
     return leaves

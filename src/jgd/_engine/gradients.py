@@ -320,6 +320,7 @@ class FactoredGradients(HeldGradients):
             path_to(plan, operands, *model),
             {leaf: model.params[leaf] for leaf in sources},
             functools.partial(rounds, plan, numbers),
+            plan.nonlinear.isdisjoint(sources),
         )
 
     def for_norms_and_sums(self) -> "FactoredGradients":

@@ -15,7 +15,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import factors, grams, moments, tiles
-from jgd._engine.batch_sums import sum_masked, sum_present
+from jgd._engine.batch_sums import mask_rows, scale_rows, sum_masked, sum_present
 from jgd._engine.devices import Device
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.part_gradients import PartGradients
@@ -99,8 +99,10 @@ class DenseLeaf:
         if weights is None and self.is_of_pass:
             # Not as a product: XLA makes the sum along with the block, if that is a sum or an outer product.
             return {self.leaf: jnp.sum(self.block, axis=0, dtype=accumulation_dtype(self.block))}
-        summed = sum_masked if self.is_of_pass else sum_present
-        total = summed(self._flat, weights, one_device=self.num_shards == 1)
+        one_device = self.num_shards == 1
+        if not self.is_of_pass:  # as it lies: XLA may make it along with the sum
+            return {self.leaf: sum_present(self.block, weights, one_device=one_device)}
+        total = sum_masked(self._flat, weights, one_device=one_device)
         return {self.leaf: total.reshape(self.block.shape[1:])}
 
     def squared_sum(self) -> jax.Array:
@@ -117,12 +119,22 @@ class DenseLeaf:
 
     def moments(self, weights: jax.Array | None, scale: Any, *, centred: bool) -> ByLeaf:
         one_device = self.num_shards == 1
-        if not centred and not self.is_of_pass:
-            square = sum_present(self._flat, weights, jnp.square, one_device=one_device)
-            return {self.leaf: square.reshape(self.block.shape[1:]) * scale}
+        if not self.is_of_pass:
+            return {self.leaf: self._moment(weights, centred=centred) * scale}
         spread = moments.spread_of(self._flat, weights, one_device=one_device)
         around = moments.square_around_mean if centred else moments.square_around_zero
         return {self.leaf: around(spread).reshape(self.block.shape[1:]) * scale}
+
+    def _moment(self, weights: jax.Array | None, *, centred: bool) -> jax.Array:
+        """Of a block that is given: by plain reductions, along with which XLA may make it."""
+        dtype = accumulation_dtype(self.block)
+        center = jnp.zeros(self.block.shape[1:], dtype)
+        if centred:
+            total = self.block.shape[0] if weights is None else jnp.sum(weights)
+            center = self.weighted_sum(weights)[self.leaf] / total
+        present = self.block if weights is None else mask_rows(weights != 0, self.block)
+        square = jnp.square(present.astype(center.dtype) - center[None])
+        return jnp.sum(square if weights is None else scale_rows(weights, square), axis=0)
 
     def project(self, key: jax.Array, dim: int) -> jax.Array:
         rows, columns = directions(key, self.leaf, self.block.shape[1:], dim)
@@ -293,6 +305,7 @@ class ComputedLeaves:
         path: from the leaves in `sources` to the operands.
         sources: the leaves that the operands are computed from, and their values.
         rounds: whether the path would round a direction of this dtype.
+        is_linear: whether the way back is linear: a `custom_vjp` on it must see each example's cotangent separately.
     """
 
     likes: dict[int, jax.ShapeDtypeStruct]
@@ -301,6 +314,7 @@ class ComputedLeaves:
     path: Callable[[list[jax.Array]], dict[int, jax.Array]]
     sources: dict[int, jax.Array]
     rounds: Callable[[Any], bool]
+    is_linear: bool = True
 
     @property
     def _size(self) -> int:
@@ -354,15 +368,41 @@ class ComputedLeaves:
         return self._tiled(lambda made: {leaf: jax.vmap(factors.sum_squares)(x) for leaf, x in made.items()})
 
     def weighted_sum(self, weights: jax.Array | None) -> ByLeaf:
+        if not self.is_linear:
+            return self._sum_of_blocks(weights)
         totals: ByLeaf = {}
         for part, gradients in self.parts:
             like = (self.likes | self.operands)[part.leaf]
             flat = gradients.sum(weights)
             totals[part.leaf] = factors.place(flat, part.offset, part.axes, like, totals.get(part.leaf))
         made = {leaf: x for leaf, x in totals.items() if leaf in self.likes}
-        for leaf, x in self._pull()(totals).items():
-            made[leaf] = made[leaf] + x if leaf in made else x.astype(accumulation_dtype(x))
+        # A sum may be out of the range of an operand in half precision. The way back is linear, and powers of two round
+        # nothing.
+        scale = _power_of_two([totals[k] for k in self.operands]) if self._is_narrow else 1
+        pulled = self._pull()({k: totals[k] / scale for k in self.operands})
+        for leaf, x in pulled.items():
+            x = x.astype(accumulation_dtype(x)) * scale
+            if weights is not None:  # a derivative on the way may be inf, and inf·0 is nan
+                x = jnp.where(jnp.any(weights != 0), x, 0)
+            made[leaf] = made[leaf] + x if leaf in made else x
         return made
+
+    @property
+    def _is_narrow(self) -> bool:
+        return any(jnp.finfo(x.dtype).bits < 32 for x in self.operands.values())
+
+    def _sum_of_blocks(self, weights: jax.Array | None) -> ByLeaf:
+        pull = self._pull()
+        each = jnp.ones(self._size) if weights is None else weights
+
+        def of_tile(some: Any, size: int) -> ByLeaf:
+            blocks = self._blocks(pull, some[0], size)
+            return {
+                leaf: sum_present(x, some[1], one_device=self._num_shards == 1) for leaf, x in blocks.items()
+            }
+
+        made = self._batch.with_each(each).folded(of_tile, self._elements)
+        return {leaf: x.reshape(self.likes[leaf].shape) for leaf, x in made.items()}
 
     def squared_sum(self) -> jax.Array:
         return functools.reduce(jnp.add, map(factors.sum_squares, self.weighted_sum(None).values()))
@@ -376,7 +416,7 @@ class ComputedLeaves:
         )
         elements = self._size * sum(x.size for x in self.likes.values())
         rounded = any(self.rounds(direction[leaf].dtype) for leaf in self.likes)
-        if self._num_shards > 1 or elements <= tiles.TILE or rounded:
+        if self._num_shards > 1 or elements <= tiles.TILE or rounded or not self.is_linear:
             return by_blocks()
         total = self._dot_by_tangents(direction)
         # Where a tangent of 0 meets a number on the path that is not finite, this may not be the gradients' product.
@@ -426,3 +466,11 @@ class ComputedLeaves:
             return functools.reduce(jnp.add, each)
 
         return self._tiled(of_tile)
+
+
+def _power_of_two(arrays: Sequence[jax.Array]) -> jax.Array:
+    """The one at or below the largest number; 1 where that is 0 or not finite."""
+    largest = functools.reduce(jnp.maximum, [jnp.max(jnp.abs(x), initial=0) for x in arrays])
+    usable = (largest > 0) & jnp.isfinite(largest)
+    exponent = jnp.floor(jnp.log2(jnp.where(usable, largest, 1))).astype(jnp.int32)
+    return jax.lax.stop_gradient(jnp.ldexp(jnp.ones((), largest.dtype), exponent))

@@ -9,13 +9,13 @@ from typing import NamedTuple
 import jax
 
 from jgd._engine import factors
-from jgd._engine.dense import Reading, read_as_differentiated
+from jgd._engine.dense import Reading, leaves_at, read_as_differentiated
 from jgd._engine.devices import Device, device_of
 from jgd._engine.jaxprs import mentions, prim
 from jgd._engine.parts import NormMethod, Part, PartRules, Use, part_of
 from jgd._engine.rules import rule_of
 from jgd._engine.scan_reductions import Probes, probes_of
-from jgd._engine.sites import Nested, Region, sites_of
+from jgd._engine.sites import Nested, Op, Region, Site, sites_of
 from jgd._engine.trace import TracedLoss
 from jgd._engine.views import Axis, overlap
 
@@ -29,7 +29,8 @@ _NEAR = 3
 _SPREAD = 4
 
 _FARTHEST = 2**31 - 1  # place in a leaf that an int32 index can have; JAX may have no wider ones
-_MANY = 64  # parts of one leaf; with more, compiling each and comparing all pairs takes too long
+_MANY = 64  # parts of one leaf beyond which a look at every pair is too much: they may overlap
+_TOO_MANY = 512  # beyond which a program for each is too much
 
 
 class Variant(NamedTuple):
@@ -79,6 +80,11 @@ class Plan:
     probes: Probes
     summed: frozenset[int]
     second_pass: bool
+
+    @property
+    def nonlinear(self) -> frozenset[int]:
+        """The leaves behind a `custom_vjp`, which may be nonlinear in its cotangent."""
+        return _behind_custom_vjp(self.region)
 
     @property
     def region(self) -> Region:
@@ -165,7 +171,7 @@ def _uses(reading: Reading) -> tuple[list[Use], frozenset[int]]:
     """The uses that have a rule, and the leaves with an operand that has none."""
     uses: list[Use] = []
     # A `custom_vjp` may be nonlinear in its cotangent, so it must see each example's separately.
-    more = reading.leaves_at(lambda op: mentions(op.eqn, prim.custom_vjp_call_p))
+    more = _separate(reading.region)
     for site in sites_of(reading.region):
         for i in site.params:
             view = site.inputs[i].view
@@ -175,6 +181,26 @@ def _uses(reading: Reading) -> tuple[list[Use], frozenset[int]]:
             else:
                 uses.append(Use(site, i, view, rule))
     return uses, more
+
+
+def _separate(region: Region) -> frozenset[int]:
+    """The leaves whose `custom_vjp` the engine cannot give each example's whole cotangent: at sites, and inside."""
+    leaves: frozenset[int] = frozenset()
+    for op in region.ops:
+        if isinstance(op, Nested):
+            leaves = leaves.union(*(_behind_custom_vjp(inner) for inner in op.regions))
+        elif isinstance(op, Site) and mentions_custom_vjp(op):
+            leaves = leaves.union(*(x.leaves for x in op.inputs))
+    return leaves
+
+
+def _behind_custom_vjp(region: Region) -> frozenset[int]:
+    return leaves_at(region, mentions_custom_vjp)
+
+
+def mentions_custom_vjp(op: Op) -> bool:
+    """Whether an operation is a `custom_vjp`, or has one inside."""
+    return op.eqn is not None and mentions(op.eqn, prim.custom_vjp_call_p)
 
 
 def _real(program: TracedLoss, reading: Reading, numbers: frozenset[int]) -> frozenset[int]:
@@ -198,9 +224,9 @@ def _parts(
     for leaf, places in by_leaf.items():
         keys = list(places)
         last = max(offset + sum((n - 1) * abs(step) for n, step in axes) for offset, axes in keys)
-        if len(keys) > _MANY or last > _FARTHEST:
+        if len(keys) > _TOO_MANY or last > _FARTHEST:
             too_many.add(leaf)
-        elif any(overlap(a, b) for i, a in enumerate(keys) for b in keys[:i]):
+        elif len(keys) > _MANY or any(overlap(a, b) for i, a in enumerate(keys) for b in keys[:i]):
             overlapping.add(leaf)
         parts += [part_of(leaf, *key, same, method) for key, same in places.items()]
     return parts, frozenset(overlapping), frozenset(too_many)
