@@ -228,8 +228,20 @@ def square(made: Sequence[Factor]) -> jax.Array:
             return sum_squares(only.left) * sum_squares(only.right)
         left, right = (jnp.sum(jnp.square(x[:, 0].astype(accumulation_dtype(x))), axis=1) for x in only)
         return jnp.sum(left * right)
+    if len(made) == 1 and isinstance(only, Rows):
+        first, total = by_row(only.index[None], only.right[None], only.rows)
+        return jnp.sum(jnp.where(first, jnp.sum(jnp.square(total), axis=2), 0))
     # Rounding can leave a sum of pairs a little below 0, where the gradient nearly vanishes.
     return jnp.maximum(inner_sum(made, made), 0)
+
+
+def by_row(index: jax.Array, right: jax.Array, rows: Any) -> tuple[jax.Array, jax.Array]:
+    """Of the lookups of each example, `(B, T)`: which is the first of its row, and the row's sum there, `(B, T, Q)`."""
+    right = right[:, 0].astype(accumulation_dtype(right))
+    same = jax.vmap(after)(index[:, :, None] == index[:, None, :], right)
+    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
+    first = ~jnp.any(same & earlier[None], axis=2) & (index < rows)
+    return first, contract("its,isq->itq", same.astype(right.dtype), right)
 
 
 def square_bound(made: Sequence[Factor]) -> jax.Array:

@@ -44,7 +44,7 @@ def of_factors(
         return lookups.gram(first, other, rows)
     if len(ours) == 1 and isinstance(first, Outer) and first.left.shape[2] == 1:
         return _of_outer(first, first if theirs is None else theirs[0])
-    return _of_columns(ours, theirs, rows)
+    return of_columns(ours, theirs, rows)
 
 
 def _of_outer(a: Outer, b: Outer | Rows) -> jax.Array:
@@ -54,13 +54,15 @@ def _of_outer(a: Outer, b: Outer | Rows) -> jax.Array:
     return jnp.sum(left * contract("intq,jntq->nij", a.right, b.right), axis=0)
 
 
-def _of_columns(ours: Sequence[Outer | Rows], theirs: Sequence[Outer | Rows] | None, p: int) -> jax.Array:
-    """From the gradients at a few places of p at a time; no more of them is built at once."""
+def of_columns(
+    ours: Sequence[Outer | Rows], theirs: Sequence[Outer | Rows] | None, p: int, *, tile: int | None = None
+) -> jax.Array:
+    """From the gradients at a few places of p at a time: no more of them is ever built. Positions are summed first."""
     sides = [ours] if theirs is None else [ours, theirs]
     sizes = [side[0].right.shape[0] for side in sides]
     size, n, _, q = ours[0].right.shape
     count = math.ceil(
-        p / max(1, min(p, _TILE // max(1, size * n * q)))
+        p / max(1, min(p, (tile or _TILE) // max(1, size * n * q)))
     )  # 1 at least: an empty leaf has no factors
     width = math.ceil(p / count)
 

@@ -12,7 +12,7 @@ import jax.numpy as jnp
 
 from jgd._engine.batch_sums import mask_rows
 from jgd._engine.dtypes import accumulation_dtype
-from jgd._engine.factors import Rows, after, contract, sum_squares
+from jgd._engine.factors import Rows, by_row, sum_squares
 from jgd._engine.moments import inverse
 from jgd._engine.tiles import fold_tiles, tile_of
 from jgd._mesh import everywhere, varying
@@ -39,7 +39,7 @@ def _empty(made: Rows, rows: int, number: int, *, one_device: bool) -> jax.Array
 def second_moment(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device: bool) -> jax.Array:
     """scale · Σ w_i g_i², `(rows, Q)`: the rows that were met are scaled, not the table."""
     right = mask_rows(weights != 0, made.right)
-    first, total = _by_row(made.index, right, rows)
+    first, total = by_row(made.index, right, rows)
     share = jnp.where(first & (weights != 0)[:, None], weights[:, None], 0)
     table = _empty(made, rows, 1, one_device=one_device)
     return table.at[made.index].add((share[:, :, None] * jnp.square(total)) * scale, mode="drop")
@@ -51,7 +51,7 @@ def spread(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device:
     An example that did not look up a row deviates there by ḡ.
     """
     present, weight = weights != 0, jnp.sum(weights)
-    first, total = _by_row(made.index, mask_rows(present, made.right), rows)
+    first, total = by_row(made.index, mask_rows(present, made.right), rows)
     share = jnp.where(first & present[:, None], weights[:, None], 0).reshape(-1, 1)
     number, places = _numbered(made.index, rows)
     total = total.reshape(share.shape[0], total.shape[2])
@@ -89,7 +89,7 @@ def gram(ours: Rows, theirs: Rows | None, rows: int) -> jax.Array:
     """
     indices, rights = [], []
     for made in [ours] if theirs is None else [ours, theirs]:
-        first, total = _by_row(made.index, made.right, rows)
+        first, total = by_row(made.index, made.right, rows)
         # Grouped by row they mix examples of all devices, so each device gets them all, once.
         indices.append(everywhere(jnp.where(first, made.index, rows), 0))
         rights.append(everywhere(total, 0))
@@ -140,15 +140,6 @@ def _partners(index: jax.Array, owner: jax.Array, right: jax.Array, rows: int, s
     nearest = 1 + _DISTANCES * jnp.arange(math.ceil((size - 1) / _DISTANCES))
     above = jax.lax.scan(some, varying(jnp.zeros((size, size), right.dtype), right), nearest)[0]
     return above + above.T + jnp.diag(diagonal)
-
-
-def _by_row(index: jax.Array, right: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:
-    """For each lookup, whether it is the first of its row in its example, and the sum of that row's δ, `(B, T, Q)`."""
-    right = right[:, 0].astype(accumulation_dtype(right))
-    same = jax.vmap(after)(index[:, :, None] == index[:, None, :], right)
-    earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
-    first = ~jnp.any(same & earlier[None], axis=2) & (index < rows)
-    return first, contract("its,isq->itq", same.astype(right.dtype), right)
 
 
 def _numbered(index: jax.Array, rows: int) -> tuple[jax.Array, jax.Array]:

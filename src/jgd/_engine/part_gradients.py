@@ -3,7 +3,7 @@
 The same code serves after the backward pass and in a step of a scan's backward pass.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -81,9 +81,9 @@ class PartGradients:
         square, bound = made
         return _squares_again(self, square, _is_trusted(square, bound))
 
-    def _squares_of_blocks(self) -> jax.Array:
-        of_one = lambda data: factors.sum_squares(self.rules.native(data))
-        return self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.size)
+    def _square_by_columns(self, number: jax.Array) -> jax.Array:
+        """‖G_i‖² of one example from a few columns of its gradient at a time, positions summed first."""
+        return _by_columns(self._example(number).factors(), self.rules)
 
     def _example(self, number: jax.Array) -> "PartGradients":
         """The gradient of one example."""
@@ -116,7 +116,8 @@ class PartGradients:
             return lookups.squared_sum(rows, self.rules.layout.sizes()[1], in_cache=in_cache)
         made = self.rules.batch_factors(self.batch.arrays)
         square, bound = factors.square(made), factors.square_bound(made)
-        itself = lambda: factors.sum_squares(self.sum(None)).astype(square.dtype)
+        one = [jax.tree.map(lambda x: x[None], factor) for factor in made]
+        itself = lambda: _by_columns(one, self.rules).astype(square.dtype)
         return jax.lax.cond(_is_trusted(square, bound), lambda: square, itself)
 
     def moment(
@@ -178,10 +179,17 @@ class PartGradients:
 # A squared norm from pairs is trusted if it is at least so many roundings of its bound: then to within 1/2048.
 _CANCELLED = 1 << 11
 
+_COLUMNS = 1 << 16  # elements of a gradient that is computed again to have at a time
+
 
 def _is_trusted(square: jax.Array, bound: jax.Array) -> jax.Array:
     """Whether so little of the bound has cancelled that the rest has digits left."""
     return square >= _CANCELLED * jnp.finfo(square.dtype).eps * bound
+
+
+def _by_columns(made: Sequence[Any], rules: PartRules) -> jax.Array:
+    assert rules.layout is not None
+    return grams.of_columns(made, None, rules.layout.sizes()[1], tile=_COLUMNS)[0, 0]
 
 
 @jax.custom_jvp
@@ -192,7 +200,7 @@ def _squares_again(gradients: PartGradients, made: jax.Array, trusted: jax.Array
     def redo(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         trusted, made = state
         number = jnp.argmin(trusted)
-        (square,) = gradients._example(number)._squares_of_blocks()
+        square = gradients._square_by_columns(number)
         return trusted.at[number].set(True), made.at[number].set(square.astype(made.dtype))
 
     start = varying((trusted, made), (gradients.batch.arrays, made))
@@ -202,7 +210,8 @@ def _squares_again(gradients: PartGradients, made: jax.Array, trusted: jax.Array
 @_squares_again.defjvp
 def _squares_again_jvp(primals, tangents):
     def branched(gradients: PartGradients, made: jax.Array, trusted: jax.Array) -> jax.Array:
-        of_blocks = lambda: jnp.where(trusted, made, gradients._squares_of_blocks().astype(made.dtype))
+        each = lambda: jax.lax.map(gradients._square_by_columns, jnp.arange(gradients.batch.size))
+        of_blocks = lambda: jnp.where(trusted, made, each().astype(made.dtype))
         return jax.lax.cond(jnp.all(trusted), lambda: made, of_blocks)
 
     return jax.jvp(branched, primals, tangents)

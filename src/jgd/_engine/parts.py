@@ -122,7 +122,7 @@ class PartRules:
     @property
     def may_cancel(self) -> bool:
         """Whether squared norms are sums over pairs of positions, which may be small differences of large numbers."""
-        return self.method == "pairs" and self.positions > 1
+        return self.method == "pairs" and self.positions > 1 and not self.is_lookup
 
     def square_and_bound(self, data: Sequence[SiteData]) -> tuple[jax.Array, jax.Array]:
         """The squared norm from pairs of positions, and the bound that it would reach if nothing cancelled."""
