@@ -245,6 +245,7 @@ class FactoredGradients(HeldGradients):
         num_shards: how many devices may share the batch axis.
         reductions: what the pass has reduced.
         kept: blocks that are at hand, by the number of the part.
+        unmasked: the residuals as they were before examples of weight 0 were masked, for parts that mask their own.
     """
 
     model: Model
@@ -253,6 +254,7 @@ class FactoredGradients(HeldGradients):
     num_shards: int = field(default=1, metadata={"static": True})
     reductions: ScanReductions = NOTHING
     kept: Mapping[int, jax.Array] = field(default_factory=dict)
+    unmasked: Residuals | None = None
 
     @property
     def size(self) -> int:
@@ -299,9 +301,12 @@ class FactoredGradients(HeldGradients):
 
     def _parts(self) -> list[tuple[Part, PartGradients]]:
         data = site_data(self.plan, self.model, self.residuals)
+        # Rows that were looked up are masked as they are scaled: the others' copies would be made for nothing.
+        own = data if self.unmasked is None else site_data(self.plan, self.model, self.unmasked)
         found = []
         for k, part in enumerate(self.plan.parts):
-            arrays = tuple(data[id(use.site)] for use in part.uses)
+            masks_rows = part.rules.is_lookup and part.rules.layout is not None and self.num_shards == 1
+            arrays = tuple((own if masks_rows else data)[id(use.site)] for use in part.uses)
             axes = tuple(len(use.site.loops) for use in part.uses)
             batch = Batch(arrays, axes, self.size, self.num_shards)
             is_kept = part.leaf in self.plan.kept
@@ -363,7 +368,8 @@ class FactoredGradients(HeldGradients):
         each = zip(some, masked, strict=True)
         blocks |= {key: x.reshape(blocks[key].shape) for key, x in each}
         of = lambda kind: {k: x for (which, k), x in blocks.items() if which == kind}
-        return replace(self, residuals=residuals._replace(blocks=of("dense")), kept=of("kept"))
+        masked = residuals._replace(blocks=of("dense"))
+        return replace(self, residuals=masked, kept=of("kept"), unmasked=self.residuals)
 
     def _second_pass(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i by a backward pass of its own, the weights being the losses' derivatives."""

@@ -16,7 +16,7 @@ import jax.numpy as jnp
 from jgd._engine import lookups
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factors import Outer, Rows, add, contract
-from jgd._engine.tiles import fold_tiles
+from jgd._engine.tiles import fold_tiles, tile_of
 from jgd._mesh import everywhere, varying
 
 # Elements of the gradients that are built at once: enough for the products of pairs to run at full speed.
@@ -61,10 +61,9 @@ def of_columns(
     sides = [ours] if theirs is None else [ours, theirs]
     sizes = [side[0].right.shape[0] for side in sides]
     size, n, _, q = ours[0].right.shape
-    count = math.ceil(
-        p / max(1, min(p, (tile or _TILE) // max(1, size * n * q)))
-    )  # 1 at least: an empty leaf has no factors
-    width = math.ceil(p / count)
+    # A divisor of p where one is near: else the factors would have to be copied, padded.
+    width = tile_of(p, size * n * q, tile or _TILE) if p else 1
+    count = math.ceil(p / width)
 
     def at(factor: Outer | Rows, start: jax.Array) -> jax.Array:
         if isinstance(factor, Rows):

@@ -10,7 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.batch_sums import mask_rows
+from jgd._engine.batch_sums import mask_rows, scale_rows
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factors import Rows, by_row, sum_squares
 from jgd._engine.moments import inverse
@@ -21,6 +21,13 @@ _DISTANCES = 16  # between sorted lookups that are compared before a check wheth
 
 # Numbers that stay in a core's cache while rows are added to them in any order; and columns that fill one line of it.
 _CACHED, _NARROW = 1 << 16, 16
+
+
+def weighted_sum(made: Rows, weights: jax.Array | None, rows: int) -> jax.Array:
+    """Σ w_i g_i, `(rows, Q)`, on one device."""
+    table = _empty(made, rows, 0 if weights is None else 3, one_device=True)
+    right = made.right if weights is None else scale_rows(weights, made.right)
+    return table.at[made.index].add(right[:, 0].astype(table.dtype), mode="drop")
 
 
 def _empty(made: Rows, rows: int, number: int, *, one_device: bool) -> jax.Array:

@@ -50,6 +50,10 @@ class PartGradients:
 
     def sum(self, weights: jax.Array | None) -> jax.Array:
         """Σ w_i G_i, flat in the order of the leaf's memory, by one product for each use."""
+        layout = self.rules.layout
+        if self.batch.num_shards == 1 and self.rules.is_lookup and layout is not None:
+            (rows,) = self.factors()
+            return layout.flatten(lookups.weighted_sum(rows, weights, layout.sizes()[1])[None])
         if self.batch.num_shards > 1 and any(rule.is_wrong_when_sharded for rule in self.rules.rules):
             return self._sum_of_blocks(weights)
         if self.batch.num_shards == 1 or not any(self.batch.axes):
