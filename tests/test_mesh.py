@@ -369,3 +369,21 @@ def test_one_loss_in_microbatches_on_explicit_meshes_one_after_the_other():
         oracle.assert_close(grads.values, want.values, 1e-5)
         oracle.assert_close(norms, jgd.norms(want), 1e-5)
         oracle.assert_close(clipped, jgd.clipped_sum(want, 1.0), 1e-5)
+
+
+@pytest.mark.parametrize("reduction", [jgd.norms, jgd.sum])
+def test_a_kernel_that_is_computed_from_data_and_parameters_is_refused(reduction):
+    """`vmap(grad)` itself is wrong there, and so is the plain gradient: each example has a kernel of its own."""
+
+    def loss(w, x, z):
+        kernel = (z @ w).reshape(3, 2, 4)
+        y = jax.lax.conv_general_dilated(
+            x[None], kernel, (1,), "SAME", dimension_numbers=("NHC", "HIO", "NHC")
+        )
+        return jnp.sum(jnp.sin(y))
+
+    rows = NamedSharding(mesh_of(8), P("data"))
+    x, z = jax.device_put((jnp.ones((8, 6, 2)), jnp.ones((8, 5))), rows)
+    grads = jgd.per_example_grad(loss, strategy="factored")(jnp.ones((5, 24)), x, z)
+    with pytest.raises(NotImplementedError, match=r"inside of `jax\.shard_map`"):
+        reduction(grads)

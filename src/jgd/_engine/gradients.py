@@ -270,7 +270,7 @@ class FactoredGradients(HeldGradients):
         return Placement(spec_of(self.residuals.inputs[0])[0], [spec_of(p) for p in self.model.params])
 
     def leaves(self) -> list[LeafGradients]:
-        if self.num_shards > 1:
+        if self.num_shards > 1 and xla_workarounds.wrong_when_sharded(self.plan):
             xla_workarounds.refuse(self.plan)
         parts = [(k, part, gradients) for k, (part, gradients) in enumerate(self._parts())]
         made: list[LeafGradients] = []
@@ -344,9 +344,11 @@ class FactoredGradients(HeldGradients):
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         if self.plan.second_pass:
             return self._second_pass(weights)
-        is_wrong = self.num_shards > 1 and bool(xla_workarounds.wrong_when_sharded(self.plan))
-        if is_wrong and (weights is None or has_second_pass(self.plan.program)):
-            return self._second_pass(weights)
+        if self.num_shards > 1 and xla_workarounds.wrong_when_sharded(self.plan):
+            if xla_workarounds.sum_is_wrong_when_sharded(self.plan):
+                xla_workarounds.refuse(self.plan)
+            if weights is None or has_second_pass(self.plan.program):
+                return self._second_pass(weights)
         form = self if weights is None else self._without_absent(weights)
         return HeldGradients.weighted_sum(form, weights)
 
