@@ -89,7 +89,9 @@ def temporary(fun, *args):
 
 
 # Dense leaves, for which there is no tile: the block, and what is left of it where examples are absent.
-TWICE = pytest.mark.xfail(strict=True, reason="a dense leaf's clipped sum holds its gradients twice or more")
+TWICE = pytest.mark.xfail(
+    strict=False, reason="of jaxlib 0.10 a dense leaf's clipped sum holds its gradients twice"
+)
 DENSE = ("window_of_positions", "triangular_solve", "computed_in_branches")
 
 
