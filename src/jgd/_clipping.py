@@ -8,6 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.dtypes import add
+from jgd._engine.gradients import HeldGradients
 from jgd._weights import linear_in_weights, sums
 
 Groups = tuple[tuple[int, ...], ...]  # the numbers of the leaves that have a norm in common
@@ -29,7 +30,9 @@ def group_norms(squares: list[jax.Array], groups: Groups, size: int) -> list[jax
     return [root(total([squares[leaf] for leaf in group], size)) for group in groups]
 
 
-def clipped_sum(form: Any, max_norm: Any, weights: jax.Array | None) -> tuple[list[jax.Array], jax.Array]:
+def clipped_sum(
+    form: HeldGradients, max_norm: Any, weights: jax.Array | None
+) -> tuple[list[jax.Array], jax.Array]:
     """Σ w_i min(1, C/‖g_i‖) g_i, in the accumulators' dtypes, and the ‖g_i‖.
 
     A gradient that is not finite adds nothing.
@@ -39,7 +42,7 @@ def clipped_sum(form: Any, max_norm: Any, weights: jax.Array | None) -> tuple[li
 
 
 def clipped_sum_of_groups(
-    form: Any, max_norms: Sequence[Any], groups: Groups, weights: jax.Array | None
+    form: HeldGradients, max_norms: Sequence[Any], groups: Groups, weights: jax.Array | None
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """Σ w_i min(1, C_k/‖g_ik‖) g_ik for the leaves of each group k, in the accumulators' dtypes, and all ‖g_ik‖.
 
@@ -64,7 +67,7 @@ def clipped_sum_of_groups(
     return [clipped[leaf] for leaf in range(len(form.leaf_structs))], norms
 
 
-def _weighted_sum(form: Any, factor: jax.Array) -> list[jax.Array]:
+def _weighted_sum(form: HeldGradients, factor: jax.Array) -> list[jax.Array]:
     return linear_in_weights(sums, form, factor)
 
 

@@ -12,7 +12,7 @@ from jax.core import Tracer
 
 from jgd._autotune import Question, autotuned, clipped_sum_with_norms
 from jgd._engine.calls import Loss, bind
-from jgd._engine.gradients import DenseGradients, FactoredGradients
+from jgd._engine.gradients import DenseGradients, FactoredGradients, Gradients
 from jgd._engine.plan import SECOND_PASS, Variant
 from jgd._engine.residuals import Model
 from jgd._engine.scan_reductions import NOTHING, ScanReductions
@@ -50,7 +50,9 @@ class PerExampleGrads:
 
     values: jax.Array
     aux: Any
-    _form: Any = field(repr=False)  # how the gradients are held: `DenseGradients`, or the engine's factors
+    _form: Gradients = field(
+        repr=False
+    )  # how the gradients are held: `DenseGradients`, or the engine's factors
     _treedef: Any = field(repr=False)  # of the parameters
     _mark: jax.Array = field(repr=False)  # a key: arithmetic over all leaves, as on gradients, raises
     _made: "Made" = field(repr=False)  # what it was made as
@@ -201,7 +203,7 @@ def _held(
     return _stand_in(mark, values, jax.tree.unflatten(program.aux_treedef, aux), form, treedef)
 
 
-def _stand_in(mark: jax.Array, values: jax.Array, aux: Any, form: Any, treedef: Any) -> PerExampleGrads:
+def _stand_in(mark: jax.Array, values: jax.Array, aux: Any, form: Gradients, treedef: Any) -> PerExampleGrads:
     sums = NOTHING
     if isinstance(form, FactoredGradients):
         sums, form = form.reductions, replace(form, reductions=NOTHING)
@@ -210,7 +212,7 @@ def _stand_in(mark: jax.Array, values: jax.Array, aux: Any, form: Any, treedef: 
     return PerExampleGrads(values, aux, form, treedef, mark, made, sums)
 
 
-def held_as(grads: PerExampleGrads, form: Any) -> PerExampleGrads:
+def held_as(grads: PerExampleGrads, form: Gradients) -> PerExampleGrads:
     """The gradients, held in another form."""
     return _stand_in(grads._mark, grads.values, grads.aux, form, grads._treedef)
 
@@ -239,7 +241,7 @@ _compiled = jax.jit(_marked(gradients_of), static_argnums=(0, 1, 2))
 _compiled_values = jax.jit(_marked(placed_by(like_examples)(MicrobatchedGradients.values)))
 
 
-def held_form(grads: Any) -> tuple[Any, Any]:
+def held_form(grads: Any) -> tuple[Gradients, Any]:
     """How gradients are held, and the pytree they make: of `PerExampleGrads`, or of a plain pytree of blocks.
 
     Raises:

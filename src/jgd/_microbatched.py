@@ -14,6 +14,7 @@ import optax.microbatching as micro
 from jax.sharding import PartitionSpec
 
 from jgd._engine.factors import sum_squares
+from jgd._engine.gradients import OfGradients
 from jgd._engine.moments import inverse
 from jgd._engine.residuals import Model
 from jgd._engine.trace import TracedLoss
@@ -64,9 +65,7 @@ class MicrobatchedGradients:
         keyed = zip(aux, kinds, strict=True)
         return values, [x if kind is None else jax.random.wrap_key_data(x, impl=kind) for x, kind in keyed]
 
-    def map_microbatches(
-        self, fun: Callable[[Any, jax.Array | None], Any], weights: jax.Array | None
-    ) -> tuple[Any, Any]:
+    def map_microbatches(self, fun: OfGradients, weights: jax.Array | None) -> tuple[Any, Any]:
         """`fun` of every microbatch's gradients and weights: of its pair, the first added up, the second joined."""
 
         def of_batch(batch: list[jax.Array], weights: jax.Array | None) -> Any:

@@ -15,6 +15,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jgd._engine.dtypes import add
+from jgd._engine.gradients import Gradients
 
 
 def linear_in_weights(
@@ -27,24 +28,24 @@ def linear_in_weights(
     return question(form, None) if weights is None else _linear(question, form, weights)
 
 
-def spreads(form: Any, weights: Any, scale: Any) -> list[jax.Array]:
+def spreads(form: Gradients, weights: Any, scale: Any) -> list[jax.Array]:
     """`form.spreads(weights, scale)`, with such a derivative; `scale` only scales."""
     if weights is None:
         return form.spreads(None, scale)
     return [x * scale for x in _spreads(form, weights)]
 
 
-def sums(form: Any, weights: jax.Array | None) -> list[jax.Array]:
+def sums(form: Gradients, weights: jax.Array | None) -> list[jax.Array]:
     """Σ w_i g_i in the accumulators' dtypes, a microbatch at a time where that is how they are made."""
     return form.map_microbatches(lambda form, w: (form.weighted_sum(w), ()), weights)[0]
 
 
-def second_moments(form: Any, weights: jax.Array | None, scale: float = 1) -> list[jax.Array]:
+def second_moments(form: Gradients, weights: jax.Array | None, scale: float = 1) -> list[jax.Array]:
     """scale · Σ w_i g_i², likewise."""
     return form.map_microbatches(lambda form, w: (form.second_moments(w, scale), ()), weights)[0]
 
 
-def squared_norms(form: Any) -> list[jax.Array]:
+def squared_norms(form: Gradients) -> list[jax.Array]:
     """‖g_i‖² of each leaf, likewise."""
     return form.map_microbatches(lambda form, _: ((), form.squared_norms()), None)[1]
 
@@ -88,7 +89,7 @@ def _spreads_jvp(primals: Any, tangents: Any) -> Any:
     return made, list(map(jnp.add, moved, added))
 
 
-def _is_finite(form: Any) -> jax.Array:
+def _is_finite(form: Gradients) -> jax.Array:
     """Whether each gradient is finite."""
     return jnp.isfinite(functools.reduce(add, squared_norms(form), jnp.zeros(form.size)))
 

@@ -18,7 +18,7 @@ from jgd._engine import factors, grams, moments, tiles
 from jgd._engine.batch_sums import mask_rows, scale_rows, sum_masked, sum_present
 from jgd._engine.devices import Device
 from jgd._engine.dtypes import accumulation_dtype
-from jgd._engine.part_gradients import PartGradients
+from jgd._engine.part_gradients import PartGradients, joined
 from jgd._engine.parts import Part
 from jgd._engine.projection import directions
 from jgd._engine.scan_reductions import ScanReductions
@@ -255,18 +255,13 @@ class FactoredLeaf:
         (part, gradients), *others = self.parts
         if not others and part.is_matrix(self.like.shape):
             return gradients.project(*directions(key, self.leaf, self.like.shape, dim))
-        arrays = tuple(gradients.batch.arrays for _, gradients in self.parts)
-        axes = tuple(gradients.batch.axes for _, gradients in self.parts)
-        batch = replace(self._batch, arrays=arrays, axes=axes)
 
         def of_tile(arrays: Any, size: int) -> jax.Array:
-            some = [
-                (part, replace(gradients.of(own), batch=replace(gradients.batch, arrays=own, size=size)))
-                for (part, gradients), own in zip(self.parts, arrays, strict=True)
-            ]
-            return DenseLeaf(self.leaf, replace(self, parts=some).blocks()[self.leaf]).project(key, dim)
+            each = zip(self.parts, arrays, strict=True)
+            some = replace(self, parts=[(part, gradients.of(own, size)) for (part, gradients), own in each])
+            return DenseLeaf(self.leaf, some.blocks()[self.leaf]).project(key, dim)
 
-        return batch.mapped(of_tile, self.like.size)
+        return joined([gradients for _, gradients in self.parts]).mapped(of_tile, self.like.size)
 
 
 # Traced once for all parts that are equal but for their arrays.
@@ -334,17 +329,13 @@ class ComputedLeaves:
 
     @property
     def _batch(self) -> Batch:
-        arrays = tuple(gradients.batch.arrays for _, gradients in self.parts)
-        axes = tuple(gradients.batch.axes for _, gradients in self.parts)
-        return Batch(arrays, axes, self._size, self._num_shards)
+        return joined([gradients for _, gradients in self.parts])
 
     def _blocks(self, pull: Callable[..., ByLeaf], arrays: Any, size: int) -> ByLeaf:
         """The gradients of some examples, each flat."""
         flat: dict[int, list[tuple[Part, jax.Array]]] = {}
         for (part, gradients), own in zip(self.parts, arrays, strict=True):
-            batch = replace(gradients.batch, arrays=own, size=size)
-            some = replace(gradients, batch=batch, blocks=None).flat_blocks()
-            flat.setdefault(part.leaf, []).append((part, some))
+            flat.setdefault(part.leaf, []).append((part, gradients.of(own, size).flat_blocks()))
         made = {leaf: placed(flat[leaf], x) for leaf, x in self.likes.items() if leaf in flat}
         if self.operands:
             pulled = jax.vmap(pull)({k: placed(flat[k], x) for k, x in self.operands.items()})
@@ -448,10 +439,10 @@ class ComputedLeaves:
 
     def moments(self, weights: jax.Array | None, scale: Any, *, centred: bool) -> ByLeaf:
         pull, leaves = self._pull(), list(self.likes)
-        joined = lambda some, size: jnp.concatenate(
+        flat = lambda some, size: jnp.concatenate(
             [made[leaf] for made in [self._blocks(pull, some, size)] for leaf in leaves], axis=1
         )
-        spread = moments.spread_of_tiles(self._batch, joined, self._elements, weights)
+        spread = moments.spread_of_tiles(self._batch, flat, self._elements, weights)
         around = moments.square_around_mean if centred else moments.square_around_zero
         sizes = [self.likes[leaf].size for leaf in leaves]
         pieces = jnp.split(around(spread) * scale, [sum(sizes[: k + 1]) for k in range(len(sizes) - 1)])

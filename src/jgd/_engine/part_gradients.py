@@ -94,8 +94,8 @@ class PartGradients:
         cut = lambda axis, part: jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1, axis), part
         )
-        arrays = tuple(map(cut, self.batch.axes, self.batch.arrays))
-        return replace(self, batch=Batch(arrays, self.batch.axes, 1, 1), blocks=None)
+        one = self.of(tuple(map(cut, self.batch.axes, self.batch.arrays)), 1)
+        return replace(one, batch=replace(one.batch, num_shards=1))
 
     def dot(self, direction: jax.Array) -> jax.Array:
         """⟨G_i, v⟩, `(B,)`, with a direction that is flat in the order of the leaf's memory."""
@@ -175,9 +175,16 @@ class PartGradients:
         each = jax.vmap(fun, in_axes=(self.batch.axes,), axis_size=size or self.batch.size)
         return each(self.batch.arrays if some is None else some)
 
-    def of(self, arrays: Any) -> "PartGradients":
-        """The same for other examples' residuals."""
-        return replace(self, batch=replace(self.batch, arrays=arrays), blocks=None)
+    def of(self, arrays: Any, size: int) -> "PartGradients":
+        """The same for the residuals of other examples, which are `size` many."""
+        return replace(self, batch=replace(self.batch, arrays=arrays, size=size), blocks=None)
+
+
+def joined(parts: Sequence[PartGradients]) -> Batch:
+    """The residuals of several parts, to go through together."""
+    batches = [part.batch for part in parts]
+    arrays, axes = tuple(batch.arrays for batch in batches), tuple(batch.axes for batch in batches)
+    return replace(batches[0], arrays=arrays, axes=axes)
 
 
 # A squared norm from pairs is trusted if it is at least so many roundings of its bound: then to within 1/2048.

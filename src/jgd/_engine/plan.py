@@ -189,16 +189,16 @@ def _separate(region: Region) -> frozenset[int]:
     for op in region.ops:
         if isinstance(op, Nested):
             leaves = leaves.union(*(_behind_custom_vjp(inner) for inner in op.regions))
-        elif isinstance(op, Site) and mentions_custom_vjp(op):
+        elif isinstance(op, Site) and _mentions_custom_vjp(op):
             leaves = leaves.union(*(x.leaves for x in op.inputs))
     return leaves
 
 
 def _behind_custom_vjp(region: Region) -> frozenset[int]:
-    return leaves_at(region, mentions_custom_vjp)
+    return leaves_at(region, _mentions_custom_vjp)
 
 
-def mentions_custom_vjp(op: Op) -> bool:
+def _mentions_custom_vjp(op: Op) -> bool:
     """Whether an operation is a `custom_vjp`, or has one inside."""
     return op.eqn is not None and mentions(op.eqn, prim.custom_vjp_call_p)
 

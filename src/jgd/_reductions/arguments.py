@@ -12,11 +12,12 @@ from jaxtyping import Array, Real
 
 from jgd._clipping import Groups
 from jgd._engine.dtypes import accumulation_dtype
+from jgd._engine.gradients import Gradients
 from jgd._errors import describe, is_concrete, leaf_name
 from jgd._gradients import held_form
 
 
-def form_of(grads: Any) -> tuple[Any, Any]:
+def form_of(grads: Any) -> tuple[Gradients, Any]:
     """How gradients are held, and the pytree that they make."""
     return held_form(grads)
 

@@ -4,7 +4,9 @@ A bias, a scale, a gate, a position table, a class token: the gradient at the op
 multiplied by the other operand. What the parameter was broadcast along is summed over.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -15,11 +17,12 @@ from jgd._engine.sites import Site
 from jgd._engine.views import View
 
 
-@dataclass(frozen=True)
-class Sum(OperandRule):
-    """An operand of `add` or `sub`, or a parameter that is data from here on."""
+class Elementwise(OperandRule):
+    """A rule whose operand is broadcast to the equation's output."""
 
-    negative: bool
+    @classmethod
+    def of(cls, site: Site, view: View, shape: Sequence[int] | None = None, **own: Any) -> Any:
+        return super().of(site, view, site.outputs[0].aval.shape if shape is None else shape, **own)
 
     @property
     def is_linear(self) -> bool:
@@ -29,20 +32,23 @@ class Sum(OperandRule):
     def is_elementwise(self) -> bool:
         return True
 
+
+@dataclass(frozen=True)
+class Sum(Elementwise):
+    """An operand of `add` or `sub`, or a parameter that is data from here on."""
+
+    negative: bool
+
     def at_step(self, data: SiteData) -> jax.Array:
         return -data.cotangent if self.negative else data.cotangent
 
 
 @dataclass(frozen=True)
-class Product(OperandRule):
+class Product(Elementwise):
     """An operand of `mul`, or the numerator of `div`."""
 
     other: int
     divides: bool
-
-    @property
-    def is_elementwise(self) -> bool:
-        return True
 
     @property
     def is_linear(self) -> bool:
@@ -54,18 +60,10 @@ class Product(OperandRule):
 
 
 @dataclass(frozen=True)
-class Selection(OperandRule):
+class Selection(Elementwise):
     """A case of `select_n`, which is what `jnp.where` becomes."""
 
     case: int
-
-    @property
-    def is_linear(self) -> bool:
-        return True
-
-    @property
-    def is_elementwise(self) -> bool:
-        return True
 
     def at_step(self, data: SiteData) -> jax.Array:
         which = data.values[0]
@@ -92,7 +90,7 @@ class Piece(OperandRule):
 def match_sum(site: Site, position: int, view: View) -> Sum | None:
     """The rule of an operand of `add` or `sub`; of the only operand of the identity."""
     negative = site.eqn is not None and site.eqn.primitive is prim.sub_p and position == 1
-    return Sum.of(site, view, site.outputs[0].aval.shape, negative=negative)
+    return Sum.of(site, view, negative=negative)
 
 
 def match_product(site: Site, position: int, view: View) -> Product | None:
@@ -100,14 +98,14 @@ def match_product(site: Site, position: int, view: View) -> Product | None:
     divides = site.eqn.primitive is prim.div_p
     if divides and position == 1:
         return None
-    return Product.of(site, view, site.outputs[0].aval.shape, other=1 - position, divides=divides)
+    return Product.of(site, view, other=1 - position, divides=divides)
 
 
 def match_selection(site: Site, position: int, view: View) -> Selection | None:
     """The rule of a case that data chooses."""
     if position == 0 or not site.is_data(0):
         return None
-    return Selection.of(site, view, site.outputs[0].aval.shape, case=position - 1)
+    return Selection.of(site, view, case=position - 1)
 
 
 def match_piece(site: Site, position: int, view: View) -> Piece | None:
