@@ -3,6 +3,7 @@
 import json
 import logging
 import shutil
+import time
 import warnings
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -222,7 +223,7 @@ class Store:
         path = self._path / checkpoint_name(updates, self._name)
         if jax.process_index() == 0:
             for begun in half_written_in(self._path, self._name):
-                shutil.rmtree(begun)
+                _discard(begun)
             if path.exists():
                 aside = path.with_name(f"{path.name}.unreadable")
                 while aside.exists():
@@ -275,6 +276,17 @@ class Store:
             f"`checkpoint`: a checkpoint could not be written to {self._path}; {left}. Make room, and the same "
             f"call goes on from there. What the system said: {first_line(error)}"
         )
+
+
+def _discard(begun: Path) -> None:
+    """Removes what was half written. Threads of a write that failed may still be adding to it: what they leave
+    goes before the next write."""
+    for pause in (0.0, 0.1, 0.4):
+        time.sleep(pause)
+        shutil.rmtree(begun, ignore_errors=True)
+        if not begun.exists():
+            return
+    _log.info("%s is left for the next write to remove", begun)
 
 
 def _everywhere(position: Position | None) -> list[Any]:
