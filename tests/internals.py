@@ -41,10 +41,10 @@ from jgd._demo.walk import recorded
 from jgd._engine import (
     batch_sums,
     devices,
+    gradients,
     jaxprs,
     lookups,
     moments,
-    part_gradients,
     rules,
     tiles,
     versions,
@@ -52,12 +52,12 @@ from jgd._engine import (
 )
 from jgd._engine import trace as trace_module
 from jgd._engine.calls import bind
+from jgd._engine.computed_leaves import ComputedLeaves
 from jgd._engine.devices import DEVICES, Device
 from jgd._engine.factors import Outer
 from jgd._engine.flops import Work, work_of
 from jgd._engine.gradients import DenseGradients, FactoredGradients
 from jgd._engine.jaxprs import prim, trace_jaxpr
-from jgd._engine.leaf_gradients import ComputedLeaves
 from jgd._engine.parts import PartRules
 from jgd._engine.plan import PLANNED, SECOND_PASS, Variant, has_second_pass, plan_of
 from jgd._engine.residuals import pass_over

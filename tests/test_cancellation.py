@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import Draw, Problem
-from internals import form_of, part_gradients
+from internals import form_of, gradients
 from jax import lax
 
 import jgd
@@ -134,22 +134,22 @@ def test_a_sum_of_examples_that_cancel():
             jax.grad(lambda w: jnp.sum(jax.vmap(loss, (None, 0, 0))(w, *wide[1:])))(wide[0])
         )
     grads = jgd.per_example_grad(loss, strategy="factored")(w, x, np.asarray(y, np.float32))
-    _, total = form_of(grads).squares_and_sum()
+    _, total = form_of(grads).deviation_and_squared_sum()
     np.testing.assert_allclose(np.sqrt(total), exact, rtol=1e-3)
 
 
 @pytest.mark.parametrize("positions", [2, 16, 200])
 def test_ordinary_data_are_not_computed_again(positions, monkeypatch):
-    again = part_gradients._squares_again
-    asked = []
-    monkeypatch.setattr(part_gradients, "_squares_again", lambda *args: asked.append(args[2]) or again(*args))
+    trusted, asked = gradients.trusted, []
+    monkeypatch.setattr(gradients, "trusted", lambda *args: asked.append(trusted(*args)) or asked[-1])
     jax.clear_caches()
     draw = Draw(1)
     w, x = jnp.asarray(draw(256, 300), jnp.float32), jnp.asarray(draw(B, positions, 256), jnp.float32)
     loss = lambda w, x: jnp.sum(jnp.sin(x @ w))
     with jax.disable_jit():
         form = form_of(jgd.per_example_grad(loss, strategy="factored")(w, x))
-        (part,) = form._parts()
-        part[1].squares()
-    assert bool(asked) == (part[1].rules.method == "pairs")
-    assert all(map(jnp.all, asked))
+        form.norms(((0,),))
+    ((_, part),) = form._parts()
+    assert (part.squares()[1] is None) == (part.rules.method != "pairs")
+    assert len(asked) == 1
+    assert jnp.all(asked[0])

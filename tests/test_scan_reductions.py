@@ -45,11 +45,12 @@ def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, metho
     assert probed == {"['layers']['w']", "['layers']['v']", "['layers']['skip']"}
     plan = dataclasses.replace(plan, probes=forced)
     *_, residuals, sums = pass_over(plan, form.model, form.residuals.inputs, fuse=True, together=True)
-    assert {len(residuals.squares), *map(len, sums[:4])} == {3} and not sums.norms
-    squares = FactoredGradients(form.model, residuals, plan).squared_norms()
+    assert {len(residuals.squares), *map(len, sums[:5])} == {3} and not sums.norms
+    leaves = tuple((leaf,) for leaf in range(len(form.leaf_structs)))
+    norms = FactoredGradients(form.model, residuals, plan).norms(leaves)
     blocks = jax.tree.leaves(oracle.vmap_of_grad(problem))
-    want = [np.square(np.reshape(x, (B, -1))).sum(1) for x in blocks]
-    oracle.assert_close(squares, want, 1e-9)
+    want = [np.linalg.norm(np.reshape(x, (B, -1)), axis=1) for x in blocks]
+    oracle.assert_close(norms, want, 1e-9)
     whole = [np.sum(x, axis=0) for x in blocks]
     held = FactoredGradients(form.model, residuals, plan, reductions=sums)
     oracle.assert_close(held.weighted_sum(None), whole, 1e-9)
@@ -68,6 +69,8 @@ def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, metho
     oracle.assert_close(twice.second_moments(None), doubled(seconds), 1e-9)
     oracle.assert_close(twice.spreads(None), doubled(spreads), 1e-9)
     oracle.assert_close(twice.self_gram(), held.self_gram() + sums.gram, 1e-9)
+    deviation = sum(B * np.var(x, axis=0).sum() for x in blocks)
+    oracle.assert_close(held.deviation_and_squared_sum()[0], deviation, 1e-9)
     more = sum(sums.squares.values())
     oracle.assert_close(twice.squared_sum(), held.squared_sum() + more, 1e-9)
     # With weights they are of no use.

@@ -7,27 +7,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.dtypes import add
 from jgd._engine.gradients import HeldGradients
+from jgd._engine.norms import Groups
 from jgd._weights import linear_in_weights, sums
-
-Groups = tuple[tuple[int, ...], ...]  # the numbers of the leaves that have a norm in common
-
-
-def total(squares: list[jax.Array], size: int) -> jax.Array:
-    """‖g_i‖² of the leaves' own."""
-    return functools.reduce(add, squares, jnp.zeros(size, jnp.float32))
-
-
-def root(square: jax.Array) -> jax.Array:
-    """√x whose derivative at 0 is 0, so that a penalty on norms trains past a zero gradient."""
-    positive = square > 0
-    return jnp.where(positive, jnp.sqrt(jnp.where(positive, square, 1)), square)
-
-
-def group_norms(squares: list[jax.Array], groups: Groups, size: int) -> list[jax.Array]:
-    """The norm of each group of leaves, from the leaves' ‖g_i‖²."""
-    return [root(total([squares[leaf] for leaf in group], size)) for group in groups]
 
 
 def clipped_sum(
@@ -49,7 +31,7 @@ def clipped_sum_of_groups(
     A gradient that is not finite, in whatever group, adds nothing to any.
     """
     form = form.for_norms_and_sums()
-    norms = group_norms(form.squared_norms(), groups, form.size)
+    norms = form.norms(groups)
     finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms), jnp.ones(form.size, bool))
     # Each group asks for a sum of all leaves. Those of other groups are dead code, which XLA drops. Tracing does not
     # drop it, so that several groups share one trace.
@@ -58,6 +40,8 @@ def clipped_sum_of_groups(
     for max_norm, norm, group in zip(max_norms, norms, groups, strict=True):
         if not group:
             continue
+        # Of a traced one nothing can be refused: a negative bound makes nan, not a step the other way.
+        max_norm = jnp.where(jnp.asarray(max_norm) >= 0, max_norm, jnp.nan)
         inside = norm <= max_norm
         # Not by a norm that is not finite, which the derivative would keep.
         factor = jnp.where(inside, 1, max_norm / jnp.where(inside | ~finite, 1, norm))

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._autotune import compiled_program
-from jgd._clipping import clipped_sum, root, total
+from jgd._clipping import clipped_sum
 from jgd._clock import time_interleaved
 from jgd._engine.blocks import blocks_at_once
 from jgd._engine.calls import Call, Loss, bind
@@ -205,7 +205,7 @@ def _measured(program: TracedLoss, constants: list[Any], call: Call) -> tuple[fl
         return jax.grad(summed)(model.params)
 
     held = lambda model, batch: gradients_of(program, "auto", True, *model, batch)[2]
-    norms_of = lambda form: root(total(form.squared_norms(), form.size))
+    norms_of = lambda form: form.norms((tuple(range(len(form.leaf_structs))),))
     asked = (
         plain_gradient,
         lambda *of: norms_of(held(*of)),

@@ -15,7 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jgd._engine.factors import sum_squares
 from jgd._engine.gradients import OfGradients
-from jgd._engine.moments import inverse
+from jgd._engine.moments import deviation_of, inverse
 from jgd._engine.residuals import Model
 from jgd._engine.trace import TracedLoss
 from jgd._execution import Strategy, gradients_of, values_of
@@ -102,11 +102,14 @@ class MicrobatchedGradients:
             sums, each = micro.microbatch(some, (0, 1), size, (_SUM, _CONCAT))(given, weights)
         return sums, joined.whole([x[: self.size] for x in each], self.size)
 
-    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
-        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
-        both = lambda form, weights: (form.weighted_sum(weights), form.squared_norms())
-        total, squares = self.map_microbatches(both, None)
-        return squares, jnp.sum(jnp.stack([sum_squares(x) for x in total]))
+    def deviation_and_squared_sum(self) -> tuple[jax.Array, jax.Array]:
+        """Σ ‖g_i − ḡ‖², and ‖Σ g_i‖²."""
+        everything = (tuple(range(len(self.leaf_structs))),)
+        both = lambda form, weights: (form.weighted_sum(weights), form.norms(everything))
+        total, (norms,) = self.map_microbatches(both, None)
+        of_sum = jnp.sum(jnp.stack([sum_squares(x) for x in total]))
+        itself = lambda: jnp.sum(jnp.stack([jnp.sum(x) for x in self.spreads(None)]))
+        return deviation_of(jnp.sum(jnp.square(norms)), of_sum, self.size, itself), of_sum
 
     def spreads(self, weights: jax.Array | None, scale: Any = 1) -> list[jax.Array]:
         """scale · Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean; the mean first, by a walk of its own."""

@@ -14,8 +14,8 @@ import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
-from jgd._engine.dtypes import add
 from jgd._engine.gradients import Gradients
+from jgd._engine.norms import Groups
 
 
 def linear_in_weights(
@@ -45,9 +45,9 @@ def second_moments(form: Gradients, weights: jax.Array | None, scale: float = 1)
     return form.map_microbatches(lambda form, w: (form.second_moments(w, scale), ()), weights)[0]
 
 
-def squared_norms(form: Gradients) -> list[jax.Array]:
-    """‖g_i‖² of each leaf, likewise."""
-    return form.map_microbatches(lambda form, _: ((), form.squared_norms()), None)[1]
+def norms(form: Gradients, groups: Groups) -> list[jax.Array]:
+    """‖g_i‖ of each group of leaves, likewise."""
+    return form.map_microbatches(lambda form, _: ((), form.norms(groups)), None)[1]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
@@ -91,7 +91,8 @@ def _spreads_jvp(primals: Any, tangents: Any) -> Any:
 
 def _is_finite(form: Gradients) -> jax.Array:
     """Whether each gradient is finite."""
-    return jnp.isfinite(functools.reduce(add, squared_norms(form), jnp.zeros(form.size)))
+    (norm,) = norms(form, (tuple(range(len(form.leaf_structs))),))
+    return jnp.isfinite(norm)
 
 
 def _along(

@@ -175,7 +175,7 @@ def block(factor: Factor, shape: Layout) -> jax.Array:
         _, p, q = shape.sizes()
         empty = jnp.zeros((1, p, q), accumulation_dtype(factor.right))
         return empty.at[:, factor.index].add(factor.right.astype(empty.dtype), mode="drop")
-    return contract("ntp,ntq->npq", factor.left, factor.right)
+    return contract("ntp,ntq->npq", factor.left, factor.right, precision=None)
 
 
 def inner(a: Factor, b: Factor) -> jax.Array:
@@ -201,7 +201,6 @@ def inner_sum(ours: Sequence[Factor], theirs: Sequence[Factor]) -> jax.Array:
 
 def dot(factor: Factor, direction: jax.Array) -> jax.Array:
     """⟨G, V⟩ with a `(N, P, Q)` direction of any dtype, which is not rounded."""
-    exact = jax.lax.Precision.HIGHEST
     if isinstance(factor, Full):
         return inner_product(factor.flat, direction)
     if isinstance(factor, Rows):
@@ -209,8 +208,8 @@ def dot(factor: Factor, direction: jax.Array) -> jax.Array:
         met = (factor.index < factor.rows)[:, None]  # a lookup that met no row may have a nan cotangent
         return inner_product(jnp.where(met, factor.right[0], 0), picked)
     if direction.shape[1] >= direction.shape[2]:  # the smaller of the two possible intermediate results
-        return inner_product(factor.right, contract("ntp,npq->ntq", factor.left, direction, exact))
-    return inner_product(factor.left, contract("ntq,npq->ntp", factor.right, direction, exact))
+        return inner_product(factor.right, contract("ntp,npq->ntq", factor.left, direction))
+    return inner_product(factor.left, contract("ntq,npq->ntp", factor.right, direction))
 
 
 def inner_product(a: jax.Array, b: jax.Array) -> jax.Array:
@@ -235,13 +234,25 @@ def square(made: Sequence[Factor]) -> jax.Array:
     return jnp.maximum(inner_sum(made, made), 0)
 
 
-def by_row(index: jax.Array, right: jax.Array, rows: Any) -> tuple[jax.Array, jax.Array]:
-    """Of the lookups of each example, `(B, T)`: which is the first of its row, and the row's sum there, `(B, T, Q)`."""
+def by_row(
+    index: jax.Array, right: jax.Array, rows: Any, *, apart: bool = False
+) -> tuple[jax.Array, jax.Array]:
+    """Of the lookups of each example, `(B, T)`: which is the first of its row, and the row's sum there, `(B, T, Q)`.
+
+    What is not finite makes the example's other rows nan, unless they are to be kept `apart`.
+    """
     right = right[:, 0].astype(accumulation_dtype(right))
     same = jax.vmap(after)(index[:, :, None] == index[:, None, :], right)
     earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
     first = ~jnp.any(same & earlier[None], axis=2) & (index < rows)
-    return first, contract("its,isq->itq", same.astype(right.dtype), right)
+    summed = lambda right: contract("its,isq->itq", same.astype(right.dtype), right)
+    if not apart:
+        return first, summed(right)
+    finite = jnp.isfinite(right)
+    add = lambda index, right: jnp.zeros_like(right).at[index].add(right)
+    rest = lambda: jax.vmap(add)(jnp.argmax(same, axis=2), jnp.where(finite, 0, right))
+    split = lambda: summed(jnp.where(finite, right, 0)) + rest()
+    return first, jax.lax.cond(jnp.all(finite), lambda: summed(right), split)
 
 
 def square_bound(made: Sequence[Factor]) -> jax.Array:
@@ -260,8 +271,12 @@ def square_bound(made: Sequence[Factor]) -> jax.Array:
     return jnp.sum(jnp.square(total))
 
 
-def contract(spec: str, a: jax.Array, b: jax.Array, precision: Any = None) -> jax.Array:
-    """An einsum of two arrays that accumulates in at least float32."""
+def contract(spec: str, a: jax.Array, b: jax.Array, precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:
+    """An einsum of two arrays that accumulates in at least float32.
+
+    In full precision, whatever the device: inner products may cancel, and a direction or a square must not be rounded.
+    Only products that make gradients are as precise as the loss's own, which the user sets for the plain gradient.
+    """
     dtype = accumulation_dtype(a, b)
     return jnp.einsum(spec, stored(a), stored(b), precision=precision, preferred_element_type=dtype)
 

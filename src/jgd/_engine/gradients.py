@@ -4,7 +4,7 @@ import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import jax
 import jax.numpy as jnp
@@ -12,16 +12,15 @@ from jax.sharding import PartitionSpec
 
 from jgd._engine import xla_workarounds
 from jgd._engine.batch_sums import adds_rows, unrolls_rows
+from jgd._engine.computed_leaves import ComputedLeaves
+from jgd._engine.dense_leaf import DenseLeaf
 from jgd._engine.dtypes import accumulation_dtype
-from jgd._engine.leaf_gradients import (
-    ByLeaf,
-    ComputedLeaves,
-    DenseLeaf,
-    FactoredLeaf,
-    LeafGradients,
-)
+from jgd._engine.factored_leaf import FactoredLeaf
+from jgd._engine.leaf_gradients import ByLeaf, LeafGradients
 from jgd._engine.masking import mask_absent
-from jgd._engine.part_gradients import PartGradients
+from jgd._engine.moments import deviation_of
+from jgd._engine.norms import Groups, Squares, root, root_of_ranged, total, trusted, with_digits
+from jgd._engine.part_gradients import PartGradients, ranged_squares
 from jgd._engine.parts import Part
 from jgd._engine.paths import leaves_of, path_to, rounds
 from jgd._engine.plan import Plan, has_second_pass
@@ -35,6 +34,7 @@ from jgd._mesh import Placement, spec_of, varying
 OfGradients = Callable[["HeldGradients", jax.Array | None], Any]
 
 
+@runtime_checkable
 class Gradients(Protocol):
     """B gradients, however they are held: as blocks, as factors, or as what makes them a microbatch at a time."""
 
@@ -78,8 +78,8 @@ class Gradients(Protocol):
         """scale · Σ w_i (g_i − ḡ)², elementwise, with ḡ the weighted mean. Leaves in the accumulation dtype."""
         ...
 
-    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
-        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
+    def deviation_and_squared_sum(self) -> tuple[jax.Array, jax.Array]:
+        """Σ ‖g_i − ḡ‖², and ‖Σ g_i‖²."""
         ...
 
 
@@ -121,10 +121,11 @@ class HeldGradients:
         zeros = lambda x: jnp.zeros((self.size, *x.shape), x.dtype)
         return [made[k].astype(x.dtype) if k in made else zeros(x) for k, x in enumerate(self.leaf_structs)]
 
-    def squared_norms(self) -> list[jax.Array]:
-        """‖g_i‖² of each leaf."""
-        made = _joined(leaf.squared_norms() for leaf in self.leaves())
-        return [made.get(k, jnp.zeros(self.size, jnp.float32)) for k in range(len(self.leaf_structs))]
+    def norms(self, groups: Groups) -> list[jax.Array]:
+        """‖g_i‖ of each group of leaves, `(B,)`."""
+        return with_digits(
+            functools.partial(_norms, groups=groups), functools.partial(_norms_of, groups=groups), self
+        )
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i. Leaves in the accumulation dtype."""
@@ -137,9 +138,12 @@ class HeldGradients:
             jnp.add, [leaf.squared_sum() for leaf in self.leaves()], jnp.zeros((), jnp.float32)
         )
 
-    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
-        """‖g_i‖² of each leaf, and ‖Σ g_i‖²."""
-        return self.squared_norms(), self.squared_sum()
+    def deviation_and_squared_sum(self) -> tuple[jax.Array, jax.Array]:
+        """Σ ‖g_i − ḡ‖², and ‖Σ g_i‖²."""
+        (norms,) = self.norms((tuple(range(len(self.leaf_structs))),))
+        of_sum = self.squared_sum()
+        itself = lambda: functools.reduce(jnp.add, [leaf.deviation() for leaf in self.leaves()])
+        return deviation_of(jnp.sum(jnp.square(norms)), of_sum, self.size, itself), of_sum
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
         """⟨g_i, v⟩, `(B,)`, in at least float32, with the direction in its own dtype."""
@@ -173,6 +177,27 @@ class HeldGradients:
         """⟨g_i, r_k⟩/√dim for `dim` random directions r_k."""
         each = [leaf.project(key, dim) for leaf in self.leaves()]
         return functools.reduce(jnp.add, each, jnp.zeros((self.size, dim), jnp.float32)) / math.sqrt(dim)
+
+
+def _norms(held: HeldGradients, groups: Groups) -> tuple[list[jax.Array], jax.Array]:
+    """‖g_i‖ of each group of leaves, from the squares, and which examples' have digits left."""
+    each: dict[int, Squares] = {}
+    for leaf in held.leaves():
+        each |= leaf.squared_norms()
+    squares = [[each[leaf].value for leaf in group if leaf in each] for group in groups]
+    return [root(total(some, held.size)) for some in squares], trusted(each, groups, held.size)
+
+
+def _norms_of(held: HeldGradients, number: jax.Array, groups: Groups) -> list[jax.Array]:
+    """‖g_i‖ of each group of leaves, of one example and from its gradient."""
+    pieces = [piece for leaf in held.leaves() for piece in leaf.pieces(number)]
+    squares = ranged_squares([piece for _, piece in pieces])
+    zero = jnp.zeros(3, squares[0].dtype if squares else jnp.float32)
+    of_leaf: ByLeaf = {}
+    for (leaf, _), square in zip(pieces, squares, strict=True):
+        of_leaf[leaf] = of_leaf.get(leaf, zero) + square
+    of_group = lambda group: functools.reduce(jnp.add, [of_leaf.get(leaf, zero) for leaf in group], zero)
+    return [root_of_ranged(of_group(group)) for group in groups]
 
 
 def _joined(each: Any) -> ByLeaf:
@@ -331,9 +356,9 @@ class FactoredGradients(HeldGradients):
     def for_norms_and_sums(self) -> "FactoredGradients":
         return self._with_blocks(self.plan.kept)
 
-    def squares_and_sum(self) -> tuple[list[jax.Array], jax.Array]:
+    def deviation_and_squared_sum(self) -> tuple[jax.Array, jax.Array]:
         form = self._with_blocks(self.plan.kept - self.reductions.squares.keys())
-        return form.squared_norms(), form.squared_sum()
+        return HeldGradients.deviation_and_squared_sum(form)
 
     def _with_blocks(self, leaves: frozenset[int]) -> "FactoredGradients":
         if not leaves:

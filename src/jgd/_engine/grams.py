@@ -8,7 +8,8 @@ no device holds the others' gradients.
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +17,7 @@ import jax.numpy as jnp
 from jgd._engine import lookups
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factors import Outer, Rows, add, contract
+from jgd._engine.norms import ranged_square
 from jgd._engine.tiles import fold_tiles, tile_of
 from jgd._mesh import everywhere, varying
 
@@ -60,7 +62,37 @@ def of_columns(
     """From the gradients at a few places of p at a time: no more of them is ever built. Positions are summed first."""
     sides = [ours] if theirs is None else [ours, theirs]
     sizes = [side[0].right.shape[0] for side in sides]
-    size, n, _, q = ours[0].right.shape
+    dtype = jnp.result_type(*(accumulation_dtype(factor.right) for side in sides for factor in side))
+    return _folded(
+        sides, p, lambda so_far, *flat: so_far + of_blocks(*flat), (sizes[0], sizes[-1]), dtype, tile
+    )
+
+
+def ranged_square_of_columns(made: Sequence[Outer | Rows], p: int, *, tile: int) -> jax.Array:
+    """‖g‖² of the only example, as `norms.ranged_square` gives it."""
+    join = lambda so_far, flat: so_far + ranged_square(flat)
+    return _folded([made], p, join, (3,), accumulation_dtype(made[0].right), tile)
+
+
+def deviation_of_columns(made: Sequence[Outer | Rows], p: int, *, tile: int) -> jax.Array:
+    """Σ ‖g_i − ḡ‖²."""
+
+    def join(so_far: jax.Array, flat: jax.Array) -> jax.Array:
+        return so_far + jnp.sum(jnp.square(flat - jnp.mean(flat, axis=0)))
+
+    return _folded([made], p, join, (), accumulation_dtype(made[0].right), tile)
+
+
+def _folded(
+    sides: Sequence[Sequence[Outer | Rows]],
+    p: int,
+    join: Callable[..., jax.Array],
+    shape: tuple[int, ...],
+    dtype: Any,
+    tile: int | None,
+) -> jax.Array:
+    """Joins what `join` makes of zeros and the flat gradients of each side, at a few places of p after the other."""
+    size, n, _, q = sides[0][0].right.shape
     # A divisor of p where one is near: else the factors would have to be copied, padded.
     width = tile_of(p, size * n * q, tile or _TILE) if p else 1
     count = math.ceil(p / width)
@@ -77,14 +109,12 @@ def of_columns(
         left = jax.lax.dynamic_slice_in_dim(factor.left, start, width, 3)
         return contract("intp,intq->inpq", left, factor.right)
 
-    def step(total: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
+    def step(so_far: jax.Array, start: jax.Array) -> tuple[jax.Array, None]:
         blocks = [add([at(factor, start) for factor in side]) for side in padded]
-        flat = [block.reshape(block.shape[0], -1) for block in blocks]
-        return total + of_blocks(*flat), None
+        return join(so_far, *(block.reshape(block.shape[0], -1) for block in blocks)), None
 
     padded = [[_padded(factor, width * count) for factor in side] for side in sides]
-    zero = jax.eval_shape(lambda: step(jnp.zeros((sizes[0], sizes[-1])), jnp.zeros((), jnp.int32))[0])
-    start = varying(jnp.zeros(zero.shape, zero.dtype), padded)
+    start = varying(jnp.zeros(shape, dtype), padded)
     return jax.lax.scan(step, start, width * jnp.arange(count))[0]
 
 

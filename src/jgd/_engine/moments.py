@@ -12,8 +12,7 @@ import jax.numpy as jnp
 
 from jgd._engine.batch_sums import mask_rows, scale_rows, sum_leading, sum_present
 from jgd._engine.dtypes import accumulation_dtype
-from jgd._engine.factors import Outer
-from jgd._engine.stored import stored
+from jgd._engine.factors import Outer, contract
 from jgd._engine.tiles import Batch
 from jgd._mesh import varying
 
@@ -55,6 +54,14 @@ def spread_of_tiles(
         batch = batch.with_each(weights)
         of_tile = lambda some, number: spread_of(blocks(some[0], number), some[1], one_device=one_device)
     return batch.folded(of_tile, size, joined, joined_all)
+
+
+def deviation_of(
+    squares: jax.Array, of_sum: jax.Array, size: int, itself: Callable[[], jax.Array]
+) -> jax.Array:
+    """Σ ‖g_i − ḡ‖² of B gradients, from Σ ‖g_i‖² and ‖Σ g_i‖²; as `itself` makes it where these cancel too much."""
+    made = squares - of_sum / size
+    return jax.lax.cond(made >= _CANCELLED * squares, lambda: made, lambda: itself().astype(made.dtype))
 
 
 def _present(x: jax.Array, weights: jax.Array | None) -> jax.Array:
@@ -108,8 +115,8 @@ def square_of_outer(made: Outer, weights: jax.Array | None) -> jax.Array:
 
 
 def sum_of_outer(left: jax.Array, right: jax.Array) -> jax.Array:
-    """Σ l_i r_iᵀ, `(n, p, q)`. Some devices multiply in fewer bits than float32 has, unless they are told not to."""
-    return jnp.einsum("inp,inq->npq", stored(left), stored(right), precision=jax.lax.Precision.HIGHEST)
+    """Σ l_i r_iᵀ, `(n, p, q)`."""
+    return contract("inp,inq->npq", left, right)
 
 
 def _sides(made: Outer) -> tuple[jax.Array, jax.Array]:

@@ -3,6 +3,7 @@
 The same code serves after the backward pass and in a step of a scan's backward pass.
 """
 
+import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -10,11 +11,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
-from jgd._engine import factors, grams, lookups, moments, tiles
+from jgd._engine import factors, grams, lookups, moments, norms, tiles
 from jgd._engine.batch_sums import sum_leading
+from jgd._engine.dtypes import common_dtype
 from jgd._engine.parts import PartRules
 from jgd._engine.tiles import Batch
-from jgd._mesh import varying
 
 
 @jax.tree_util.register_dataclass
@@ -74,22 +75,38 @@ class PartGradients:
         each = jnp.ones(self.batch.size) if weights is None else weights
         return self.batch.with_each(each).folded(of_tile, self.rules.size)
 
-    def squares(self) -> jax.Array:
-        """‖G_i‖², `(B,)`, by the part's method."""
+    def squares(self) -> tuple[jax.Array, jax.Array | None]:
+        """‖G_i‖², `(B,)`, by the part's method, and whether it can be trusted: None where nothing can cancel."""
         if self.is_kept:
-            return jax.vmap(factors.sum_squares)(self.native_blocks())
+            return jax.vmap(factors.sum_squares)(self.native_blocks()), None
         of_one = self.rules.square_and_bound if self.rules.may_cancel else self.rules.square
         made = self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.cost.numbers)
         if not self.rules.may_cancel:
-            return made
+            return made, None
         square, bound = made
-        return _squares_again(self, square, _is_trusted(square, bound))
+        return square, norms.has_digits(square, bound)
 
-    def _square_by_columns(self, number: jax.Array) -> jax.Array:
-        """‖G_i‖² of one example from a few columns of its gradient at a time, positions summed first."""
-        return _by_columns(self._example(number).factors(), self.rules)
+    def ranged_square(self) -> jax.Array:
+        """‖G‖² of the only example, from the gradient itself, as `norms.ranged_square` gives it."""
+        layout = self.rules.layout
+        if layout is None or not self.rules.has_pairs:
+            return norms.ranged_square(self.native_blocks())
+        made = self.factors()
+        if self.rules.is_lookup:
+            first, total = factors.by_row(made[0].index, made[0].right, layout.sizes()[1])
+            return norms.ranged_square(jnp.where(first[:, :, None], total, 0))
+        if self.rules.is_outer:
+            left, right = (jax.vmap(norms.norm)(x[0, :, 0]) for x in made[0])
+            return norms.ranged_square(left * right)
+        return grams.ranged_square_of_columns(made, layout.sizes()[1], tile=_COLUMNS)
 
-    def _example(self, number: jax.Array) -> "PartGradients":
+    def vanishes(self) -> jax.Array:
+        """Which gradients are 0 because nothing depends on the output, `(B,)`."""
+        each = zip(self.batch.arrays, self.batch.axes, strict=True)
+        zero = [norms.vanishes(data.cotangents, axis) for data, axis in each]
+        return functools.reduce(jnp.logical_and, zero)
+
+    def example(self, number: jax.Array) -> "PartGradients":
         """The gradient of one example."""
         cut = lambda axis, part: jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1, axis), part
@@ -122,7 +139,14 @@ class PartGradients:
         square, bound = factors.square(made), factors.square_bound(made)
         one = [jax.tree.map(lambda x: x[None], factor) for factor in made]
         itself = lambda: _by_columns(one, self.rules).astype(square.dtype)
-        return jax.lax.cond(_is_trusted(square, bound), lambda: square, itself)
+        return jax.lax.cond(norms.has_digits(square, bound), lambda: square, itself)
+
+    def deviation(self) -> jax.Array:
+        """Σ ‖G_i − Ḡ‖², for which the deviations are taken before the squares."""
+        layout = self.rules.layout
+        if layout is not None and self.rules.has_pairs and not self.is_kept:
+            return grams.deviation_of_columns(self.factors(), layout.sizes()[1], tile=_COLUMNS)
+        return jnp.sum(self._spread(None).square)
 
     def moment(
         self, weights: jax.Array | None, scale: Any, total: jax.Array | None = None, *, centred: bool
@@ -187,42 +211,34 @@ def joined(parts: Sequence[PartGradients]) -> Batch:
     return replace(batches[0], arrays=arrays, axes=axes)
 
 
-# A squared norm from pairs is trusted if it is at least so many roundings of its bound: then to within 1/2048.
-_CANCELLED = 1 << 11
-
 _COLUMNS = 1 << 16  # elements of a gradient that is computed again to have at a time
 
 
-def _is_trusted(square: jax.Array, bound: jax.Array) -> jax.Array:
-    """Whether so little of the bound has cancelled that the rest has digits left."""
-    return square >= _CANCELLED * jnp.finfo(square.dtype).eps * bound
+def ranged_squares(pieces: Sequence[PartGradients | jax.Array]) -> list[jax.Array]:
+    """‖·‖² of pieces of one example's gradient, all in one dtype.
+
+    Those of a kind go through one program, one after the other: it is rarely run, and each would have to be compiled.
+    """
+    made: dict[int, jax.Array] = {}
+    kinds: dict[Any, list[int]] = {}
+    for k, piece in enumerate(pieces):
+        if isinstance(piece, PartGradients):
+            shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(piece))
+            kinds.setdefault((jax.tree.structure(piece), shapes), []).append(k)
+        else:
+            made[k] = norms.ranged_square(piece)
+    for numbers in kinds.values():
+        same: list[Any] = [pieces[k] for k in numbers]
+        if len(same) == 1:
+            each = [same[0].ranged_square()]
+        else:
+            each = jax.lax.map(PartGradients.ranged_square, jax.tree.map(lambda *x: jnp.stack(x), *same))
+        made |= {k: each[place] for place, k in enumerate(numbers)}
+    dtype = common_dtype(jnp.float32, *made.values())
+    again = lambda x: norms.ranged_square(norms.root_of_ranged(x).astype(dtype))
+    return [made[k] if made[k].dtype == dtype else again(made[k]) for k in range(len(pieces))]
 
 
 def _by_columns(made: Sequence[Any], rules: PartRules) -> jax.Array:
     assert rules.layout is not None
     return grams.of_columns(made, None, rules.layout.sizes()[1], tile=_COLUMNS)[0, 0]
-
-
-@jax.custom_jvp
-def _squares_again(gradients: PartGradients, made: jax.Array, trusted: jax.Array) -> jax.Array:
-    """`made` where it is `trusted`; elsewhere the square of the gradient itself, one example after the other."""
-    # A loop that mostly has no step: XLA keeps what a loop carries in one place, and a branch would copy it.
-
-    def redo(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
-        trusted, made = state
-        number = jnp.argmin(trusted)
-        square = gradients._square_by_columns(number)
-        return trusted.at[number].set(True), made.at[number].set(square.astype(made.dtype))
-
-    start = varying((trusted, made), (gradients.batch.arrays, made))
-    return jax.lax.while_loop(lambda state: ~jnp.all(state[0]), redo, start)[1]
-
-
-@_squares_again.defjvp
-def _squares_again_jvp(primals, tangents):
-    def branched(gradients: PartGradients, made: jax.Array, trusted: jax.Array) -> jax.Array:
-        each = lambda: jax.lax.map(gradients._square_by_columns, jnp.arange(gradients.batch.size))
-        of_blocks = lambda: jnp.where(trusted, made, each().astype(made.dtype))
-        return jax.lax.cond(jnp.all(trusted), lambda: made, of_blocks)
-
-    return jax.jvp(branched, primals, tangents)

@@ -92,7 +92,7 @@ def pass_over(
         squares = {leaf: zero(leaf) for leaf in summed.values()}
         dtype = jnp.result_type(*squares.values())
         return Together(
-            jax.tree.map(lambda x: Bumps(x, x, x), bumps), squares, jnp.zeros((size, size), dtype)
+            jax.tree.map(lambda x: Bumps(x, x, x), bumps), squares, squares, jnp.zeros((size, size), dtype)
         )
 
     def one(inputs: list[Any]) -> Any:

@@ -21,6 +21,8 @@ import jax.numpy as jnp
 
 from jgd._engine.factors import group, sum_squares
 from jgd._engine.jaxprs import bind
+from jgd._engine.moments import deviation_of
+from jgd._engine.norms import root_of_ranged, with_digits
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part, PartRules
 from jgd._engine.rules import rule_of
@@ -42,6 +44,7 @@ class ScanReductions(NamedTuple):
         seconds: Σ g_i² of a part, likewise.
         spreads: Σ (g_i − ḡ)² of a part, likewise.
         squares: ‖Σ g_i‖² of each leaf.
+        deviations: Σ ‖g_i − ḡ‖² of each leaf.
         gram: ⟨g_i, g_j⟩, `(B, B)`, in all these leaves together; None where there are none.
         norms: ‖g_i‖², `(B,)`, of each probed leaf whose blocks may be kept: a clipped sum takes it from these instead.
     """
@@ -50,11 +53,12 @@ class ScanReductions(NamedTuple):
     seconds: dict[int, jax.Array]
     spreads: dict[int, jax.Array]
     squares: dict[int, jax.Array]
+    deviations: dict[int, jax.Array]
     gram: jax.Array | None
     norms: dict[int, jax.Array]
 
 
-NOTHING = ScanReductions({}, {}, {}, {}, None, {})
+NOTHING = ScanReductions({}, {}, {}, {}, {}, None, {})
 
 
 class Bumps(NamedTuple):
@@ -66,10 +70,11 @@ class Bumps(NamedTuple):
 
 
 class Together(NamedTuple):
-    """The dummies for reductions over all examples: a tree of bumps, ‖Σ g_i‖² by leaf, and the Gram."""
+    """The dummies for reductions over all examples: a tree of bumps, ‖Σ g_i‖² and Σ ‖g_i − ḡ‖² by leaf, the Gram."""
 
     bumps: Any
     squares: dict[int, Any]
+    deviations: dict[int, Any]
     gram: Any
 
 
@@ -179,7 +184,8 @@ def insert_probes(
             data, leaf = look(probe.site.inputs[1 - probe.own]), probe.of.leaf
             asked = None
             if together is not None and leaf in together.squares:
-                asked = Together(bumps[probe.operand], {leaf: together.squares[leaf]}, together.gram)
+                of_leaf = {leaf: together.squares[leaf]}, {leaf: together.deviations[leaf]}
+                asked = Together(bumps[probe.operand], *of_leaf, together.gram)
             x = _watched(x, probe, data, numbers[leaf], asked)
         return x
 
@@ -199,7 +205,7 @@ def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: jax.Array, tog
         data, number, together = kept
         data, cotangent = stored((data, cotangent))
         square = _square(probe, data, cotangent).astype(number.dtype)
-        made = None if together is None else _made_together(probe, data, cotangent, together)
+        made = None if together is None else _made_together(probe, data, cotangent, square, together)
         return cotangent, None, square, made
 
     watch.defvjp(forward, backward)
@@ -210,8 +216,12 @@ def _square(probe: Probe, data: jax.Array, cotangent: jax.Array) -> jax.Array:
     """One example's squared norm. Where pairs may cancel, all examples' are made, and those that did are made again."""
     if not probe.rules.may_cancel:
         return probe.rules.square(probe.data(data, cotangent))
-    squares = _of_all(probe, data, cotangent).squares()
+    squares = with_digits(PartGradients.squares, _square_again, _of_all(probe, data, cotangent))
     return squares[jax.lax.axis_index(EXAMPLES)]
+
+
+def _square_again(gradients: PartGradients, number: jax.Array) -> jax.Array:
+    return jnp.square(root_of_ranged(gradients.example(number).ranged_square()))
 
 
 def _of_all(probe: Probe, data: jax.Array, cotangent: jax.Array) -> PartGradients:
@@ -220,14 +230,23 @@ def _of_all(probe: Probe, data: jax.Array, cotangent: jax.Array) -> PartGradient
     return PartGradients(probe.rules, Batch(probe.data(data, cotangent), (0,), data.shape[0], 1))
 
 
-def _made_together(probe: Probe, data: jax.Array, cotangent: jax.Array, asked: Together) -> Together:
-    """The reductions over all examples, from inside the map over examples; in the dtypes of the dummies."""
+def _made_together(
+    probe: Probe, data: jax.Array, cotangent: jax.Array, square: jax.Array, asked: Together
+) -> Together:
+    """The reductions over all examples, from inside the map over examples; in the dtypes of the dummies.
+
+    `square` is the example's squared norm.
+    """
     gradients = _of_all(probe, data, cotangent)
     (left,) = gradients.batch.arrays
     total = probe.total(left.values[1 - probe.own], left.cotangent, asked.bumps.total)
     second, spread = map(probe.as_operand, gradients.both_moments())
-    squares = {leaf: sum_squares(total) for leaf in asked.squares}
-    made = Together(Bumps(total, second, spread), squares, gradients.gram())
+    of_sum = sum_squares(total)
+    deviation = deviation_of(
+        jax.lax.psum(square, EXAMPLES), of_sum, gradients.batch.size, gradients.deviation
+    )
+    of_leaf = {leaf: of_sum for leaf in asked.squares}, {leaf: deviation for leaf in asked.deviations}
+    made = Together(Bumps(total, second, spread), *of_leaf, gradients.gram())
     return jax.tree.map(lambda x, like: x.astype(like.dtype), made, asked)
 
 
@@ -241,4 +260,4 @@ def scan_reductions_of(region: Region, together: Together, parts: Sequence[Part]
         for made, x in zip((totals, seconds, spreads), received, strict=False):
             grouping, _, _ = operand_grouping(use.site, use.view)
             made[number] = jnp.real(grouping(x))  # the leaf is real, whatever it was cast to
-    return ScanReductions(totals, seconds, spreads, together.squares, together.gram, {})
+    return ScanReductions(totals, seconds, spreads, together.squares, together.deviations, together.gram, {})

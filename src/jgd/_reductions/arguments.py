@@ -10,9 +10,9 @@ import numpy as np
 from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, Real
 
-from jgd._clipping import Groups
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.gradients import Gradients
+from jgd._engine.norms import Groups
 from jgd._errors import describe, is_concrete, leaf_name
 from jgd._gradients import held_form
 

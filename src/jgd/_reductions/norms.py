@@ -3,11 +3,9 @@
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jgd import _clipping
-from jgd._clipping import total
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_examples, like_leaves, like_scalars, placed_by
 from jgd._reductions.arguments import (
@@ -18,7 +16,7 @@ from jgd._reductions.arguments import (
     max_norms_of,
     weights_of,
 )
-from jgd._weights import squared_norms
+from jgd._weights import norms as norms_of_groups
 
 
 class NoiseScale(NamedTuple):
@@ -178,13 +176,15 @@ def clipped_sum(
 def noise_scale(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> NoiseScale:
     """Estimates how noisy the gradient is: tr Σ, ‖G‖² and their ratio, the simple noise scale.
 
-    With s the mean of ‖g_i‖² and m = ‖ḡ‖², tr Σ = (s − m)·B/(B − 1) and ‖G‖² = m − tr Σ/B: both unbiased.
+    tr Σ = Σ ‖g_i − ḡ‖²/(B − 1) and ‖G‖² = ‖ḡ‖² − tr Σ/B, both unbiased.
     Their ratio is not; average the two parts over steps before dividing.
 
     Raises:
         ValueError: there are fewer than two examples.
 
-    Cost: norms and one sum. Source: McCandlish et al., "An empirical model of large-batch training", 2018.
+    Cost: norms and one sum; where the gradients are so alike that Σ ‖g_i‖² and ‖ḡ‖² nearly cancel, also the deviations
+    from the mean, a few columns of all gradients at a time.
+    Source: McCandlish et al., "An empirical model of large-batch training", 2018.
     """
     form, _ = form_of(grads)
     at_least_two(form.size, "the noise scale")
@@ -193,7 +193,7 @@ def noise_scale(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> Noise
 
 @placed_by(like_examples)
 def _norms_of_groups(form, groups):
-    return _clipping.group_norms(squared_norms(form), groups, form.size)
+    return norms_of_groups(form, groups)
 
 
 @placed_by(lambda *args: (like_leaves(*args), like_examples(*args)))
@@ -211,8 +211,7 @@ _clipped_sum = jax.jit(_clipped_sum_of_groups, static_argnums=2)
 @placed_by(like_scalars)
 def _noise_scale(form):
     size = form.size
-    squares, square_sum = form.squares_and_sum()
-    mean_square, square_mean = jnp.mean(total(squares, size)), square_sum / float(size) ** 2
-    trace = (mean_square - square_mean) * (size / (size - 1))
-    signal = square_mean - trace / size
+    deviation, of_sum = form.deviation_and_squared_sum()
+    trace = deviation / (size - 1)
+    signal = of_sum / float(size) ** 2 - trace / size
     return NoiseScale(trace / signal, trace, signal)
