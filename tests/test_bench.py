@@ -37,13 +37,15 @@ ROOT = Path(__file__).parent.parent
 DISTINCT = [name for name in MODELS if name != "cnn-128"]
 
 
-FEW = ("cnn", "gpt")
+FEW = ("cnn",)
+OFTEN = ("mlp", "gpt", "bag")  # by CI
 
 
-@pytest.mark.sample(lambda name: name != "gpt")
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in DISTINCT]
-)
+def marks_of(name):
+    return () if name in FEW else [pytest.mark.slow] + [pytest.mark.sample] * (name in OFTEN)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in DISTINCT])
 def test_all_quantities_are_those_of_the_formulas(name, x64):
     model = build(name, small=True)
     ours = jax.jit(by_jgd(model, "all"))(model.params, *model.batch)

@@ -65,13 +65,11 @@ def _each_case():
         for held in HELD:
             for grouping in ("top", "leaves"):
                 slow = name not in FEW or (grouping == "top" and "strategy" not in held)
-                marks = pytest.mark.slow if slow else ()
+                chosen = not slow and held is HELD[(FEW.index(name) + len(grouping)) % 3]
+                marks = () if chosen else [pytest.mark.slow] + [pytest.mark.sample] * (not slow)
                 yield pytest.param(name, held, grouping, marks=marks, id=f"{name}-{held}-{grouping}")
 
 
-@pytest.mark.sample(
-    lambda name, held, grouping: name not in FEW or held is HELD[(FEW.index(name) + len(grouping)) % 3]
-)
 @pytest.mark.parametrize(("name", "held", "grouping"), list(_each_case()))
 def test_each_group_is_clipped_to_its_own_norm(name, held, grouping, x64):
     case = problem(name, jnp.float64)
