@@ -37,12 +37,15 @@ ROOT = Path(__file__).parent.parent
 DISTINCT = [name for name in MODELS if name != "cnn-128"]
 
 
-FEW = ("mlp", "cnn", "gpt", "bag")
+FEW = ("cnn",)
+OFTEN = ("mlp", "gpt", "bag")  # by CI
 
 
-@pytest.mark.parametrize(
-    "name", [pytest.param(name, marks=() if name in FEW else pytest.mark.slow) for name in DISTINCT]
-)
+def marks_of(name):
+    return () if name in FEW else [pytest.mark.slow] + [pytest.mark.sample] * (name in OFTEN)
+
+
+@pytest.mark.parametrize("name", [pytest.param(name, marks=marks_of(name)) for name in DISTINCT])
 def test_all_quantities_are_those_of_the_formulas(name, x64):
     model = build(name, small=True)
     ours = jax.jit(by_jgd(model, "all"))(model.params, *model.batch)
@@ -54,6 +57,7 @@ def test_all_quantities_are_those_of_the_formulas(name, x64):
 EVERY = [name for name in QUANTITIES if name not in ("gram", "all")]
 
 
+@pytest.mark.sample(lambda name, method: name == "bag" or method == "jax_privacy 4")
 @pytest.mark.filterwarnings("ignore:optax.global_norm is deprecated:DeprecationWarning")  # jax_privacy's call
 @pytest.mark.parametrize(
     ("name", "method", "quantities"),

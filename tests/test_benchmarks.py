@@ -271,6 +271,8 @@ def test_a_slope_is_the_exponent_of_a_power_law():
     assert line.time_slope == pytest.approx(0.5) and line.memory_slope == pytest.approx(2)
 
 
+@pytest.mark.slow
+@pytest.mark.sample
 def test_a_sweep_measures_each_size_and_ends_a_line_where_memory_ends(monkeypatch):
     sweep = growth.Sweep("width", lambda width: mlp_of("mlp", (width, width, 10), 8), (32, 64, 128))
     room = {"free": 2**40}

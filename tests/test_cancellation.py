@@ -72,6 +72,7 @@ def norms_in_64_bits(loss, spread):
     return np.linalg.norm(oracle.matrix(blocks), axis=1)
 
 
+@pytest.mark.sample(lambda spread, compiled: compiled == (spread == 1e-4))
 @pytest.mark.parametrize("loss", LOSSES)
 @pytest.mark.parametrize("spread", [1e-4, 1e-2])
 @pytest.mark.parametrize("compiled", [False, True])

@@ -133,6 +133,8 @@ class TestInterrupted:
         ended = run(folder, callback=lambda state, info: int(state.step) == 7)
         assert int(ended.state.step) == 7 and kept(folder) == [7]
 
+    @pytest.mark.slow
+    @pytest.mark.sample
     def test_kills(self, tmp_path):
         kills(tmp_path, 2, ["shuffling"])
 
@@ -194,6 +196,8 @@ jax.tree.map(np.testing.assert_array_equal, run(8, 2), same)
 """
 
 
+@pytest.mark.slow
+@pytest.mark.sample
 def test_onto_another_mesh(tmp_path):
     flags = os.environ.get("XLA_FLAGS", "") + " --xla_force_host_platform_device_count=8"
     done = subprocess.run(

@@ -151,6 +151,7 @@ def test_the_more_repeats_the_worse_after_the_same_number_of_updates():
 # --- Descent on f is ascent on −f.
 
 
+@pytest.mark.sample(lambda name: list(opposites.OPTIMIZERS).index(name) % 2 == 0)
 @pytest.mark.parametrize("name", opposites.OPTIMIZERS)
 def test_descent_and_ascent_walk_the_path_of_bare_optax(name):
     optimizer = opposites.OPTIMIZERS[name]
@@ -238,6 +239,8 @@ def test_an_episode_ends_when_the_pole_falls_and_is_padded():
     assert np.all(np.abs(episode.states[0]) <= cartpole.START_RANGE)
 
 
+@pytest.mark.slow
+@pytest.mark.sample
 def test_cartpole_is_solved():
     training = policies.train_cartpole(1)
     assert training.returns[0].mean() < 40  # a policy that knows nothing

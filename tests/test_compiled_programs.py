@@ -82,6 +82,7 @@ def largest_array(fun, *args):
     return max(math.prod(int(n) for n in shape.split(",") if n) for shape in shapes)
 
 
+@pytest.mark.sample(lambda model: model is not transformer)
 @pytest.mark.parametrize("model", [mlp, transformer, gru, embedding])
 def test_no_program_holds_a_block_of_all_examples_gradients(model):
     loss, params, batch = model(np.random.default_rng(0))
@@ -100,6 +101,7 @@ def flops(fun, *args):
     return jax.jit(fun).lower(*args).compile().cost_analysis()["flops"]
 
 
+@pytest.mark.sample(lambda model: model is not transformer)
 @pytest.mark.parametrize("model", [mlp, transformer, gru])
 def test_several_reductions_share_one_forward_and_one_backward_pass(model):
     loss, params, batch = model(np.random.default_rng(0))

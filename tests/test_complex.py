@@ -51,7 +51,7 @@ def check(case, key, direction, **options):
         oracle.assert_close(got[quantity], want[quantity], 1e-9, what=quantity)
 
 
-@pytest.mark.sample(lambda name: COMPLEX.index(name) % 2 == 0)
+@pytest.mark.sample(lambda name: COMPLEX.index(name) % 3 == 0)
 @pytest.mark.parametrize("name", COMPLEX)
 def test_every_reduction_in_one_program(name, key, x64):
     """What a scan's backward pass makes of complex numbers is asked for only inside of one program."""
@@ -63,7 +63,7 @@ MICRO = ("tied_complex_and_real_uses", "complex_stacked_layers", "complex_lookup
 
 
 @pytest.mark.sample(
-    lambda name, strategy: (strategy is SECOND_PASS) == (name == MICRO[1]) and name != MICRO[2]
+    lambda name, strategy: (strategy is SECOND_PASS) == (name == MICRO[2]) and name != MICRO[1]
 )
 @pytest.mark.parametrize("name", MICRO)
 @pytest.mark.parametrize("strategy", ["factored", SECOND_PASS])
@@ -72,7 +72,7 @@ def test_microbatches_and_second_passes(name, strategy, key, x64):
     check(case, key, jax.tree.map(np.cos, case.params), strategy=strategy, microbatch_size=2)
 
 
-@pytest.mark.sample(lambda name, method: (method == "pairs") == (COMPLEX.index(name) % 2 == 0))
+@pytest.mark.sample(lambda name, method: COMPLEX.index(name) % 4 == (0 if method == "pairs" else 2))
 @pytest.mark.parametrize("method", ["pairs", "block"])
 @pytest.mark.parametrize("name", COMPLEX)
 def test_each_method(name, method, x64):
@@ -119,6 +119,7 @@ def test_a_complex_parameter_is_refused_with_advice_that_works(key, x64):
 # Outputs that are wider than what made them
 
 
+@pytest.mark.sample(lambda positions, dtype: (positions == ()) == (dtype == jnp.bfloat16))
 @pytest.mark.parametrize("positions", [(), (3,)])
 @pytest.mark.parametrize("dtype", [jnp.bfloat16, jnp.float32])
 def test_an_output_that_is_wider_than_the_leaf(dtype, positions, key, x64):

@@ -73,6 +73,10 @@ def short_tour(monkeypatch):
     return use
 
 
+# CI asks it: it takes as long as a hundred others.
+of_the_whole_tour = lambda test: pytest.mark.slow(pytest.mark.sample(test))
+
+
 # --- The tour itself, once, in its quick form.
 
 
@@ -94,6 +98,7 @@ def quick(tmp_path_factory):
     return status, "\n".join(lines), (out / "report.html").read_text(encoding="utf-8"), visited
 
 
+@of_the_whole_tour
 def test_the_tour_holds(quick):
     status, printed, _, _ = quick
     assert "FAILS" not in printed
@@ -101,12 +106,14 @@ def test_the_tour_holds(quick):
     assert re.search(r"(\d+) of \1 checks hold\.", printed)
 
 
+@of_the_whole_tour
 def test_the_published_figures_are_printed(quick):
     _, printed, _, _ = quick
     for figure in ("938.2379", "2548.07", "0.47", "475"):
         assert figure in printed
 
 
+@of_the_whole_tour
 def test_the_report_needs_nothing_beside_itself(quick):
     _, _, text, _ = quick
     page = Page(text)
@@ -117,6 +124,7 @@ def test_the_report_needs_nothing_beside_itself(quick):
     assert "url(" not in text and "@import" not in text
 
 
+@of_the_whole_tour
 def test_every_picture_of_the_report_is_a_drawing(quick):
     page = Page(quick[2])
     sources = [value for tag, name, value in page.attributes if (tag, name) == ("img", "src")]
@@ -127,6 +135,7 @@ def test_every_picture_of_the_report_is_a_drawing(quick):
         assert len(list(root.iter())) > 50
 
 
+@of_the_whole_tour
 def test_terminal_and_report_say_the_same(quick):
     _, printed, text, _ = quick
     page, flat = Page(text), " ".join(printed.split())
@@ -264,6 +273,7 @@ def test_the_recorded_path_is_the_path():
     assert len(set(seen)) == 12
 
 
+@of_the_whole_tour
 def test_prices_are_of_the_three_quantities_by_both_methods(quick):
     (table,) = next(
         t

@@ -77,6 +77,7 @@ LINEAR = [
 ]  # fmt: skip
 
 
+@pytest.mark.sample(lambda loss, form: LINEAR.index(loss) % len(FORMS) == list(FORMS).index(form))
 @pytest.mark.parametrize("loss", LINEAR)
 @pytest.mark.parametrize("form", FORMS)
 def test_the_direction_is_not_rounded(loss, form):
@@ -166,12 +167,14 @@ def nothing_is_small(monkeypatch):
     jax.clear_caches()
 
 
+@pytest.mark.sample(lambda loss, strategy: (SELECTING.index(loss) % 2 == 0) == (strategy == "factored"))
 @pytest.mark.parametrize("loss", SELECTING)
 @pytest.mark.parametrize("strategy", ["factored", "materialized"])
 def test_what_the_backward_pass_selects_away_has_no_part(loss, strategy, x64):
     check_against_gradients(loss, strategy)
 
 
+@pytest.mark.sample(lambda loss: SELECTING.index(loss) % 2 == 1)
 @pytest.mark.parametrize("loss", SELECTING)
 def test_what_the_backward_pass_selects_away_has_no_part_in_large_leaves(loss, nothing_is_small, x64):
     check_against_gradients(loss, "factored")
@@ -199,6 +202,7 @@ def normalised(p, x):
     return jnp.sum(jnp.sin(x @ (p["w"] / jnp.linalg.norm(p["w"], axis=0))))
 
 
+@pytest.mark.sample(lambda loss: loss is low_rank)
 @pytest.mark.parametrize("loss", [low_rank, normalised])
 def test_what_is_computed_from_large_leaves_goes_forward_once(loss, nothing_is_small, monkeypatch, x64):
     went = []

@@ -142,6 +142,8 @@ def sampled(names, number, seed):
     return random.Random(seed).sample(sorted(names), number)
 
 
+@pytest.mark.slow
+@pytest.mark.sample
 @pytest.mark.parametrize("name", sampled(CASES, 2, "cases"))
 def test_some_cases_compiled(name):
     compare(*case_of(name), sampled(QUESTIONS, 4, name), what=name)

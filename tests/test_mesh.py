@@ -35,6 +35,13 @@ REFUSED = ("generated_kernel", "standardised_kernel", "batch_groups")
 NOT_PARTITIONED = ("conv2d_depthwise_multiplied",)
 
 
+def marks_of(name, placement):
+    """Each placement once by default; CI asks all of `FEW`."""
+    if FEW.get(name) != placement:
+        return pytest.mark.slow
+    return () if name in list(FEW)[:3] else (pytest.mark.slow, pytest.mark.sample)
+
+
 def asked(case, strategy="factored"):
     """Reductions that between them take every way through the factors, as one function of the arguments."""
 
@@ -77,11 +84,7 @@ def small_tiles(monkeypatch):
 
 @pytest.mark.parametrize(
     ("name", "placement"),
-    [
-        pytest.param(name, p, marks=() if FEW.get(name) == p else pytest.mark.slow)
-        for name in CASES
-        for p in PLACEMENTS
-    ],
+    [pytest.param(name, p, marks=marks_of(name, p)) for name in CASES for p in PLACEMENTS],
 )
 def test_every_reduction_gives_one_devices_answer(name, placement, x64, small_tiles):
     case, axes = widened(name)

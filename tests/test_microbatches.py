@@ -222,6 +222,7 @@ def _by_a_rule_with_branches(x):
     return f(x)
 
 
+@pytest.mark.sample(lambda options: not options)
 @pytest.mark.parametrize("options", [{}, {"autotune": jgd.norms}], ids=["planned", "timed"])
 def test_max_memory_where_jax_cannot_differentiate_the_sum_of_the_losses(options):
     """Each loss has a derivative, but with `vmap` inside there is none: no second backward pass."""

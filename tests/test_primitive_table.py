@@ -53,10 +53,10 @@ ELEMENTWISE = (
 
 
 def _by_default(group):
-    """Each sixth of the functions of one number, and each second of the others."""
+    """Each twelfth of the functions of one number, and each sixth of the others."""
     if group in ELEMENTWISE:
-        return ELEMENTWISE.index(group) % 6 == 0
-    return sorted(set(CHOSEN) - PLAIN - set(ELEMENTWISE)).index(group) % 2 == 0
+        return ELEMENTWISE.index(group) % 12 == 0
+    return sorted(set(CHOSEN) - PLAIN - set(ELEMENTWISE)).index(group) % 6 == 0
 
 
 @pytest.mark.sample(lambda group: _by_default(group))

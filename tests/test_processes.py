@@ -46,6 +46,8 @@ def assert_close(a, b):
         np.testing.assert_allclose(a[name], b[name], rtol=1e-4, atol=1e-5, err_msg=name)
 
 
+@pytest.mark.slow
+@pytest.mark.sample
 def test_two_processes_train_what_one_does(tmp_path):
     job = {"data": ["arrays", "share"], "epochs": 3}
     one = results(job, 1, tmp_path)

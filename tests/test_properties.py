@@ -150,6 +150,8 @@ def test_the_order_of_the_examples_does_not_matter(form, seed, w, max_norm, orde
     close(gram((x[order], ix[order])), gram((x, ix))[order][:, order])
 
 
+@pytest.mark.slow
+@pytest.mark.sample
 @given(forms, seeds, weights, thresholds, st.just(2))
 def test_a_batch_may_be_split(form, seed, w, max_norm, at):
     x, ix = examples(seed)

@@ -59,6 +59,7 @@ LINEAR = {
 ITERATIVE = ("cg", "lineax CG", "lineax GMRES")  # which end at a tolerance of their own
 
 
+@pytest.mark.sample(lambda name: name in ("preconditioner", "transpose", "cg", "lineax LU"))
 @pytest.mark.parametrize("name", LINEAR)
 def test_linear_solves(name):
     assert_as_vmap_of_grad(*LINEAR[name], (POINTS,), tolerance=1e-5 if name in ITERATIVE else 1e-11)
@@ -75,6 +76,8 @@ ADJOINTS = {
 NET = {"a": rng.normal(size=(4, 5)) / 2, "b": rng.normal(size=(5, 4)) / 2}
 
 
+# The loops of the others, and implicit derivatives, are asked of below.
+@pytest.mark.sample(lambda adjoint: adjoint == "backsolve")
 @pytest.mark.parametrize("adjoint", ADJOINTS)
 def test_neural_differential_equations(adjoint):
     def loss(p, y):
@@ -98,7 +101,10 @@ def test_loops_of_equinox(kind):
 
 
 @pytest.mark.sample(
-    lambda solver, adjoint: isinstance(adjoint, optimistix.ImplicitAdjoint) or solver == "fixed point"
+    lambda solver, adjoint: (
+        (solver, type(adjoint))
+        in (("newton", optimistix.ImplicitAdjoint), ("fixed point", optimistix.RecursiveCheckpointAdjoint))
+    )
 )
 @pytest.mark.parametrize("adjoint", [optimistix.ImplicitAdjoint(), optimistix.RecursiveCheckpointAdjoint()])
 @pytest.mark.parametrize("solver", ["newton", "fixed point", "least squares", "minimise"])

@@ -208,8 +208,13 @@ def close(got, want):
     oracle.assert_close(got, jax.tree.map(np.asarray, want), 1e-4)
 
 
+# Each change in one of the ways, the next one in another.
+WAYS = [{}, {"strategy": "factored"}, {"microbatch_size": 2}]
+
+
+@pytest.mark.sample(lambda changing, options: options is WAYS[list(CHANGES).index(changing) % len(WAYS)])
 @every_change
-@pytest.mark.parametrize("options", [{}, {"strategy": "factored"}, {"microbatch_size": 2}], ids=str)
+@pytest.mark.parametrize("options", WAYS, ids=str)
 def test_a_loss_that_has_changed_is_answered_as_it_is_now(changing, options):
     loss, change = changing()
     g = jgd.per_example_grad(loss, **options)

@@ -48,7 +48,7 @@ def tiled_answers(monkeypatch, tile=None, elements=None):
     return form_of(grads).plan
 
 
-@pytest.mark.sample(lambda tile: tile in (2, 3))
+@pytest.mark.sample(lambda tile: tile == 3)
 @pytest.mark.parametrize("tile", [1, 2, 3, 4])
 def test_tiles_of_every_number_of_examples(tile, monkeypatch, forget, x64):
     plan = tiled_answers(monkeypatch, tile=tile)
@@ -90,7 +90,7 @@ def test_the_sum_of_looked_up_rows_is_squared_some_columns_at_a_time(build, widt
     oracle.assert_close((got.trace_covariance, got.squared_norm), want, 1e-9)
 
 
-@pytest.mark.sample(lambda elements: elements == 40)
+@pytest.mark.sample(lambda elements: False)
 @pytest.mark.parametrize("elements", [1, 40, 100])
 def test_tiles_of_every_number_of_elements(elements, monkeypatch, forget, x64):
     tiled_answers(monkeypatch, elements=elements)

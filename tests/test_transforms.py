@@ -7,13 +7,14 @@ import oracle
 import pytest
 from cases import problem
 from internals import whole as _execution
-from strategies import close, every_strategy, few_cases, gradients, row, several, squared_error
+from strategies import FEW, close, every_strategy, few_cases, gradients, row, several, squared_error
 
 import jgd
 
 # jit, vmap, scan
 
 
+@pytest.mark.sample(lambda name: name != FEW[2])
 @every_strategy
 @few_cases
 def test_compiled_whole_gives_what_steps_outside_give(name, strategy, x64):
@@ -22,6 +23,7 @@ def test_compiled_whole_gives_what_steps_outside_give(name, strategy, x64):
     close(inside(case.params, *case.batch), several(gradients(case, strategy)))
 
 
+@pytest.mark.sample(lambda name: name != FEW[2])
 @every_strategy
 @few_cases
 def test_an_outer_vmap_over_parameters(name, strategy, x64):
@@ -43,6 +45,7 @@ def test_an_outer_vmap_over_batches(strategy, example, x64):
         close(row(got, k), ask(xs[k], ys[k]))
 
 
+@pytest.mark.sample(lambda name: name != FEW[1])
 @every_strategy
 @few_cases
 def test_gradients_come_out_of_a_scan(name, strategy, x64):
@@ -61,6 +64,7 @@ def test_gradients_come_out_of_a_scan(name, strategy, x64):
         close(several(row(stacked, k)), want)
 
 
+@pytest.mark.sample(lambda name: name != FEW[2])
 @every_strategy
 @few_cases
 def test_gradients_carried_through_a_scan(name, strategy, x64):
@@ -86,7 +90,7 @@ def test_gradients_carried_through_a_scan(name, strategy, x64):
     close(jgd.materialize(grads), jax.vmap(jax.grad(case.loss), case.in_axes)(want_params, *case.batch))
 
 
-@pytest.mark.sample(lambda name, strategy: (name == "recurrence") == (strategy == "factored"))
+@pytest.mark.sample(lambda name, strategy: (name, strategy) == ("recurrence", "factored"))
 @every_strategy
 @pytest.mark.parametrize("name", ("relu_mlp_on_positions", "recurrence"))
 def test_without_jit(name, strategy, x64):
@@ -124,7 +128,14 @@ def test_immutable_with_a_length_and_a_short_repr(example):
         grads.values = 0
 
 
-def test_what_is_made_of_all_examples_together_is_made_in_compiled_programs_alone(monkeypatch):
+@pytest.mark.sample(
+    lambda kind, compiled: kind in ("grad", "vmap") or (kind, compiled) == ("of_float", False)
+)
+@pytest.mark.parametrize("compiled", [False, True], ids=["eager", "compiled"])
+@pytest.mark.parametrize("kind", ["norm", "grad", "hessian", "jvp", "of_float", "vmap"])
+def test_what_is_made_of_all_examples_together_is_made_in_compiled_programs_alone(
+    kind, compiled, monkeypatch, forget
+):
     """Outside of them it would be work that nobody may ask for."""
     asked, ours = [], _execution.pass_over
     spy = lambda *args, together, **options: (
@@ -138,24 +149,18 @@ def test_what_is_made_of_all_examples_together_is_made_in_compiled_programs_alon
     def norm(params):
         return jnp.sum(jgd.norms(jgd.per_example_grad(loss, strategy="factored")(params, x)))
 
-    several = jnp.stack([params, params])
     scaled = jgd.per_example_grad(lambda p, x: p[1] * loss(p[0], x), strategy="factored")
     of_float = lambda scale: jnp.sum(jgd.norms(scaled((params, scale), x)))
-    eager = (
-        norm,
-        jax.grad(norm),
-        jax.hessian(norm),
-        lambda p: jax.jvp(norm, (p,), (p,)),
-        lambda p: jax.grad(of_float)(1.0),
-    )
-    for compiled, calls in ((False, eager), (True, map(jax.jit, eager))):
-        for call in calls:
-            jax.clear_caches()
-            call(params)
-        jax.clear_caches()
-        (jax.jit if compiled else lambda f: f)(jax.vmap(norm))(several)
-        assert len(asked) >= 5 and set(asked) == {compiled}
-        asked.clear()
+    call, argument = {
+        "norm": (norm, params),
+        "grad": (jax.grad(norm), params),
+        "hessian": (jax.hessian(norm), params),
+        "jvp": (lambda p: jax.jvp(norm, (p,), (p,)), params),
+        "of_float": (lambda p: jax.grad(of_float)(1.0), params),
+        "vmap": (jax.vmap(norm), jnp.stack([params, params])),
+    }[kind]
+    (jax.jit if compiled else lambda f: f)(call)(argument)
+    assert asked and set(asked) == {compiled}
 
 
 def test_a_loss_that_asks_for_gradients_of_scanned_layers_itself(x64):

@@ -8,6 +8,7 @@ import hypothesis.strategies as st
 import jax
 import jax.numpy as jnp
 import numpy as np
+import pytest
 from internals import View, overlap, trace_jaxpr, views
 from jax import lax
 
@@ -77,9 +78,21 @@ def followed(fun, shape):
     return env[jaxpr.outvars[0]]
 
 
-@hypothesis.settings(max_examples=150)
+@hypothesis.settings(max_examples=30)
 @hypothesis.given(st.integers(0, 2**32 - 1))
 def test_a_view_says_which_elements_a_path_picks(seed):
+    check_elements(seed)
+
+
+@pytest.mark.slow
+@pytest.mark.sample
+@hypothesis.settings(max_examples=150)
+@hypothesis.given(st.integers(0, 2**32 - 1))
+def test_more_views_say_which_elements_a_path_picks(seed):
+    check_elements(seed)
+
+
+def check_elements(seed):
     rng = np.random.default_rng(seed)
     shape = tuple(rng.integers(1, 5, size=rng.integers(0, 4)).tolist())
     fun = chain(rng, shape)
