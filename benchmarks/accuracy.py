@@ -36,7 +36,7 @@ INPUTS = {
     "offset 1e3 ± 1": ("offset 1e3 ± 1",),
     "scales 1e±6": ("params 1e-6", "params 1e6", "data 1e-6", "data 1e6", "loss 1e-6", "loss 1e6"),
 }
-SCALES_OF_FLOAT16 = "scales 1e±2"
+SCALES_OF_FLOAT16 = "scales 1e±1"
 
 
 def measured(dtype: str) -> dict[tuple[str, str], tuple[float, float]]:

@@ -145,20 +145,23 @@ class Kind:
 
     @property
     def condition(self) -> float:
-        """How much larger what cancels is than what is left of it."""
-        return max(1.0, (self.offset or float(self.cancels)) / self.spread)
+        """How much larger what cancels is than what is left of it.
+
+        Squares by pairs of positions cancel twice as far, until they are not trusted.
+        """
+        return max(1.0, self.offset / self.spread, min(4e3, self.spread**-2) if self.cancels else 0.0)
 
     def in_few_bits(self) -> "Kind":
         """The same with scales that float16 has."""
-        nearer = lambda scale: scale ** (1 / 3)
-        return dataclasses.replace(
-            self, params=nearer(self.params), data=nearer(self.data), gain=nearer(self.gain)
-        )
+        nearer = lambda scale: scale ** (1 / 6)
+        gain = self.gain if self.offset else nearer(self.gain)
+        return dataclasses.replace(self, params=nearer(self.params), data=nearer(self.data), gain=gain)
 
 
 KINDS = {
     "ordinary": Kind(),
     "cancelling 1e-1": Kind(1e-1, 1.0, cancels=True),
+    "cancelling 5e-2": Kind(5e-2, 1.0, cancels=True),
     "cancelling 1e-2": Kind(1e-2, 1.0, cancels=True),
     "cancelling 1e-3": Kind(1e-3, 1.0, cancels=True),
     "cancelling 1e-4": Kind(1e-4, 1.0, cancels=True),

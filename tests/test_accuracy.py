@@ -197,6 +197,7 @@ def longest(name, dtype, kind):
 
 # Losses whose clipped examples are longer than the bound by up to 6e-4, by the spread of the positions.
 LONGER = {
+    "cancelling 5e-2": ("product", "steps", "layers_of_a_leaf"),
     "cancelling 1e-3": ("lookup", "computed"),
     "cancelling 1e-4": (
         "product", "lookup", "steps", "layers", "layers_of_a_leaf", "tied", "computed", "custom",
