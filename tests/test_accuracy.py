@@ -23,6 +23,7 @@ BY_DIFFERENCE = (
     "the trace of the covariance is a difference of two sums, which cancel where the mean is large"
 )
 OUT_OF_RANGE = "norms are roots of float32 squares, which are 0 or infinite"
+SUM_IN_FLOAT16 = "the sum over the examples is float16's before it is divided by their number"
 ROUNDED_APART = "the norm that bounds an example and the sum that it enters are rounded apart"
 
 
@@ -241,6 +242,28 @@ def test_no_clipped_example_is_longer_than_the_bound(name, dtype, kind):
     """In half precision but for the rounding of the answer."""
     few = 1e-5 if dtype == "float32" else float(jnp.finfo(dtype).eps)
     assert longest(name, dtype, kind) <= 1 + few
+
+
+# A mean that float16 has, of gradients whose sum it does not have
+
+
+def multiplied(kernel, x):
+    return jnp.sum(x @ kernel[0])
+
+
+def convolved(kernel, x):
+    numbers = ("NWC", "WIO", "NWC")
+    return jnp.sum(jax.lax.conv_general_dilated(x[None], kernel, (1,), "SAME", dimension_numbers=numbers))
+
+
+@pytest.mark.parametrize(
+    "loss",
+    [multiplied, pytest.param(convolved, marks=pytest.mark.xfail(strict=True, reason=SUM_IN_FLOAT16))],
+)
+def test_a_mean_of_gradients_whose_sum_leaves_float16(loss):
+    kernel, x = jnp.ones((1, 2, 3), jnp.float16), jnp.full((8, 8, 2), 2000, jnp.float16)
+    grads = jgd.per_example_grad(loss, strategy="factored")(kernel, x)
+    np.testing.assert_array_equal(jgd.mean(grads), np.full((1, 2, 3), 16_000))
 
 
 # Many positions, many examples
