@@ -110,7 +110,9 @@ class Convolution(Rule):
         x, cotangent = data.values[0], data.cotangent
         if weights is not None:
             cotangent = scaled(cotangent, self.depth, weights)
-            x = x.astype(cotangent.dtype)
+        # A convolution accumulates in the dtype of its operands.
+        cotangent = cotangent.astype(accumulation_dtype(cotangent))
+        x = x.astype(cotangent.dtype)
 
         # Where real and imaginary parts are taken apart, the dtype is theirs.
         params = dict(self.params) | {"preferred_element_type": cotangent.dtype}
