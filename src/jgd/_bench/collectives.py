@@ -31,10 +31,10 @@ class Collective(NamedTuple):
     times: int
 
 
-def collectives(hlo: str) -> list[Collective]:
+def collectives(hlo: str, *, branches: bool = True) -> list[Collective]:
     """The collectives of an optimized program, `jax.jit(f).lower(...).compile().as_text()`.
 
-    What stands in a loop runs once for each step; of a `cond`, every branch is counted.
+    What stands in a loop runs once for each step; of a `cond`, every branch is counted, or none without `branches`.
     """
     lines = _computations(hlo)
 
@@ -52,8 +52,10 @@ def collectives(hlo: str) -> list[Collective]:
                 continue
             trips = _TRIPS.search(line)
             times = int(trips.group(1)) if trips else 1
-            branches = _BRANCHES.search(line)
-            called = _CALLED.findall(line) + (re.findall(r"[\w.\-]+", branches.group(1)) if branches else [])
+            taken = _BRANCHES.search(line)
+            called = _CALLED.findall(line) + (re.findall(r"[\w.\-]+", taken.group(1)) if taken else [])
+            if operation == "conditional" and not branches:
+                continue
             found += [c._replace(times=c.times * times) for inner in called for c in of(inner)]
         return tuple(found)
 

@@ -121,10 +121,22 @@ class HeldGradients:
         zeros = lambda x: jnp.zeros((self.size, *x.shape), x.dtype)
         return [made[k].astype(x.dtype) if k in made else zeros(x) for k, x in enumerate(self.leaf_structs)]
 
+    @property
+    def looks_at_digits(self) -> bool:
+        """Whether norms whose squares have lost their digits, or are out of range, are computed again.
+
+        For that all that the norms are made from must stay until they are known, and over several devices travel.
+        """
+        return False
+
     def norms(self, groups: Groups) -> list[jax.Array]:
         """‖g_i‖ of each group of leaves, `(B,)`."""
+        if not self.looks_at_digits:
+            return _norms(self, groups)[0]
         return with_digits(
-            functools.partial(_norms, groups=groups), functools.partial(_norms_of, groups=groups), self
+            functools.partial(_trusted_norms, groups=groups),
+            functools.partial(_norms_of, groups=groups),
+            self,
         )
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
@@ -179,13 +191,19 @@ class HeldGradients:
         return functools.reduce(jnp.add, each, jnp.zeros((self.size, dim), jnp.float32)) / math.sqrt(dim)
 
 
-def _norms(held: HeldGradients, groups: Groups) -> tuple[list[jax.Array], jax.Array]:
-    """‖g_i‖ of each group of leaves, from the squares, and which examples' have digits left."""
+def _norms(held: HeldGradients, groups: Groups) -> tuple[list[jax.Array], dict[int, Squares]]:
+    """‖g_i‖ of each group of leaves, from the squares, and these."""
     each: dict[int, Squares] = {}
     for leaf in held.leaves():
         each |= leaf.squared_norms()
     squares = [[each[leaf].value for leaf in group if leaf in each] for group in groups]
-    return [root(total(some, held.size)) for some in squares], trusted(each, groups, held.size)
+    return [root(total(some, held.size)) for some in squares], each
+
+
+def _trusted_norms(held: HeldGradients, groups: Groups) -> tuple[list[jax.Array], jax.Array]:
+    """‖g_i‖ of each group of leaves, from the squares, and which examples' have digits left."""
+    made, each = _norms(held, groups)
+    return made, trusted(each, groups, held.size)
 
 
 def _norms_of(held: HeldGradients, number: jax.Array, groups: Groups) -> list[jax.Array]:
@@ -226,9 +244,19 @@ def _gram(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DenseGradients(HeldGradients):
-    """B gradients as one `(B, *leaf.shape)` block for each leaf, as `vmap(grad)` returns them."""
+    """B gradients as one `(B, *leaf.shape)` block for each leaf, as `vmap(grad)` returns them.
+
+    Attributes:
+        arrays: the blocks.
+        is_given: whether they are arguments, which stay anyway, and not made in the same program.
+    """
 
     arrays: list[jax.Array]
+    is_given: bool = field(default=False, metadata={"static": True})
+
+    @property
+    def looks_at_digits(self) -> bool:
+        return self.is_given and self.num_shards == 1
 
     @property
     def size(self) -> int:
@@ -323,6 +351,10 @@ class FactoredGradients(HeldGradients):
         if self.plan.computed:
             made.append(self._computed([(part, gradients) for _, part, gradients in parts]))
         return made
+
+    @property
+    def looks_at_digits(self) -> bool:
+        return any(part.rules.may_cancel for part in self.plan.parts)
 
     def _parts(self) -> list[tuple[Part, PartGradients]]:
         data = site_data(self.plan, self.model, self.residuals)
