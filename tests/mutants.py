@@ -2,7 +2,7 @@
 
 A mutant is the library with one small change: an operator, a constant, a comparison, a branch, a call or a keyword
 that is left out, two arguments or axes swapped. The tests of its room must fail. The survivors are listed with what
-was changed: each wants a test that kills it, or is another way to write the same.
+was changed: each wants a test that kills it, or is another way to write the same: those are in `tests/mutants.md`.
 """
 
 import argparse
@@ -43,9 +43,20 @@ _TRANSFORMS = (
     "test_reduction_derivatives.py",
     "test_transforms.py",
 )
+_ALL = (*_ENGINE, "test_random_programs.py", *_TRANSFORMS, "test_caches.py", "test_microbatches.py")
 ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("_clipping.py", ("test_groups.py", "test_reductions.py", *_ENGINE, *_TRANSFORMS)),
-    ("_reductions/", ("test_reductions.py", "test_groups.py", *_ENGINE, "test_bad_input.py", *_TRANSFORMS)),
+    (
+        "_reductions/",
+        (
+            "test_reductions.py",
+            "test_groups.py",
+            *_ENGINE,
+            "test_bad_input.py",
+            *_TRANSFORMS,
+            "test_microbatches.py",
+        ),
+    ),
     ("_microbatched.py", ("test_microbatches.py", "test_reductions.py", *_TRANSFORMS)),
     (
         "_weights.py",
@@ -58,12 +69,12 @@ ROOMS: tuple[tuple[str, tuple[str, ...]], ...] = (
     ("_engine/flops.py", ("test_work.py", "test_explain.py")),
     ("_engine/blocks.py", ("test_blocks.py", "test_explain.py")),
     ("_engine/fingerprint.py", ("test_caches.py", "test_stale.py", *_ENGINE)),
+    ("_engine/dense.py", ("test_custom_derivatives.py", *_ALL)),
+    ("_engine/differentiated.py", ("test_custom_derivatives.py", *_ALL)),
+    ("_engine/gradients.py", (*_ALL, "test_mesh_sums.py", "test_mesh.py")),
     ("_engine/views.py", ("test_views.py", *_ENGINE, "test_random_programs.py", *_TRANSFORMS)),
     ("_engine/moments.py", ("test_moments.py", "test_moments_edges.py", *_ENGINE, *_TRANSFORMS)),
-    (
-        "_engine/",
-        (*_ENGINE, "test_random_programs.py", *_TRANSFORMS, "test_caches.py", "test_microbatches.py"),
-    ),
+    ("_engine/", _ALL),
 )
 TIMEOUT = 1200  # seconds for all tests of a room; a mutant that hangs is killed as well
 

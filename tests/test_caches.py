@@ -32,6 +32,21 @@ def test_the_second_call_compiles_nothing(strategy, example):
         assert form_of(fewer).plan is gradient_of(params, x, y)._form.plan
 
 
+def test_a_loss_with_a_loop_inside_that_is_written_anew_compiles_nothing(example):
+    """What a cell of a notebook defines again is the same program, and so is what is inside of its loops."""
+    params, x, y = jax.tree.map(jnp.float32, example)
+
+    def written():
+        step = lambda carry, row: (jnp.tanh(carry + row), None)
+        loss = lambda p, x, y: jnp.sum((jax.lax.scan(step, y, x[:, None] * p["w"])[0] - y) ** 2)
+        return jgd.norms(jgd.per_example_grad(loss, strategy="factored")(params, x, y))
+
+    want = written()
+    with compilations() as made:
+        np.testing.assert_array_equal(written(), want)
+    assert not made
+
+
 def test_another_object_of_the_same_class_is_another_loss(example):
     class Model:
         def __init__(self, scale):

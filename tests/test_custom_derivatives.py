@@ -139,6 +139,7 @@ PAIRS = {
     "carry in a scan": lambda g, a, b, s: _loop(lambda c, u: jnp.tanh(g(c, u) + a * u), s),
     "scanned": lambda g, a, b, s: jax.lax.map(lambda x: g(x[0], x[1]), (s, s * a)),
     "of several outputs": lambda g, a, b, s: g(*jax.lax.sort((a * s[0], s[1]), num_keys=1)),
+    "sorted beside data": lambda g, a, b, s: g(*jax.lax.sort((a, s[1]), num_keys=1)) * b,
     "in a branch": lambda g, a, b, s: jax.lax.cond(s[0, 0] > 0, g, lambda x, y: x - y, a, s[1] * b),
     "under vmap": lambda g, a, b, s: jax.vmap(g, (None, 0))(a, s),
     "in a checkpoint": lambda g, a, b, s: jax.checkpoint(g)(a, b * s[0]),

@@ -278,3 +278,16 @@ def test_a_gram_of_a_recurrence_in_microbatches():
     for options in ({"microbatch_size": 2}, {"microbatch_size": 4, "strategy": "factored"}):
         np.testing.assert_allclose(jgd.gram(of(xs, **options)), rows @ rows.T, rtol=1e-10)
         np.testing.assert_allclose(jgd.gram(of(xs, **options), of(others)), rows @ columns.T, rtol=1e-10)
+
+
+def test_a_gram_holds_no_gradients():
+    """Of factors, or of microbatches; those take the lead, whichever of the two batches comes first."""
+    loss = lambda p, x: jnp.sum(jnp.tanh(x @ p))
+    params, xs = jnp.zeros((256, 256)), jnp.ones((32, 256))
+    whole = jgd.per_example_grad(loss, strategy="factored")
+    some = jgd.per_example_grad(loss, strategy="factored", microbatch_size=2)
+    of_two = [lambda p, x, f=f, g=g: jgd.gram(f(p, x), g(p, x)) for f, g in ((whole, some), (some, whole))]
+    for ask in (lambda p, x: jgd.gram(whole(p, x)), *of_two):
+        memory = jax.jit(ask).lower(params, xs).compile().memory_analysis()
+        assert memory is not None
+        assert memory.temp_size_in_bytes < 4 * len(xs) * params.size / 2

@@ -5,6 +5,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import oracle
 from cases import Problem
@@ -35,48 +36,78 @@ def check(program: Program, names: Sequence[str] = ALL) -> bool:
         AssertionError: an answer is wrong; its message begins with the quantity.
         Refused: there is nothing to compare with.
     """
-    try:
-        blocks = gradients(program.problem)
-    except Exception as error:
-        raise Refused(f"{type(error).__name__}: {error}") from None
-    if not is_finite(blocks):
+    if not _check_once(program, names):
         return False
-    _check_once(program, blocks, names)
     if program.change is not None:
         program.change()
-        blocks = gradients(program.problem)
-        if is_finite(blocks):
-            try:
-                _check_once(program, blocks, names)
-            except AssertionError as error:
-                raise AssertionError(f"after the change: {error}") from None
+        try:
+            _check_once(program, names[:1])  # what is stale is so for every question
+        except AssertionError as error:
+            raise AssertionError(f"after the change: {error}") from None
     return True
 
 
 def gradients(problem: Problem) -> Any:
     """By `vmap(grad)`, of the loss as it is now."""
     afresh = lambda *args: problem.loss(*args)
-    return oracle.vmap_of_grad(Problem(afresh, problem.params, problem.batch))
+    try:
+        return oracle.vmap_of_grad(Problem(afresh, problem.params, problem.batch))
+    except Exception as error:
+        raise Refused(f"{type(error).__name__}: {error}") from None
 
 
 def is_finite(blocks: Any) -> bool:
     return all(np.all(np.isfinite(x)) for x in jax.tree.leaves(blocks))
 
 
-def _check_once(program: Program, blocks: Any, names: Sequence[str]) -> None:
+def _check_once(program: Program, names: Sequence[str]) -> bool:
     problem, rng = program.problem, np.random.default_rng(0)
-    matrix = oracle.matrix(blocks)
-    size = len(matrix)
-    norms = np.linalg.norm(matrix, axis=1)
+    size = len(problem.batch[0])
     arguments = {
         "weights": WEIGHTS[:size],
-        "max_norm": max(0.9 * np.median(norms), 1e-3) if size else 1.0,
-        "direction": jax.tree.map(lambda x: rng.normal(size=x.shape[1:]), blocks),
+        "max_norm": 1.0,
+        "direction": jax.tree.map(lambda x: rng.normal(size=x.shape), problem.params),
     }
     if size < 3:  # a variance of what is there needs two examples of a weight, a mean one
         names = [name for name in names if "variance" not in name and (size or "moment" not in name)]
-    want = _wanted(blocks, arguments, size)
-    compare(_answers(program, problem, names, arguments), want, TOLERANCE)
+    if program.mode == "jit, with what is wanted":
+        blocks, arguments["max_norm"], got = _together(problem, names, arguments)
+        if not is_finite(blocks):
+            return False
+    else:
+        blocks = gradients(problem)
+        if not is_finite(blocks):
+            return False
+        arguments["max_norm"] = _max_norm(np, blocks)
+        got = _answers(program, problem, names, arguments)
+    compare(got, _wanted(blocks, arguments, size), TOLERANCE)
+    return True
+
+
+def _max_norm(numpy: Any, blocks: Any) -> Any:
+    """A norm that some examples exceed, and others do not; `numpy` is NumPy, or JAX's."""
+    squares = sum(numpy.sum(x * x, axis=tuple(range(1, x.ndim))) for x in jax.tree.leaves(blocks))
+    return numpy.maximum(0.9 * numpy.mean(numpy.sqrt(squares)), 1e-3) if len(squares) else 1.0
+
+
+def _together(problem: Problem, names: Sequence[str], arguments: dict[str, Any]) -> Any:
+    """The gradients by `vmap(grad)`, what they are clipped to, and the answers, of one program.
+
+    It takes two thirds of the time of two programs, for XLA makes once what both need.
+    """
+    afresh = lambda *args: problem.loss(*args)
+
+    def both(params: Any, batch: Any, arguments: Any) -> Any:
+        try:
+            blocks = jax.vmap(jax.grad(afresh), (None, *(0 for _ in batch)))(params, *batch)
+        except Exception as error:
+            raise Refused(f"{type(error).__name__}: {error}") from None
+        max_norm = _max_norm(jnp, blocks)
+        grads = jgd.per_example_grad(afresh, strategy="factored")(params, *batch)
+        return blocks, max_norm, ask(grads, names, **(arguments | {"max_norm": max_norm}))
+
+    blocks, max_norm, got = jax.jit(both)(problem.params, problem.batch, arguments)
+    return jax.tree.map(np.asarray, blocks), float(max_norm), got
 
 
 def _wanted(blocks: Any, arguments: dict[str, Any], size: int) -> dict[str, Any]:

@@ -4,10 +4,14 @@ import math
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 from jax import lax
 
 from programs.drawing import Env, Shape, Step
 from programs.products import Products
+
+# JAX computes with the number of rows in the integers' own type, and refuses where it does not fit.
+_WRAPPING = ("take wrap", "at fill nan", "in bounds", "w[i]", "w[i, j]")
 
 
 class Lookups(Products):
@@ -35,6 +39,8 @@ class Lookups(Products):
         if "ids" in self.features:
             names += ["take nan", "at fill nan", "w[i]", "index in dim", "take clip"]
         name = self.pick(names)
+        if name in _WRAPPING and (name == "take wrap" or jnp.issubdtype(self.index_dtype, jnp.signedinteger)):
+            rows = min(rows, int(jnp.iinfo(self.index_dtype).max))
         self.say(f"lookup, {name}, axis {axis}")
         operand = self.operand(
             (rows, width)
@@ -125,7 +131,7 @@ class Lookups(Products):
 
 
 def _padding(ix: jax.Array, rows: int) -> jax.Array:
-    return (ix < 0) | (ix >= rows)
+    return (ix < 0) | (ix.astype(np.int64) >= rows)
 
 
 def within(ix: jax.Array, size: int) -> jax.Array:

@@ -57,7 +57,7 @@ class Operands(Drawing):
             return lambda env: jnp.reshape(source(env), shape), f"{text}.reshape{list(shape)}"
         if kind == "slice" and n:
             axis, start, stride = self.int(0, n - 1), self.int(0, 2), self.int(1, 2)
-            end = start + (shape[axis] - 1) * stride + 1
+            end = start + max((shape[axis] - 1) * stride + 1, 0)  # of no elements, where it begins
             source, text = self.path((*shape[:axis], end + self.int(0, 1), *shape[axis + 1 :]), deeper)
             cut = lambda env: lax.slice_in_dim(source(env), start, end, stride, axis)
             return cut, f"{text}[{start}:{end}:{stride} of axis {axis}]"

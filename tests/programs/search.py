@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 TIMEOUT = 180  # seconds for one program
-LIFE = 100  # programs after which a process is made anew: what XLA compiled fills memory
+LIFE = 250  # programs after which a process is made anew: what XLA compiled fills memory
 
 
 @dataclass(frozen=True)
