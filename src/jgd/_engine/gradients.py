@@ -154,7 +154,8 @@ class HeldGradients:
         """Σ ‖g_i − ḡ‖², and ‖Σ g_i‖²."""
         (norms,) = self.norms((tuple(range(len(self.leaf_structs))),))
         of_sum = self.squared_sum()
-        itself = lambda: functools.reduce(jnp.add, [leaf.deviation() for leaf in self.leaves()])
+        zero = jnp.zeros((), jnp.float32)
+        itself = lambda: functools.reduce(jnp.add, [leaf.deviation() for leaf in self.leaves()], zero)
         return deviation_of(jnp.sum(jnp.square(norms)), of_sum, self.size, itself), of_sum
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
