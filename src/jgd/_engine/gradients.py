@@ -19,7 +19,7 @@ from jgd._engine.factored_leaf import FactoredLeaf
 from jgd._engine.leaf_gradients import ByLeaf, LeafGradients
 from jgd._engine.masking import mask_absent
 from jgd._engine.moments import deviation_of
-from jgd._engine.norms import Groups, Squares, root, root_of_ranged, total, trusted, with_digits
+from jgd._engine.norms import Groups, Squares, joined, root, root_of_ranged, total, trusted, with_digits
 from jgd._engine.part_gradients import PartGradients, ranged_squares
 from jgd._engine.parts import Part
 from jgd._engine.paths import leaves_of, path_to, rounds
@@ -132,12 +132,12 @@ class HeldGradients:
     def norms(self, groups: Groups) -> list[jax.Array]:
         """‖g_i‖ of each group of leaves, `(B,)`."""
         if not self.looks_at_digits:
-            return _norms(self, groups)[0]
-        return with_digits(
-            functools.partial(_trusted_norms, groups=groups),
-            functools.partial(_norms_of, groups=groups),
-            self,
-        )
+            squares = _squares(self)
+            some = [[squares[leaf].value for leaf in group if leaf in squares] for group in groups]
+            return [root(total(each, self.size)) for each in some]
+        # The norms of all leaves, whatever the groups: then all questions share them.
+        norms = with_digits(_trusted_norms, _norms_of, self)
+        return [joined([norms[leaf] for leaf in group if leaf in norms], self.size) for group in groups]
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i. Leaves in the accumulation dtype."""
@@ -192,31 +192,26 @@ class HeldGradients:
         return functools.reduce(jnp.add, each, jnp.zeros((self.size, dim), jnp.float32)) / math.sqrt(dim)
 
 
-def _norms(held: HeldGradients, groups: Groups) -> tuple[list[jax.Array], dict[int, Squares]]:
-    """‖g_i‖ of each group of leaves, from the squares, and these."""
+def _squares(held: HeldGradients) -> dict[int, Squares]:
     each: dict[int, Squares] = {}
     for leaf in held.leaves():
         each |= leaf.squared_norms()
-    squares = [[each[leaf].value for leaf in group if leaf in each] for group in groups]
-    return [root(total(some, held.size)) for some in squares], each
+    return each
 
 
-def _trusted_norms(held: HeldGradients, groups: Groups) -> tuple[list[jax.Array], jax.Array]:
-    """‖g_i‖ of each group of leaves, from the squares, and which examples' have digits left."""
-    made, each = _norms(held, groups)
-    return made, trusted(each, groups, held.size)
+def _trusted_norms(held: HeldGradients) -> tuple[ByLeaf, jax.Array]:
+    """‖g_i‖ of each leaf, from the squares, and which examples' have digits left."""
+    squares = _squares(held)
+    return {leaf: root(x.value) for leaf, x in squares.items()}, trusted(squares, held.size)
 
 
-def _norms_of(held: HeldGradients, number: jax.Array, groups: Groups) -> list[jax.Array]:
-    """‖g_i‖ of each group of leaves, of one example and from its gradient."""
+def _norms_of(held: HeldGradients, number: jax.Array) -> ByLeaf:
+    """‖g_i‖ of each leaf, of one example and from its gradient."""
     pieces = [piece for leaf in held.leaves() for piece in leaf.pieces(number)]
-    squares = ranged_squares([piece for _, piece in pieces])
-    zero = jnp.zeros(3, squares[0].dtype if squares else jnp.float32)
-    of_leaf: ByLeaf = {}
-    for (leaf, _), square in zip(pieces, squares, strict=True):
-        of_leaf[leaf] = of_leaf.get(leaf, zero) + square
-    of_group = lambda group: functools.reduce(jnp.add, [of_leaf.get(leaf, zero) for leaf in group], zero)
-    return [root_of_ranged(of_group(group)) for group in groups]
+    squares: ByLeaf = {}
+    for (leaf, _), square in zip(pieces, ranged_squares([piece for _, piece in pieces]), strict=True):
+        squares[leaf] = squares[leaf] + square if leaf in squares else square
+    return {leaf: root_of_ranged(square) for leaf, square in squares.items()}
 
 
 def _joined(each: Any) -> ByLeaf:

@@ -59,26 +59,27 @@ def has_digits(square: jax.Array, bound: jax.Array) -> jax.Array:
     return square >= _CANCELLED * jnp.finfo(square.dtype).eps * bound
 
 
-def trusted(each: Mapping[int, Squares], groups: Groups, size: int) -> jax.Array:
+def trusted(each: Mapping[int, Squares], size: int) -> jax.Array:
     """Which examples' norms need not be computed again, `(B,)`."""
     every = lambda flags: functools.reduce(jnp.logical_and, flags, jnp.ones(size, bool))
     digits = every(x.trusted for x in each.values() if x.trusted is not None)
-    open_to = [[each[leaf] for leaf in group if leaf in each] for group in groups]
-    open_to = [group for group in open_to if any(x.vanishes is not None for x in group)]
-    inside = every(map(_in_range, open_to))
-
-    def or_vanishes() -> jax.Array:
-        zero = lambda group: every((x.value == 0 if x.vanishes is None else x.vanishes()) for x in group)
-        return every(_in_range(group) | zero(group) for group in open_to)
-
+    ranged = [(_in_range(x), x.vanishes) for x in each.values() if x.vanishes is not None]
+    inside = every(fits for fits, _ in ranged)
+    or_vanishes = lambda: every(fits | vanishes() for fits, vanishes in ranged)
     return digits & jax.lax.cond(jnp.all(inside), lambda: inside, or_vanishes)
 
 
-def _in_range(group: Sequence[Squares]) -> jax.Array:
-    square = total([x.value for x in group], group[0].value.size)
-    limits = jnp.finfo(square.dtype)
-    least = float(limits.tiny) * _SMALL * max(sum(x.size for x in group), 1)
-    return (square >= least) & (square <= float(limits.max) * _LARGE)
+def _in_range(squares: Squares) -> jax.Array:
+    limits = jnp.finfo(squares.value.dtype)
+    least = float(limits.tiny) * _SMALL * max(squares.size, 1)
+    return (squares.value >= least) & (squares.value <= float(limits.max) * _LARGE)
+
+
+def joined(norms: Sequence[jax.Array], size: int) -> jax.Array:
+    """The norm of some leaves together, from their own, `(B,)`."""
+    largest = jax.lax.stop_gradient(functools.reduce(jnp.maximum, norms, jnp.zeros(size, jnp.float32)))
+    unit = jnp.where((largest > 0) & jnp.isfinite(largest), largest, 1)
+    return unit * root(total([jnp.square(x / unit.astype(x.dtype)) for x in norms], size))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -101,9 +101,13 @@ class PartGradients:
         return grams.ranged_square_of_columns(made, layout.sizes()[1], tile=_COLUMNS)
 
     def vanishes(self) -> jax.Array:
-        """Which gradients are 0 because nothing depends on the output, `(B,)`."""
-        each = zip(self.batch.arrays, self.batch.axes, strict=True)
-        zero = [norms.vanishes(data.cotangents, axis) for data, axis in each]
+        """Which gradients are 0 because the cotangents, or what they are multiplied by, are 0, `(B,)`."""
+        zero = []
+        for rule, data, axis in zip(self.rules.rules, self.batch.arrays, self.batch.axes, strict=True):
+            zero.append(norms.vanishes(data.cotangents, axis))
+            values = [x for x in data.values.values() if jnp.issubdtype(x.dtype, jnp.inexact)]
+            if rule.is_linear and len(values) == 1:
+                zero[-1] |= norms.vanishes(values, axis)
         return functools.reduce(jnp.logical_and, zero)
 
     def example(self, number: jax.Array) -> "PartGradients":
