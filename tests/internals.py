@@ -41,10 +41,10 @@ from jgd._demo.walk import recorded
 from jgd._engine import (
     batch_sums,
     devices,
-    gradients,
     jaxprs,
     lookups,
     moments,
+    norms,
     rules,
     tiles,
     versions,

@@ -8,7 +8,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import Draw, Problem
-from internals import form_of, gradients
+from internals import form_of, norms
 from jax import lax
 
 import jgd
@@ -141,8 +141,8 @@ def test_a_sum_of_examples_that_cancel():
 
 @pytest.mark.parametrize("positions", [2, 16, 200])
 def test_ordinary_data_are_not_computed_again(positions, monkeypatch):
-    trusted, asked = gradients.trusted, []
-    monkeypatch.setattr(gradients, "trusted", lambda *args: asked.append(trusted(*args)) or asked[-1])
+    has_digits, asked = norms.has_digits, []
+    monkeypatch.setattr(norms, "has_digits", lambda *args: asked.append(has_digits(*args)) or asked[-1])
     jax.clear_caches()
     draw = Draw(1)
     w, x = jnp.asarray(draw(256, 300), jnp.float32), jnp.asarray(draw(B, positions, 256), jnp.float32)

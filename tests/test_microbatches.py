@@ -102,7 +102,8 @@ def test_max_memory_chooses_a_microbatch_that_stays_within():
     whole = temporary(clipped(loss), params, x)
     limit = whole // 3
     within = clipped(loss, max_memory=limit)
-    # Beside the microbatch there is the sum that grows, the parameters' size, and an example that is computed again.
+    # Beside the microbatch there is the sum that grows: the parameters' size. A product's operand that would be made in
+    # its loop may be stored too.
     assert temporary(within, params, x) <= limit + 4 * sum(p.nbytes for p in params)
     want = clipped(loss)(params, x)
     jax.tree.map(functools.partial(np.testing.assert_allclose, rtol=1e-4, atol=1e-4), within(params, x), want)

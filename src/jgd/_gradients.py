@@ -272,4 +272,4 @@ def held_form(grads: Any) -> tuple[Gradients, Any]:
             )
         lengths[name] = leaf.shape[0]
     common_length(lengths, "`grads`", may_be_empty=True)
-    return DenseGradients([stored(jnp.asarray(leaf)) for _, leaf in paths], is_given=True), treedef
+    return DenseGradients([stored(jnp.asarray(leaf)) for _, leaf in paths]), treedef

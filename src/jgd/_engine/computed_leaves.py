@@ -18,9 +18,8 @@ from jgd._engine.batch_sums import sum_present
 from jgd._engine.dense_leaf import DenseLeaf
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factored_leaf import placed
-from jgd._engine.leaf_gradients import ByLeaf, Piece
+from jgd._engine.leaf_gradients import ByLeaf
 from jgd._engine.moments import Spread
-from jgd._engine.norms import Squares
 from jgd._engine.part_gradients import PartGradients, joined
 from jgd._engine.parts import Part
 from jgd._engine.tiles import Batch
@@ -92,14 +91,8 @@ class ComputedLeaves:
         made = self._blocks(self._pull(), self._batch.arrays, self._size)
         return {leaf: x.reshape(self._size, *self.likes[leaf].shape) for leaf, x in made.items()}
 
-    def squared_norms(self) -> dict[int, Squares]:
-        made = self._tiled(lambda made: {leaf: jax.vmap(factors.sum_squares)(x) for leaf, x in made.items()})
-        vanishes = lambda: functools.reduce(jnp.logical_and, [part.vanishes() for _, part in self.parts])
-        return {leaf: Squares(x, self.likes[leaf].size, None, vanishes) for leaf, x in made.items()}
-
-    def pieces(self, number: jax.Array) -> list[tuple[int, Piece]]:
-        arrays = [gradients.example(number).batch.arrays for _, gradients in self.parts]
-        return list(self._blocks(self._pull(), arrays, 1).items())
+    def squared_norms(self) -> ByLeaf:
+        return self._tiled(lambda made: {leaf: jax.vmap(factors.sum_squares)(x) for leaf, x in made.items()})
 
     def deviation(self) -> jax.Array:
         return jnp.sum(self._spread(None).square)

@@ -11,8 +11,7 @@ import jax.numpy as jnp
 from jgd._engine import factors, grams, moments
 from jgd._engine.batch_sums import mask_rows, scale_rows, sum_masked, sum_present
 from jgd._engine.dtypes import accumulation_dtype
-from jgd._engine.leaf_gradients import ByLeaf, Piece
-from jgd._engine.norms import Squares, vanishes
+from jgd._engine.leaf_gradients import ByLeaf
 from jgd._engine.projection import directions
 
 
@@ -44,13 +43,9 @@ class DenseLeaf:
     def blocks(self) -> ByLeaf:
         return {self.leaf: self.block}
 
-    def squared_norms(self) -> dict[int, Squares]:
+    def squared_norms(self) -> ByLeaf:
         wide = self._flat.astype(accumulation_dtype(self.block))
-        square, size = jnp.sum(jnp.square(wide), axis=1), wide.shape[1]
-        return {self.leaf: Squares(square, size, None, lambda: vanishes([self._flat], 0))}
-
-    def pieces(self, number: jax.Array) -> list[tuple[int, Piece]]:
-        return [(self.leaf, self.block[number])]
+        return {self.leaf: jnp.sum(jnp.square(wide), axis=1)}
 
     def weighted_sum(self, weights: jax.Array | None) -> ByLeaf:
         if weights is None and self.is_of_pass:

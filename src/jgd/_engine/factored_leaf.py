@@ -12,8 +12,7 @@ from jgd._engine import factors
 from jgd._engine.batch_sums import sum_masked
 from jgd._engine.dense_leaf import DenseLeaf
 from jgd._engine.devices import Device
-from jgd._engine.leaf_gradients import ByLeaf, Piece
-from jgd._engine.norms import Squares, root
+from jgd._engine.leaf_gradients import ByLeaf
 from jgd._engine.part_gradients import PartGradients, joined
 from jgd._engine.parts import Part
 from jgd._engine.projection import directions
@@ -60,33 +59,12 @@ class FactoredLeaf:
         flat = [(part, gradients.flat_blocks()) for part, gradients in self.parts]
         return {self.leaf: placed(flat, self.like)}
 
-    def squared_norms(self) -> dict[int, Squares]:
+    def squared_norms(self) -> ByLeaf:
         total = jnp.zeros(self._batch.size, jnp.float32) if self.squares is None else self.squares
-        flags = []
-        for _, gradients in self._unprobed():
-            square, trusted = _squares(gradients)
-            total = total + square
-            flags += [] if trusted is None else [trusted]
-        trusted = functools.reduce(jnp.logical_and, flags) if flags else None
-        # What the steps of a pass have left is not stored to compute a norm again.
-        vanishes = self._vanishes if self._unprobed() else None
-        return {self.leaf: Squares(total, self.like.size, trusted, vanishes)}
-
-    def _unprobed(self) -> list[tuple[Part, PartGradients]]:
-        """The parts whose squares the pass has not made."""
-        each = zip(self.parts, self.probed, strict=True)
-        return [part for part, probed in each if self.squares is None or not probed]
-
-    def _vanishes(self) -> jax.Array:
-        each = [gradients.vanishes() for _, gradients in self._unprobed()]
-        return functools.reduce(jnp.logical_and, each if self.squares is None else [*each, self.squares == 0])
-
-    def pieces(self, number: jax.Array) -> list[tuple[int, Piece]]:
-        known = [] if self.squares is None else [root(self.squares[number])]
-        return [
-            *((self.leaf, x) for x in known),
-            *((self.leaf, gradients.example(number)) for _, gradients in self._unprobed()),
-        ]
+        for (_, gradients), probed in zip(self.parts, self.probed, strict=True):
+            if self.squares is None or not probed:
+                total = total + _squares(gradients)
+        return {self.leaf: total}
 
     def weighted_sum(self, weights: jax.Array | None) -> ByLeaf:
         if weights is None and self.is_reduced:

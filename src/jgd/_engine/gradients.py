@@ -19,8 +19,8 @@ from jgd._engine.factored_leaf import FactoredLeaf
 from jgd._engine.leaf_gradients import ByLeaf, LeafGradients
 from jgd._engine.masking import mask_absent
 from jgd._engine.moments import deviation_of
-from jgd._engine.norms import Groups, Squares, joined, root, root_of_ranged, total, trusted, with_digits
-from jgd._engine.part_gradients import PartGradients, ranged_squares
+from jgd._engine.norms import Groups, root, total
+from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part
 from jgd._engine.paths import leaves_of, path_to, rounds
 from jgd._engine.plan import Plan, has_second_pass
@@ -121,23 +121,11 @@ class HeldGradients:
         zeros = lambda x: jnp.zeros((self.size, *x.shape), x.dtype)
         return [made[k].astype(x.dtype) if k in made else zeros(x) for k, x in enumerate(self.leaf_structs)]
 
-    @property
-    def looks_at_digits(self) -> bool:
-        """Whether norms whose squares have lost their digits, or are out of range, are computed again.
-
-        For that all that the norms are made from must stay until they are known, and over several devices travel.
-        """
-        return False
-
     def norms(self, groups: Groups) -> list[jax.Array]:
         """‖g_i‖ of each group of leaves, `(B,)`."""
-        if not self.looks_at_digits:
-            squares = _squares(self)
-            some = [[squares[leaf].value for leaf in group if leaf in squares] for group in groups]
-            return [root(total(each, self.size)) for each in some]
-        # The norms of all leaves, whatever the groups: then all questions share them.
-        norms = with_digits(_trusted_norms, _norms_of, self)
-        return [joined([norms[leaf] for leaf in group if leaf in norms], self.size) for group in groups]
+        squares = _joined(leaf.squared_norms() for leaf in self.leaves())
+        of = lambda group: total([squares[leaf] for leaf in group if leaf in squares], self.size)
+        return [root(of(group)) for group in groups]
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i. Leaves in the accumulation dtype."""
@@ -192,28 +180,6 @@ class HeldGradients:
         return functools.reduce(jnp.add, each, jnp.zeros((self.size, dim), jnp.float32)) / math.sqrt(dim)
 
 
-def _squares(held: HeldGradients) -> dict[int, Squares]:
-    each: dict[int, Squares] = {}
-    for leaf in held.leaves():
-        each |= leaf.squared_norms()
-    return each
-
-
-def _trusted_norms(held: HeldGradients) -> tuple[ByLeaf, jax.Array]:
-    """‖g_i‖ of each leaf, from the squares, and which examples' have digits left."""
-    squares = _squares(held)
-    return {leaf: root(x.value) for leaf, x in squares.items()}, trusted(squares, held.size)
-
-
-def _norms_of(held: HeldGradients, number: jax.Array) -> ByLeaf:
-    """‖g_i‖ of each leaf, of one example and from its gradient."""
-    pieces = [piece for leaf in held.leaves() for piece in leaf.pieces(number)]
-    squares: ByLeaf = {}
-    for (leaf, _), square in zip(pieces, ranged_squares([piece for _, piece in pieces]), strict=True):
-        squares[leaf] = squares[leaf] + square if leaf in squares else square
-    return {leaf: root_of_ranged(square) for leaf, square in squares.items()}
-
-
 def _joined(each: Any) -> ByLeaf:
     made: ByLeaf = {}
     for one in each:
@@ -240,19 +206,9 @@ def _gram(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DenseGradients(HeldGradients):
-    """B gradients as one `(B, *leaf.shape)` block for each leaf, as `vmap(grad)` returns them.
-
-    Attributes:
-        arrays: the blocks.
-        is_given: whether they are arguments, which stay anyway, and not made in the same program.
-    """
+    """B gradients as one `(B, *leaf.shape)` block for each leaf, as `vmap(grad)` returns them."""
 
     arrays: list[jax.Array]
-    is_given: bool = field(default=False, metadata={"static": True})
-
-    @property
-    def looks_at_digits(self) -> bool:
-        return self.is_given and self.num_shards == 1
 
     @property
     def size(self) -> int:
@@ -347,10 +303,6 @@ class FactoredGradients(HeldGradients):
         if self.plan.computed:
             made.append(self._computed([(part, gradients) for _, part, gradients in parts]))
         return made
-
-    @property
-    def looks_at_digits(self) -> bool:
-        return any(part.rules.may_cancel for part in self.plan.parts)
 
     def _parts(self) -> list[tuple[Part, PartGradients]]:
         data = site_data(self.plan, self.model, self.residuals)

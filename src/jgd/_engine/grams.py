@@ -17,7 +17,6 @@ import jax.numpy as jnp
 from jgd._engine import lookups
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factors import Outer, Rows, add, contract
-from jgd._engine.norms import ranged_square
 from jgd._engine.tiles import fold_tiles, tile_of
 from jgd._mesh import everywhere, varying
 
@@ -66,12 +65,6 @@ def of_columns(
     return _folded(
         sides, p, lambda so_far, *flat: so_far + of_blocks(*flat), (sizes[0], sizes[-1]), dtype, tile
     )
-
-
-def ranged_square_of_columns(made: Sequence[Outer | Rows], p: int, *, tile: int) -> jax.Array:
-    """‖g‖² of the only example, as `norms.ranged_square` gives it."""
-    join = lambda so_far, flat: so_far + ranged_square(flat)
-    return _folded([made], p, join, (3,), accumulation_dtype(made[0].right), tile)
 
 
 def deviation_of_columns(made: Sequence[Outer | Rows], p: int, *, tile: int) -> jax.Array:

@@ -10,13 +10,7 @@ from typing import Any, Protocol
 
 import jax
 
-from jgd._engine.norms import Squares
-from jgd._engine.part_gradients import PartGradients
-
 ByLeaf = dict[int, jax.Array]
-
-# Of one example: the gradient in a part, or numbers whose squares add up to a square.
-Piece = PartGradients | jax.Array
 
 
 class LeafGradients(Protocol):
@@ -26,12 +20,8 @@ class LeafGradients(Protocol):
         """g_i, `(B, *leaf)`."""
         ...
 
-    def squared_norms(self) -> dict[int, Squares]:
-        """‖g_i‖², `(B,)`, and what says whether they can be trusted."""
-        ...
-
-    def pieces(self, number: jax.Array) -> list[tuple[int, Piece]]:
-        """What one example's norm is computed from again: pieces of its gradient, each with the leaf's number."""
+    def squared_norms(self) -> ByLeaf:
+        """‖g_i‖², `(B,)`."""
         ...
 
     def weighted_sum(self, weights: jax.Array | None) -> ByLeaf:

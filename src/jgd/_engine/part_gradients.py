@@ -3,7 +3,6 @@
 The same code serves after the backward pass and in a step of a scan's backward pass.
 """
 
-import functools
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
@@ -13,7 +12,6 @@ import jax.numpy as jnp
 
 from jgd._engine import factors, grams, lookups, moments, norms, tiles
 from jgd._engine.batch_sums import sum_leading
-from jgd._engine.dtypes import common_dtype
 from jgd._engine.parts import PartRules
 from jgd._engine.tiles import Batch
 
@@ -75,40 +73,25 @@ class PartGradients:
         each = jnp.ones(self.batch.size) if weights is None else weights
         return self.batch.with_each(each).folded(of_tile, self.rules.size)
 
-    def squares(self) -> tuple[jax.Array, jax.Array | None]:
-        """‖G_i‖², `(B,)`, by the part's method, and whether it can be trusted: None where nothing can cancel."""
+    def squares(self) -> jax.Array:
+        """‖G_i‖², `(B,)`, by the part's method."""
         if self.is_kept:
-            return jax.vmap(factors.sum_squares)(self.native_blocks()), None
-        of_one = self.rules.square_and_bound if self.rules.may_cancel else self.rules.square
-        made = self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.cost.numbers)
-        if not self.rules.may_cancel:
-            return made, None
-        square, bound = made
+            return jax.vmap(factors.sum_squares)(self.native_blocks())
+        if self.rules.may_cancel:
+            return norms.with_digits(PartGradients._squares_by_pairs, PartGradients._square_again, self)
+        return self._squares_by(self.rules.square)
+
+    def _squares_by(self, of_one: Callable[[Any], Any]) -> Any:
+        return self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.cost.numbers)
+
+    def _squares_by_pairs(self) -> tuple[jax.Array, jax.Array]:
+        """The squares, and which of them have digits left."""
+        square, bound = self._squares_by(self.rules.square_and_bound)
         return square, norms.has_digits(square, bound)
 
-    def ranged_square(self) -> jax.Array:
-        """‖G‖² of the only example, from the gradient itself, as `norms.ranged_square` gives it."""
-        layout = self.rules.layout
-        if layout is None or not self.rules.has_pairs:
-            return norms.ranged_square(self.native_blocks())
-        made = self.factors()
-        if self.rules.is_lookup:
-            first, total = factors.by_row(made[0].index, made[0].right, layout.sizes()[1])
-            return norms.ranged_square(jnp.where(first[:, :, None], total, 0))
-        if self.rules.is_outer:
-            left, right = (jax.vmap(norms.norm)(x[0, :, 0]) for x in made[0])
-            return norms.ranged_square(left * right)
-        return grams.ranged_square_of_columns(made, layout.sizes()[1], tile=_COLUMNS)
-
-    def vanishes(self) -> jax.Array:
-        """Which gradients are 0 because the cotangents, or what they are multiplied by, are 0, `(B,)`."""
-        zero = []
-        for rule, data, axis in zip(self.rules.rules, self.batch.arrays, self.batch.axes, strict=True):
-            zero.append(norms.vanishes(data.cotangents, axis))
-            values = [x for x in data.values.values() if jnp.issubdtype(x.dtype, jnp.inexact)]
-            if rule.is_linear and len(values) == 1:
-                zero[-1] |= norms.vanishes(values, axis)
-        return functools.reduce(jnp.logical_and, zero)
+    def _square_again(self, number: jax.Array) -> jax.Array:
+        """‖G_i‖² of one example from a few columns of its gradient at a time, positions summed first."""
+        return _by_columns(self.example(number).factors(), self.rules)
 
     def example(self, number: jax.Array) -> "PartGradients":
         """The gradient of one example."""
@@ -216,31 +199,6 @@ def joined(parts: Sequence[PartGradients]) -> Batch:
 
 
 _COLUMNS = 1 << 16  # elements of a gradient that is computed again to have at a time
-
-
-def ranged_squares(pieces: Sequence[PartGradients | jax.Array]) -> list[jax.Array]:
-    """‖·‖² of pieces of one example's gradient, all in one dtype.
-
-    Those of a kind go through one program, one after the other: it is rarely run, and each would have to be compiled.
-    """
-    made: dict[int, jax.Array] = {}
-    kinds: dict[Any, list[int]] = {}
-    for k, piece in enumerate(pieces):
-        if isinstance(piece, PartGradients):
-            shapes = tuple((x.shape, str(x.dtype)) for x in jax.tree.leaves(piece))
-            kinds.setdefault((jax.tree.structure(piece), shapes), []).append(k)
-        else:
-            made[k] = norms.ranged_square(piece)
-    for numbers in kinds.values():
-        same: list[Any] = [pieces[k] for k in numbers]
-        if len(same) == 1:
-            each = [same[0].ranged_square()]
-        else:
-            each = jax.lax.map(PartGradients.ranged_square, jax.tree.map(lambda *x: jnp.stack(x), *same))
-        made |= {k: each[place] for place, k in enumerate(numbers)}
-    dtype = common_dtype(jnp.float32, *made.values())
-    again = lambda x: norms.ranged_square(norms.root_of_ranged(x).astype(dtype))
-    return [made[k] if made[k].dtype == dtype else again(made[k]) for k in range(len(pieces))]
 
 
 def _by_columns(made: Sequence[Any], rules: PartRules) -> jax.Array:

@@ -22,7 +22,6 @@ import jax.numpy as jnp
 from jgd._engine.factors import group, sum_squares
 from jgd._engine.jaxprs import bind
 from jgd._engine.moments import deviation_of
-from jgd._engine.norms import root_of_ranged, with_digits
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part, PartRules
 from jgd._engine.rules import rule_of
@@ -216,12 +215,7 @@ def _square(probe: Probe, data: jax.Array, cotangent: jax.Array) -> jax.Array:
     """One example's squared norm. Where pairs may cancel, all examples' are made, and those that did are made again."""
     if not probe.rules.may_cancel:
         return probe.rules.square(probe.data(data, cotangent))
-    squares = with_digits(PartGradients.squares, _square_again, _of_all(probe, data, cotangent))
-    return squares[jax.lax.axis_index(EXAMPLES)]
-
-
-def _square_again(gradients: PartGradients, number: jax.Array) -> jax.Array:
-    return jnp.square(root_of_ranged(gradients.example(number).ranged_square()))
+    return _of_all(probe, data, cotangent).squares()[jax.lax.axis_index(EXAMPLES)]
 
 
 def _of_all(probe: Probe, data: jax.Array, cotangent: jax.Array) -> PartGradients:

@@ -64,8 +64,8 @@ def norms(grads: Grads, *, per_leaf: bool = False, groups: Any = None) -> Any:
 
     Returns:
         `(B,)`; with `per_leaf`, a pytree like the parameters of `(B,)`, with `groups` one like `groups`. At least
-        float32. A gradient that is not finite has a norm that is not finite. One below 1e-19 or above 1e19 in float32
-        may come out as 0 or inf, where the engine has only its square; see docs/accuracy.md.
+        float32. A gradient that is not finite has a norm that is not finite. One whose square leaves the range of
+        that dtype, in float32 a norm below 1e-19 or above 1e19, comes out as 0 or inf.
 
     Raises:
         ValueError: `groups` is no prefix of the parameters, or is given beside `per_leaf`.
