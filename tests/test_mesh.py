@@ -29,8 +29,8 @@ FEW = {
 }
 
 
-# Kernels that are computed, or convolved in no way that a rule knows: XLA gets `vmap` of their derivatives wrong.
-REFUSED = ("generated_kernel", "standardised_kernel", "batch_groups")
+# Kernels that are convolved in no way that a rule knows: XLA gets `vmap` of their derivatives wrong.
+REFUSED = ("batch_groups",)
 # XLA does not compile the forward pass where the kernel's channels are spread over devices.
 NOT_PARTITIONED = ("conv2d_depthwise_multiplied",)
 
@@ -95,11 +95,7 @@ def test_every_reduction_gives_one_devices_answer(name, placement, x64, small_ti
             ask(params, *batch)
         gradients = jgd.per_example_grad(case.loss)
         total = jax.jit(lambda params, *batch: jgd.mean(gradients(params, *batch), jnp.asarray(WEIGHTS)))
-        if name != "batch_groups":
-            check({"weighted_mean": total(params, *batch)}, wanted(case))
-        else:
-            with pytest.raises(NotImplementedError, match=r"inside of `jax\.shard_map`"):
-                total(params, *batch)
+        check({"weighted_mean": total(params, *batch)}, wanted(case))
         return
     if name in NOT_PARTITIONED and placement != "replicated":
         with pytest.raises(jax.errors.JaxRuntimeError, match="feature_group_count"):
