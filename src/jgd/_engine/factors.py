@@ -246,7 +246,7 @@ def by_row(
     earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
     first = ~jnp.any(same & earlier[None], axis=2) & (index < rows)
     summed = lambda right: contract("its,isq->itq", same.astype(right.dtype), right)
-    if not apart:
+    if not apart or right.shape[1] == 0:
         return first, summed(right)
     finite = jnp.isfinite(right)
     add = lambda index, right: jnp.zeros_like(right).at[index].add(right)
