@@ -36,6 +36,19 @@ def test_the_parts_of_the_noise_scale_are_unbiased():
         assert abs(np.mean(got) - want) < 4 * error < 0.1 * want
 
 
+def test_an_operand_wider_than_the_output(x64):
+    draw = Draw(6)
+    w, x = jnp.asarray(draw(6, 6)), jnp.asarray(draw(4, 5, 6))
+    narrow = lambda w, x: jnp.einsum("tp,pq->tq", x, w, preferred_element_type=jnp.float32)
+    loss = lambda w, x: jnp.sum(jnp.sin(narrow(w, x)))
+    flat = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(w, x)).reshape(4, -1)
+    grads = jgd.per_example_grad(loss, strategy="factored")(w, x)
+    np.testing.assert_allclose(jgd.norms(grads), np.linalg.norm(flat, axis=1), rtol=1e-6)
+    np.testing.assert_allclose(jgd.gram(grads), flat @ flat.T, rtol=1e-5)
+    trace = np.sum(np.var(flat, axis=0, ddof=1))
+    np.testing.assert_allclose(jgd.noise_scale(grads).trace_covariance, trace, rtol=1e-5)
+
+
 @pytest.mark.parametrize("reduction", [jgd.second_moment, jgd.variance])
 def test_an_infinite_lookup_stays_in_its_row(reduction):
     draw = Draw(4)

@@ -8,7 +8,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.gradients import HeldGradients
-from jgd._engine.norms import Groups
+from jgd._engine.norms import Groups, all_together
 from jgd._weights import linear_in_weights, sums
 
 
@@ -19,7 +19,7 @@ def clipped_sum(
 
     A gradient that is not finite adds nothing.
     """
-    sums, (norm,) = clipped_sum_of_groups(form, [max_norm], (tuple(range(len(form.leaf_structs))),), weights)
+    sums, (norm,) = clipped_sum_of_groups(form, [max_norm], all_together(form.leaf_structs), weights)
     return sums, norm
 
 

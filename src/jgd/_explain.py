@@ -14,6 +14,7 @@ from jgd._engine.blocks import blocks_at_once
 from jgd._engine.calls import Call, Loss, bind
 from jgd._engine.costs import Cost, weight_gradient
 from jgd._engine.flops import work_of
+from jgd._engine.norms import all_together
 from jgd._engine.parts import Part, Use
 from jgd._engine.plan import PLANNED, Plan, plan_of
 from jgd._engine.residuals import Model
@@ -205,7 +206,7 @@ def _measured(program: TracedLoss, constants: list[Any], call: Call) -> tuple[fl
         return jax.grad(summed)(model.params)
 
     held = lambda model, batch: gradients_of(program, "auto", True, *model, batch)[2]
-    norms_of = lambda form: form.norms((tuple(range(len(form.leaf_structs))),))
+    norms_of = lambda form: form.norms(all_together(form.leaf_structs))
     asked = (
         plain_gradient,
         lambda *of: norms_of(held(*of)),

@@ -16,6 +16,7 @@ from jax.sharding import PartitionSpec
 from jgd._engine.factors import sum_squares
 from jgd._engine.gradients import OfGradients
 from jgd._engine.moments import deviation_of, inverse
+from jgd._engine.norms import all_together
 from jgd._engine.residuals import Model
 from jgd._engine.trace import TracedLoss
 from jgd._execution import Strategy, gradients_of, values_of
@@ -104,8 +105,7 @@ class MicrobatchedGradients:
 
     def deviation_and_squared_sum(self) -> tuple[jax.Array, jax.Array]:
         """Σ ‖g_i − ḡ‖², and ‖Σ g_i‖²."""
-        everything = (tuple(range(len(self.leaf_structs))),)
-        both = lambda form, weights: (form.weighted_sum(weights), form.norms(everything))
+        both = lambda form, weights: (form.weighted_sum(weights), form.norms(all_together(form.leaf_structs)))
         total, (norms,) = self.map_microbatches(both, None)
         of_sum = jnp.sum(jnp.stack([sum_squares(x) for x in total]))
         itself = lambda: jnp.sum(jnp.stack([jnp.sum(x) for x in self.spreads(None)]))

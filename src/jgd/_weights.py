@@ -15,7 +15,7 @@ import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
 from jgd._engine.gradients import Gradients
-from jgd._engine.norms import Groups
+from jgd._engine.norms import Groups, all_together
 
 
 def linear_in_weights(
@@ -91,7 +91,7 @@ def _spreads_jvp(primals: Any, tangents: Any) -> Any:
 
 def _is_finite(form: Gradients) -> jax.Array:
     """Whether each gradient is finite."""
-    (norm,) = norms(form, (tuple(range(len(form.leaf_structs))),))
+    (norm,) = norms(form, all_together(form.leaf_structs))
     return jnp.isfinite(norm)
 
 

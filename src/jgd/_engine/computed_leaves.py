@@ -20,7 +20,7 @@ from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factored_leaf import placed
 from jgd._engine.leaf_gradients import ByLeaf
 from jgd._engine.moments import Spread
-from jgd._engine.part_gradients import PartGradients, joined
+from jgd._engine.part_gradients import PartGradients, dot, joined
 from jgd._engine.parts import Part
 from jgd._engine.tiles import Batch
 
@@ -163,7 +163,7 @@ class ComputedLeaves:
             along |= jax.jvp(self.path, (list(self.sources.values()),), (tangents,))[1]
         total = jnp.zeros(self._size, jnp.float32)
         for part, gradients in self.parts:
-            total = total + _dot_of(gradients, factors.pick(along[part.leaf], part.offset, part.axes))
+            total = total + dot(gradients, factors.pick(along[part.leaf], part.offset, part.axes))
         return total
 
     def gram(self, other: "ComputedLeaves | None", *, num_shards: int) -> jax.Array:
@@ -199,9 +199,6 @@ class ComputedLeaves:
             return functools.reduce(jnp.add, each)
 
         return self._tiled(of_tile)
-
-
-_dot_of = jax.jit(PartGradients.dot)  # traced once for all parts that are equal but for their arrays
 
 
 def _power_of_two(arrays: Sequence[jax.Array]) -> jax.Array:

@@ -13,7 +13,7 @@ from jgd._engine.batch_sums import sum_masked
 from jgd._engine.dense_leaf import DenseLeaf
 from jgd._engine.devices import Device
 from jgd._engine.leaf_gradients import ByLeaf
-from jgd._engine.part_gradients import PartGradients, joined
+from jgd._engine.part_gradients import PartGradients, dot, joined
 from jgd._engine.parts import Part
 from jgd._engine.projection import directions
 from jgd._engine.scan_reductions import ScanReductions
@@ -111,7 +111,7 @@ class FactoredLeaf:
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
         total = jnp.zeros(self._batch.size, jnp.float32)
         for part, gradients in self.parts:
-            total = total + _dot(gradients, factors.pick(direction[self.leaf], part.offset, part.axes))
+            total = total + dot(gradients, factors.pick(direction[self.leaf], part.offset, part.axes))
         return total
 
     def gram(self, other: "FactoredLeaf | None", *, num_shards: int) -> jax.Array:
@@ -163,7 +163,6 @@ def placed(flat: Sequence[tuple[Part, jax.Array]], like: jax.ShapeDtypeStruct) -
 _squares = jax.jit(PartGradients.squares)
 _deviation = jax.jit(PartGradients.deviation)
 _sum = jax.jit(PartGradients.sum)
-_dot = jax.jit(PartGradients.dot)
 _moment = jax.jit(
     lambda gradients, weights, scale, total, centred: gradients.moment(
         weights, scale, total, centred=centred

@@ -19,7 +19,7 @@ from jgd._engine.factored_leaf import FactoredLeaf
 from jgd._engine.leaf_gradients import ByLeaf, LeafGradients
 from jgd._engine.masking import mask_absent
 from jgd._engine.moments import deviation_of
-from jgd._engine.norms import Groups, root, total
+from jgd._engine.norms import Groups, all_together, root, total
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part
 from jgd._engine.paths import leaves_of, path_to, rounds
@@ -140,7 +140,7 @@ class HeldGradients:
 
     def deviation_and_squared_sum(self) -> tuple[jax.Array, jax.Array]:
         """Σ ‖g_i − ḡ‖², and ‖Σ g_i‖²."""
-        (norms,) = self.norms((tuple(range(len(self.leaf_structs))),))
+        (norms,) = self.norms(all_together(self.leaf_structs))
         of_sum = self.squared_sum()
         zero = jnp.zeros((), jnp.float32)
         itself = lambda: functools.reduce(jnp.add, [leaf.deviation() for leaf in self.leaves()], zero)

@@ -9,7 +9,6 @@ no device holds the others' gradients.
 
 import math
 from collections.abc import Callable, Sequence
-from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -61,10 +60,7 @@ def of_columns(
     """From the gradients at a few places of p at a time: no more of them is ever built. Positions are summed first."""
     sides = [ours] if theirs is None else [ours, theirs]
     sizes = [side[0].right.shape[0] for side in sides]
-    dtype = jnp.result_type(*(accumulation_dtype(factor.right) for side in sides for factor in side))
-    return _folded(
-        sides, p, lambda so_far, *flat: so_far + of_blocks(*flat), (sizes[0], sizes[-1]), dtype, tile
-    )
+    return _folded(sides, p, lambda so_far, *flat: so_far + of_blocks(*flat), (sizes[0], sizes[-1]), tile)
 
 
 def deviation_of_columns(made: Sequence[Outer | Rows], p: int, *, tile: int) -> jax.Array:
@@ -73,7 +69,7 @@ def deviation_of_columns(made: Sequence[Outer | Rows], p: int, *, tile: int) -> 
     def join(so_far: jax.Array, flat: jax.Array) -> jax.Array:
         return so_far + jnp.sum(jnp.square(flat - jnp.mean(flat, axis=0)))
 
-    return _folded([made], p, join, (), accumulation_dtype(made[0].right), tile)
+    return _folded([made], p, join, (), tile)
 
 
 def _folded(
@@ -81,7 +77,6 @@ def _folded(
     p: int,
     join: Callable[..., jax.Array],
     shape: tuple[int, ...],
-    dtype: Any,
     tile: int | None,
 ) -> jax.Array:
     """Joins what `join` makes of zeros and the flat gradients of each side, at a few places of p after the other."""
@@ -107,7 +102,9 @@ def _folded(
         return join(so_far, *(block.reshape(block.shape[0], -1) for block in blocks)), None
 
     padded = [[_padded(factor, width * count) for factor in side] for side in sides]
-    start = varying(jnp.zeros(shape, dtype), padded)
+    # In the products' dtype: an operand may be wider than the cotangent.
+    made = jax.eval_shape(lambda: step(jnp.zeros(shape), jnp.zeros((), jnp.int32))[0])
+    start = varying(jnp.zeros(shape, made.dtype), padded)
     return jax.lax.scan(step, start, width * jnp.arange(count))[0]
 
 

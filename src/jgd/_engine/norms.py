@@ -21,6 +21,11 @@ Groups = tuple[tuple[int, ...], ...]  # the numbers of the leaves that have a no
 _CANCELLED = 1 << 11
 
 
+def all_together(leaves: Sequence[Any]) -> Groups:
+    """One group of all leaves."""
+    return (tuple(range(len(leaves))),)
+
+
 def total(squares: Sequence[jax.Array], size: int) -> jax.Array:
     """The sum of the squares of some leaves, `(B,)`."""
     return functools.reduce(add, squares, jnp.zeros(size, jnp.float32))

@@ -91,9 +91,9 @@ class PartGradients:
 
     def _square_again(self, number: jax.Array) -> jax.Array:
         """‖G_i‖² of one example from a few columns of its gradient at a time, positions summed first."""
-        return _by_columns(self.example(number).factors(), self.rules)
+        return _by_columns(self._example(number).factors(), self.rules)
 
-    def example(self, number: jax.Array) -> "PartGradients":
+    def _example(self, number: jax.Array) -> "PartGradients":
         """The gradient of one example."""
         cut = lambda axis, part: jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1, axis), part
@@ -204,3 +204,6 @@ _COLUMNS = 1 << 16  # elements of a gradient that is computed again to have at a
 def _by_columns(made: Sequence[Any], rules: PartRules) -> jax.Array:
     assert rules.layout is not None
     return grams.of_columns(made, None, rules.layout.sizes()[1], tile=_COLUMNS)[0, 0]
+
+
+dot = jax.jit(PartGradients.dot)  # traced once for all parts that are equal but for their arrays
