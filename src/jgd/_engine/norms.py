@@ -42,40 +42,36 @@ def has_digits(square: jax.Array, bound: jax.Array) -> jax.Array:
     return square >= _CANCELLED * jnp.finfo(square.dtype).eps * bound
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
 def with_digits(
-    quick: Callable[[Any], tuple[Any, jax.Array]], again: Callable[[Any, jax.Array], Any], held: Any
-) -> Any:
-    """What `quick` makes of each example where that can be trusted; elsewhere what `again` does, one by one.
+    again: Callable[[Any, jax.Array], jax.Array], held: Any, made: jax.Array, trusted: jax.Array
+) -> jax.Array:
+    """What was `made` of each example where that is `trusted`; elsewhere what `again` makes, one by one.
 
     Args:
-        quick: of what is held, a tree of `(B,)`, and which of them are trusted, `(B,)`.
-        again: of what is held and an example's number, a tree of one number each.
+        again: of what is held and an example's number, a number.
         held: a pytree.
+        made: `(B,)`.
+        trusted: `(B,)`.
     """
-    made, trusted = quick(held)
     if trusted.size == 0:
         return made
     # A loop that mostly has no step: XLA keeps what a loop carries in one place, and a branch would copy it.
 
-    def redo(state: tuple[jax.Array, Any]) -> tuple[jax.Array, Any]:
+    def redo(state: tuple[jax.Array, jax.Array]) -> tuple[jax.Array, jax.Array]:
         trusted, made = state
         number = jnp.argmin(trusted)
-        put = lambda x, one: x.at[number].set(one.astype(x.dtype))
-        return trusted.at[number].set(True), jax.tree.map(put, made, again(held, number))
+        return trusted.at[number].set(True), made.at[number].set(again(held, number).astype(made.dtype))
 
     start = varying((trusted, made), (held, made))
     return jax.lax.while_loop(lambda state: ~jnp.all(state[0]), redo, start)[1]
 
 
 @with_digits.defjvp
-def _with_digits_jvp(quick, again, primals, tangents):
-    made, trusted = quick(*primals)
+def _with_digits_jvp(again, primals, tangents):
+    def branched(held: Any, made: jax.Array, trusted: jax.Array) -> jax.Array:
+        each = lambda: jax.lax.map(lambda number: again(held, number), jnp.arange(made.size))
+        mixed = lambda: jnp.where(trusted, made, each().astype(made.dtype))
+        return jax.lax.cond(jnp.all(trusted), lambda: made, mixed)
 
-    def either(held: Any) -> Any:
-        # Not `made` where it is trusted: the derivative of the rest would be 0 · inf.
-        each = lambda: jax.lax.map(lambda number: again(held, number), jnp.arange(trusted.size))
-        as_made = lambda: jax.tree.map(lambda x, like: x.astype(like.dtype), each(), made)
-        return jax.lax.cond(jnp.all(trusted), lambda: quick(held)[0], as_made)
-
-    return jax.jvp(either if trusted.size else lambda held: quick(held)[0], primals, tangents)
+    return jax.jvp(branched, primals, tangents)

@@ -77,17 +77,12 @@ class PartGradients:
         """‖G_i‖², `(B,)`, by the part's method."""
         if self.is_kept:
             return jax.vmap(factors.sum_squares)(self.native_blocks())
-        if self.rules.may_cancel:
-            return norms.with_digits(PartGradients._squares_by_pairs, PartGradients._square_again, self)
-        return self._squares_by(self.rules.square)
-
-    def _squares_by(self, of_one: Callable[[Any], Any]) -> Any:
-        return self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.cost.numbers)
-
-    def _squares_by_pairs(self) -> tuple[jax.Array, jax.Array]:
-        """The squares, and which of them have digits left."""
-        square, bound = self._squares_by(self.rules.square_and_bound)
-        return square, norms.has_digits(square, bound)
+        of_one = self.rules.square_and_bound if self.rules.may_cancel else self.rules.square
+        made = self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.cost.numbers)
+        if not self.rules.may_cancel:
+            return made
+        square, bound = made
+        return norms.with_digits(PartGradients._square_again, self, square, norms.has_digits(square, bound))
 
     def _square_again(self, number: jax.Array) -> jax.Array:
         """‖G_i‖² of one example from a few columns of its gradient at a time, positions summed first."""
