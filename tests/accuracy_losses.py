@@ -174,7 +174,12 @@ KINDS = {
     "loss 1e-6": Kind(gain=1e-6),
     "loss 1e6": Kind(gain=1e6),
 }
-BEYOND = {"loss 1e-25": Kind(gain=1e-25), "loss 1e25": Kind(gain=1e25)}
+BEYOND = {
+    "loss 1e-25": Kind(gain=1e-25),
+    "loss 1e25": Kind(gain=1e25),
+    "data 1e25, loss 1e-25": Kind(data=1e25, gain=1e-25),
+    "data 1e-25, loss 1e25": Kind(data=1e-25, gain=1e25),
+}
 
 
 def problem_of(

@@ -41,6 +41,7 @@ from jgd._demo.walk import recorded
 from jgd._engine import (
     batch_sums,
     devices,
+    factors,
     jaxprs,
     lookups,
     moments,

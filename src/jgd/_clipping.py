@@ -31,20 +31,23 @@ def clipped_sum_of_groups(
     A gradient that is not finite, in whatever group, adds nothing to any.
     """
     form = form.for_norms_and_sums()
-    norms = form.norms(groups)
+    squares = form.squared_norms(groups)
+    norms = [of_group.norm() for of_group in squares]
+    bounds = [of_group.at_most() for of_group in squares]
     finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms), jnp.ones(form.size, bool))
     # Each group asks for a sum of all leaves. Those of other groups are dead code, which XLA drops. Tracing does not
     # drop it, so that several groups share one trace.
     weighted_sum = _weighted_sum if len(groups) == 1 else _traced_once
     clipped: dict[int, jax.Array] = {}
-    for max_norm, norm, group in zip(max_norms, norms, groups, strict=True):
+    for max_norm, bound, group in zip(max_norms, bounds, groups, strict=True):
         if not group:
             continue
         # Of a traced one nothing can be refused: a negative bound makes nan, not a step the other way.
         max_norm = jnp.where(jnp.asarray(max_norm) >= 0, max_norm, jnp.nan)
-        inside = norm <= max_norm
+        # The sum over an example's positions is rounded: not even so is it longer than the bound.
+        inside = bound <= max_norm
         # Not by a norm that is not finite, which the derivative would keep.
-        factor = jnp.where(inside, 1, max_norm / jnp.where(inside | ~finite, 1, norm))
+        factor = jnp.where(inside, 1, max_norm / jnp.where(inside | ~finite, 1, bound))
         factor = jnp.where(finite, factor, 0)
         made = weighted_sum(form, factor if weights is None else factor * weights)
         clipped.update({leaf: made[leaf] for leaf in group})

@@ -16,13 +16,15 @@ import jax.numpy as jnp
 from jgd._engine import factors, grams, moments, tiles
 from jgd._engine.batch_sums import sum_present
 from jgd._engine.dense_leaf import DenseLeaf
-from jgd._engine.dtypes import accumulation_dtype
+from jgd._engine.dtypes import accumulation_dtype, add
 from jgd._engine.factored_leaf import placed
 from jgd._engine.leaf_gradients import ByLeaf
 from jgd._engine.moments import Spread
+from jgd._engine.norms import Squares, length, squares_of
 from jgd._engine.part_gradients import PartGradients, dot, joined
 from jgd._engine.parts import Part
 from jgd._engine.tiles import Batch
+from jgd._mesh import varying
 
 
 @dataclass(frozen=True)
@@ -91,8 +93,25 @@ class ComputedLeaves:
         made = self._blocks(self._pull(), self._batch.arrays, self._size)
         return {leaf: x.reshape(self._size, *self.likes[leaf].shape) for leaf, x in made.items()}
 
-    def squared_norms(self) -> ByLeaf:
-        return self._tiled(lambda made: {leaf: jax.vmap(factors.sum_squares)(x) for leaf, x in made.items()})
+    def squared_norms(self) -> dict[int, Squares]:
+        squares = self._tiled(lambda made: {leaf: jax.vmap(squares_of)(x) for leaf, x in made.items()})
+        bounds = self._sum_bounds()
+        return {leaf: of_leaf.of_sum(bounds[leaf]) for leaf, of_leaf in squares.items()}
+
+    def _sum_bounds(self) -> ByLeaf:
+        """For each leaf and example a size that sums over positions are rounded by, `(B,)`."""
+        bounds: ByLeaf = {}
+        for part, gradients in self.parts:
+            of_part = gradients.sum_bounds()
+            bounds[part.leaf] = add(bounds[part.leaf], of_part) if part.leaf in bounds else of_part
+        # The way back makes of a rounding what it makes of any direction, on average.
+        directions = {k: _signs(x.shape) / math.sqrt(x.size or 1) for k, x in self.operands.items()}
+        directions = varying(directions, list(bounds.values()))
+        lengths = {leaf: length(x) for leaf, x in self._pull()(directions).items()}
+        operands = [bounds[k] for k in self.operands]
+        behind = lambda leaf: [bound * lengths[leaf] for bound in operands] if leaf in lengths else []
+        of = lambda leaf: [*behind(leaf), *([bounds[leaf]] if leaf in bounds else [])]
+        return {leaf: functools.reduce(add, of(leaf)) for leaf in self.likes}
 
     def deviation(self) -> jax.Array:
         return jnp.sum(self._spread(None).square)
@@ -199,6 +218,12 @@ class ComputedLeaves:
             return functools.reduce(jnp.add, each)
 
         return self._tiled(of_tile)
+
+
+def _signs(shape: Sequence[int]) -> jax.Array:
+    """Numbers of ±1 without a pattern."""
+    number = jnp.arange(math.prod(shape), dtype=jnp.uint32) * jnp.uint32(2654435769)
+    return 1 - 2.0 * ((number ^ (number >> 13)) * jnp.uint32(0x85EBCA6B) >> 31).reshape(shape)
 
 
 def _power_of_two(arrays: Sequence[jax.Array]) -> jax.Array:

@@ -13,6 +13,7 @@ from jgd._engine.batch_sums import sum_masked
 from jgd._engine.dense_leaf import DenseLeaf
 from jgd._engine.devices import Device
 from jgd._engine.leaf_gradients import ByLeaf
+from jgd._engine.norms import Squares
 from jgd._engine.part_gradients import PartGradients, dot, joined
 from jgd._engine.parts import Part
 from jgd._engine.projection import directions
@@ -41,7 +42,7 @@ class FactoredLeaf:
     parts: Sequence[tuple[Part, PartGradients]]
     numbers: Sequence[int]
     device: Device
-    squares: jax.Array | None
+    squares: Squares | None
     probed: Sequence[bool]
     reductions: ScanReductions
     exact_sums: bool
@@ -59,8 +60,8 @@ class FactoredLeaf:
         flat = [(part, gradients.flat_blocks()) for part, gradients in self.parts]
         return {self.leaf: placed(flat, self.like)}
 
-    def squared_norms(self) -> ByLeaf:
-        total = jnp.zeros(self._batch.size, jnp.float32) if self.squares is None else self.squares
+    def squared_norms(self) -> dict[int, Squares]:
+        total = Squares.zeros(self._batch.size) if self.squares is None else self.squares
         for (_, gradients), probed in zip(self.parts, self.probed, strict=True):
             if self.squares is None or not probed:
                 total = total + _squares(gradients)

@@ -20,6 +20,17 @@ import jax.numpy as jnp
 
 from jgd._engine.batch_sums import sum_leading
 from jgd._engine.dtypes import accumulation_dtype
+from jgd._engine.norms import (
+    Scaled,
+    Squares,
+    has_digits,
+    is_in_range,
+    length,
+    product_of_lengths,
+    root,
+    scaled_square,
+    unit_of,
+)
 from jgd._engine.stored import stored
 from jgd._engine.views import Axis, View, merge_axes
 
@@ -220,18 +231,68 @@ def inner_product(a: jax.Array, b: jax.Array) -> jax.Array:
 
 
 def square(made: Sequence[Factor]) -> jax.Array:
-    """‖Σ G‖² over factors of one shape."""
-    only = made[0]
-    if len(made) == 1 and isinstance(only, Outer) and only.left.shape[1] == 1:
-        if only.left.shape[0] == 1:
-            return sum_squares(only.left) * sum_squares(only.right)
-        left, right = (jnp.sum(jnp.square(x[:, 0].astype(accumulation_dtype(x))), axis=1) for x in only)
-        return jnp.sum(left * right)
-    if len(made) == 1 and isinstance(only, Rows):
-        first, total = by_row(only.index[None], only.right[None], only.rows)
-        return jnp.sum(jnp.where(first, jnp.sum(jnp.square(total), axis=2), 0))
+    """‖Σ G‖² over factors of one shape, from pairs of positions."""
     # Rounding can leave a sum of pairs a little below 0, where the gradient nearly vanishes.
     return jnp.maximum(inner_sum(made, made), 0)
+
+
+def squares_of_one(factor: Factor) -> Squares:
+    """‖G‖² of a factor whose positions do not cancel: lookups, or one position."""
+    if isinstance(factor, Rows):
+        (rows,), unit = scaled([factor])
+        assert isinstance(rows, Rows)
+        first, total = by_row(rows.index[None], rows.right[None], rows.rows)
+        made = Scaled(sum_squares(jnp.where(first[:, :, None], total, 0)), unit)
+        return Squares.of(made).of_sum(unit * root(square_bound([rows])))
+    assert isinstance(factor, Outer)
+    if factor.left.shape[1] == 0:
+        return Squares.zeros(dtype=accumulation_dtype(*factor))
+    if factor.left.shape[0] == 1:
+        sides = [scaled_square(x) for x in factor]
+        return Squares.of(Scaled(sides[0].value * sides[1].value, sides[0].unit * sides[1].unit))
+    units = [unit_of(x) for x in factor]
+    left, right = (
+        jnp.sum(jnp.square(x[:, 0].astype(unit.dtype) * (1 / unit)), axis=1)
+        for x, unit in zip(factor, units, strict=True)
+    )
+    return Squares.of(Scaled(jnp.sum(left * right), units[0] * units[1]))
+
+
+def squares_of_pairs(made: Sequence[Factor]) -> tuple[Squares, jax.Array]:
+    """‖Σ G‖² from pairs of positions, and whether it has digits and is in the range of its dtype."""
+    squared, bound = square(made), square_bound(made)
+    trusted = has_digits(squared, bound)
+    for factor in made:
+        assert not isinstance(factor, Full)
+        left = factor.left if isinstance(factor, Outer) else jnp.ones((), factor.right.dtype)
+        trusted = trusted & is_in_range(left, factor.right)
+    # The square is rounded as its bound is, and the norm less, by the share that the square is of the bound.
+    sure = trusted & (squared > 0)
+    largest = functools.reduce(jnp.add, map(sum_bound, made)).astype(squared.dtype)
+    largest = jnp.where(sure, bound / jnp.where(sure, root(squared), 1), largest)
+    return Squares.of(Scaled(squared, jnp.ones_like(squared))).of_sum(largest), trusted
+
+
+def _units_of(factor: Factor) -> tuple[jax.Array, jax.Array]:
+    assert not isinstance(factor, Full)
+    right = unit_of(factor.right)
+    return (unit_of(factor.left) if isinstance(factor, Outer) else jnp.ones_like(right)), right
+
+
+def scaled(made: Sequence[Factor]) -> tuple[list[Factor], jax.Array]:
+    """Factors of Σ G / unit whose products are in range, and the unit."""
+    units = [_units_of(factor) for factor in made]
+    unit = functools.reduce(jnp.maximum, [left * right for left, right in units])
+    divided = lambda x, unit: x.astype(unit.dtype) * (1 / unit)
+    found: list[Factor] = []
+    for factor, (left, right) in zip(made, units, strict=True):
+        share = left * right / unit
+        if isinstance(factor, Outer):
+            found.append(Outer(divided(factor.left, left), divided(factor.right, right) * share))
+        else:
+            assert isinstance(factor, Rows)
+            found.append(Rows(factor.index, divided(factor.right, right) * share, factor.rows))
+    return found, unit
 
 
 def by_row(
@@ -253,6 +314,15 @@ def by_row(
     rest = lambda: jax.vmap(add)(jnp.argmax(same, axis=2), jnp.where(finite, 0, right))
     split = lambda: summed(jnp.where(finite, right, 0)) + rest()
     return first, jax.lax.cond(jnp.all(finite), lambda: summed(right), split)
+
+
+def sum_bound(factor: Factor) -> jax.Array:
+    """A number that Σ_t ‖left_t‖‖right_t‖ is not above; of a gradient itself it says nothing, and is 0."""
+    if isinstance(factor, Full):
+        return jnp.zeros((), accumulation_dtype(factor.flat))
+    if isinstance(factor, Rows):
+        return length(factor.right) * math.sqrt(factor.index.size)
+    return product_of_lengths(*factor, axes=[0] if factor.left.shape[0] > 1 else [])
 
 
 def square_bound(made: Sequence[Factor]) -> jax.Array:
@@ -313,9 +383,9 @@ def _elements(offset: int, axes: Sequence[Axis]) -> jax.Array:
 def split_axes(view: View, loops: Sequence[tuple[int, int]]) -> tuple[list[Axis], tuple[Axis, ...]]:
     """The axes that the loops around a site have in a view (stride 0 where it does not step), and the operand's own."""
     around = []
-    for number, length in loops:
+    for number, steps in loops:
         axis = view.loop_axis(number)
-        around.append((length, 0) if axis is None else axis)
+        around.append((steps, 0) if axis is None else axis)
     return around, view.axes
 
 

@@ -16,10 +16,10 @@ from jgd._engine.computed_leaves import ComputedLeaves
 from jgd._engine.dense_leaf import DenseLeaf
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factored_leaf import FactoredLeaf
-from jgd._engine.leaf_gradients import ByLeaf, LeafGradients
+from jgd._engine.leaf_gradients import LeafGradients
 from jgd._engine.masking import mask_absent
 from jgd._engine.moments import deviation_of
-from jgd._engine.norms import Groups, all_together, root, total
+from jgd._engine.norms import Groups, Squares, all_together, total
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part
 from jgd._engine.paths import leaves_of, path_to, rounds
@@ -121,11 +121,14 @@ class HeldGradients:
         zeros = lambda x: jnp.zeros((self.size, *x.shape), x.dtype)
         return [made[k].astype(x.dtype) if k in made else zeros(x) for k, x in enumerate(self.leaf_structs)]
 
+    def squared_norms(self, groups: Groups) -> list[Squares]:
+        """‖g_i‖² of each group of leaves, `(B,)`."""
+        squares = _joined(leaf.squared_norms() for leaf in self.leaves())
+        return [total([squares[leaf] for leaf in group if leaf in squares], self.size) for group in groups]
+
     def norms(self, groups: Groups) -> list[jax.Array]:
         """‖g_i‖ of each group of leaves, `(B,)`."""
-        squares = _joined(leaf.squared_norms() for leaf in self.leaves())
-        of = lambda group: total([squares[leaf] for leaf in group if leaf in squares], self.size)
-        return [root(of(group)) for group in groups]
+        return [squares.norm() for squares in self.squared_norms(groups)]
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i. Leaves in the accumulation dtype."""
@@ -180,8 +183,8 @@ class HeldGradients:
         return functools.reduce(jnp.add, each, jnp.zeros((self.size, dim), jnp.float32)) / math.sqrt(dim)
 
 
-def _joined(each: Any) -> ByLeaf:
-    made: ByLeaf = {}
+def _joined(each: Any) -> dict[int, Any]:
+    made: dict[int, Any] = {}
     for one in each:
         made |= one
     return made

@@ -10,6 +10,8 @@ from typing import Any, Protocol
 
 import jax
 
+from jgd._engine.norms import Squares
+
 ByLeaf = dict[int, jax.Array]
 
 
@@ -20,8 +22,8 @@ class LeafGradients(Protocol):
         """g_i, `(B, *leaf)`."""
         ...
 
-    def squared_norms(self) -> ByLeaf:
-        """‖g_i‖², `(B,)`."""
+    def squared_norms(self) -> dict[int, Squares]:
+        """‖g_i‖², `(B,)`, by leaf."""
         ...
 
     def weighted_sum(self, weights: jax.Array | None) -> ByLeaf:

@@ -73,20 +73,27 @@ class PartGradients:
         each = jnp.ones(self.batch.size) if weights is None else weights
         return self.batch.with_each(each).folded(of_tile, self.rules.size)
 
-    def squares(self) -> jax.Array:
+    def squares(self) -> norms.Squares:
         """‖G_i‖², `(B,)`, by the part's method."""
         if self.is_kept:
-            return jax.vmap(factors.sum_squares)(self.native_blocks())
-        of_one = self.rules.square_and_bound if self.rules.may_cancel else self.rules.square
+            return jax.vmap(norms.squares_of)(self.native_blocks())
+        of_one = self.rules.squares_of_pairs if self.rules.may_cancel else self.rules.squares
         made = self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.cost.numbers)
         if not self.rules.may_cancel:
             return made
-        square, bound = made
-        return norms.with_digits(PartGradients._square_again, self, square, norms.has_digits(square, bound))
+        quick, trusted = made
+        again = PartGradients._squares_again
+        small, middle, large = norms.with_digits(again, self, quick[:3], trusted)
+        return norms.Squares(small, middle, large, quick.rounding)
 
-    def _square_again(self, number: jax.Array) -> jax.Array:
+    def _squares_again(self, number: jax.Array) -> tuple[jax.Array, ...]:
         """‖G_i‖² of one example from a few columns of its gradient at a time, positions summed first."""
-        return _by_columns(self._example(number).factors(), self.rules)
+        made, unit = factors.scaled(self._example(number).factors())
+        return norms.Squares.of(norms.Scaled(_by_columns(made, self.rules), unit))[:3]
+
+    def sum_bounds(self) -> jax.Array:
+        """For each example a number that the norms of its terms at all positions do not add up to more than."""
+        return self._each(self.rules.sum_bound)
 
     def _example(self, number: jax.Array) -> "PartGradients":
         """The gradient of one example."""

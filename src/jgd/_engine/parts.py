@@ -1,5 +1,6 @@
 """Parts of leaves: sets of elements that the same operands meet, and how gradients in them are computed."""
 
+import functools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -11,7 +12,9 @@ import jax.numpy as jnp
 from jgd._engine import costs, factors
 from jgd._engine.costs import Cost, Sizes
 from jgd._engine.devices import Device
+from jgd._engine.dtypes import add
 from jgd._engine.factors import Factor, Full, Layout, Outer, Rows
+from jgd._engine.norms import Squares, squares_of
 from jgd._engine.rules.rule import Rule, SiteData
 from jgd._engine.sites import Site
 from jgd._engine.views import Axis, View, merge_axes
@@ -112,22 +115,31 @@ class PartRules:
         """One example's gradient, flat in the order of the leaf's memory."""
         return factors.add([rule.gradient(one) for rule, one in zip(self.rules, data, strict=True)])
 
-    def square(self, data: Sequence[SiteData]) -> jax.Array:
-        """The squared norm of one example's gradient, by the part's method."""
+    def squares(self, data: Sequence[SiteData]) -> Squares:
+        """The squared norm of one example's gradient, by the part's method, where no positions cancel in it."""
         if self.method == "pairs":
-            return factors.square(self.factors(data))
-        known = self.rules[0].square(data[0]) if len(self.rules) == 1 else None
-        return factors.sum_squares(self.native(data)) if known is None else known
+            return factors.squares_of_one(*self.factors(data))
+        rule, *others = self.rules
+        if others:
+            squares = squares_of(self.gradient(data))
+        else:
+            squares = Squares(*map(jnp.sum, rule.of_pieces(squares_of, data[0])))
+        return squares if self.positions <= 1 else squares.of_sum(self.sum_bound(data))
+
+    def sum_bound(self, data: Sequence[SiteData]) -> jax.Array:
+        """A number that the norms of the terms at all positions do not add up to more than."""
+        each = zip(self.rules, data, strict=True)
+        return functools.reduce(add, [rule.sum_bound(one) for rule, one in each])
 
     @property
     def may_cancel(self) -> bool:
         """Whether squared norms are sums over pairs of positions, which may be small differences of large numbers."""
-        return self.method == "pairs" and self.positions > 1 and not self.is_lookup
+        several = self.positions > 1 or len(self.rules) > 1
+        return self.method == "pairs" and several and not self.is_lookup
 
-    def square_and_bound(self, data: Sequence[SiteData]) -> tuple[jax.Array, jax.Array]:
-        """The squared norm from pairs of positions, and the bound that it would reach if nothing cancelled."""
-        made = self.factors(data)
-        return factors.square(made), factors.square_bound(made)
+    def squares_of_pairs(self, data: Sequence[SiteData]) -> tuple[Squares, jax.Array]:
+        """The squared norm from pairs of positions, and whether it can be trusted."""
+        return factors.squares_of_pairs(self.factors(data))
 
     def dot(self, data: Sequence[SiteData], direction: jax.Array) -> jax.Array:
         """The inner product of one example's gradient with a direction, flat in the order of the leaf's memory."""
@@ -169,7 +181,7 @@ class PartRules:
 
     @property
     def costs(self) -> dict[NormMethod, Cost]:
-        """What `square` would cost for one example, by each method that the part can use."""
+        """What `squares` would cost for one example, by each method that the part can use."""
         made = [costs.weight_gradient(rule.factor_sizes) for rule in self.rules if rule.has_factors]
         flops, moved = sum(cost.flops for cost in made), sum(cost.moved for cost in made)
         open_to: dict[NormMethod, Cost] = {
@@ -181,7 +193,7 @@ class PartRules:
 
     @property
     def cost(self) -> Cost:
-        """What `square` costs for one example."""
+        """What `squares` costs for one example."""
         return self.costs[self.method]
 
     def _sizes(self, positions: int) -> Sizes:

@@ -22,6 +22,7 @@ import jax.numpy as jnp
 from jgd._engine.factors import group, sum_squares
 from jgd._engine.jaxprs import bind
 from jgd._engine.moments import deviation_of
+from jgd._engine.norms import Squares
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part, PartRules
 from jgd._engine.rules import rule_of
@@ -54,7 +55,7 @@ class ScanReductions(NamedTuple):
     squares: dict[int, jax.Array]
     deviations: dict[int, jax.Array]
     gram: jax.Array | None
-    norms: dict[int, jax.Array]
+    norms: dict[int, Squares]
 
 
 NOTHING = ScanReductions({}, {}, {}, {}, {}, None, {})
@@ -168,13 +169,13 @@ def _unbranched(region: Region) -> list[Region]:
 
 
 def insert_probes(
-    probes: Probes, numbers: dict[int, jax.Array], together: Together | None
+    probes: Probes, numbers: dict[int, Squares], together: Together | None
 ) -> Callable[..., jax.Array]:
     """The `watch` of `forward.run` that puts probes on tapped values. The pass maps examples along the axis `EXAMPLES`.
 
     Args:
         probes: by the identity of the tapped value.
-        numbers: for each leaf, the dummy that receives an example's squared norm.
+        numbers: for each leaf, the dummies that receive an example's squared norm.
         together: the dummies for reductions over all examples; None for none.
     """
 
@@ -191,7 +192,7 @@ def insert_probes(
     return watch
 
 
-def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: jax.Array, together: Any) -> jax.Array:
+def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: Squares, together: Any) -> jax.Array:
     @jax.custom_vjp
     def watch(x: jax.Array, *beside: Any) -> jax.Array:
         del beside
@@ -203,19 +204,20 @@ def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: jax.Array, tog
     def backward(kept: Any, cotangent: jax.Array) -> Any:
         data, number, together = kept
         data, cotangent = stored((data, cotangent))
-        square = _square(probe, data, cotangent).astype(number.dtype)
-        made = None if together is None else _made_together(probe, data, cotangent, square, together)
-        return cotangent, None, square, made
+        squares = _squares(probe, data, cotangent)
+        made = None if together is None else _made_together(probe, data, cotangent, squares.middle, together)
+        return cotangent, None, jax.tree.map(lambda x, like: x.astype(like.dtype), squares, number), made
 
     watch.defvjp(forward, backward)
     return watch(x, data, number, together)
 
 
-def _square(probe: Probe, data: jax.Array, cotangent: jax.Array) -> jax.Array:
+def _squares(probe: Probe, data: jax.Array, cotangent: jax.Array) -> Squares:
     """One example's squared norm. Where pairs may cancel, all examples' are made, and those that did are made again."""
     if not probe.rules.may_cancel:
-        return probe.rules.square(probe.data(data, cotangent))
-    return _of_all(probe, data, cotangent).squares()[jax.lax.axis_index(EXAMPLES)]
+        return probe.rules.squares(probe.data(data, cotangent))
+    number = jax.lax.axis_index(EXAMPLES)
+    return jax.tree.map(lambda x: x[number], _of_all(probe, data, cotangent).squares())
 
 
 def _of_all(probe: Probe, data: jax.Array, cotangent: jax.Array) -> PartGradients:

@@ -5,7 +5,9 @@ JAX's derivative by a complex number is not conjugated, so a gradient is linear 
 behind them. Where both are complex, the real parts are some positions and the imaginary parts are as many more.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
+from typing import Any
 
 import jax
 import jax.numpy as jnp
@@ -79,10 +81,13 @@ class RealParts(Rule):
     def to_leaf_order(self, native: jax.Array) -> jax.Array:
         return self.rule.to_leaf_order(native)
 
-    def square(self, data: SiteData) -> jax.Array | None:
-        if self.twice:  # a sum of two squares is not the square of the sum
-            return None
-        return self.rule.square(self._apart(data)[0])
+    def of_pieces(self, fun: Callable[[jax.Array], Any], data: SiteData) -> Any:
+        if self.twice:  # real and imaginary parts add up in each piece
+            return super().of_pieces(fun, data)
+        return self.rule.of_pieces(fun, self._apart(data)[0])
+
+    def sum_bound(self, data: SiteData) -> jax.Array:
+        return add([self.rule.sum_bound(x) for x in self._apart(data)])
 
     def dot(self, data: SiteData, direction: jax.Array) -> jax.Array:
         return add([self.rule.dot(x, direction) for x in self._apart(data)])

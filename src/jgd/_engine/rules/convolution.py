@@ -20,6 +20,7 @@ from jgd._engine.batch_sums import scaled
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factors import Full, Layout, Outer, contract, group, inner_product, split_axes
 from jgd._engine.jaxprs import prim
+from jgd._engine.norms import product_of_lengths
 from jgd._engine.rules.rule import Rule, SiteData
 from jgd._engine.sites import Site
 from jgd._engine.views import View
@@ -144,11 +145,15 @@ class Convolution(Rule):
         n, p, q = self.layout.sizes()
         return self.layout.flatten(apart.transpose(ordered).reshape(n, p, q))
 
-    def square(self, data: SiteData) -> jax.Array:
-        """The gradient's squared norm. No more of the gradient is built than a few places in the window."""
+    def of_pieces(self, fun: Callable[[jax.Array], Any], data: SiteData) -> Any:
+        """`fun` of the gradient at each place in the window. No more is built than a few places."""
         product = self._product(data)
-        square = lambda place: jnp.sum(jnp.square(product(place)))
-        return jnp.sum(self._of_places(square))
+        return self._of_places(lambda place: fun(product(place)))
+
+    def sum_bound(self, data: SiteData) -> jax.Array:
+        """Every number is in at most as many patches as the window has places."""
+        lengths = product_of_lengths(data.values[0], data.cotangent, sorted(self.stepping))
+        return lengths * math.sqrt(math.prod(self._window))
 
     def _product(self, data: SiteData) -> Callable[[jax.Array], jax.Array]:
         """The gradient at one place in the window, as a function of the place."""
@@ -156,7 +161,7 @@ class Convolution(Rule):
         padded = self._padded(data.values[0])
         return lambda place: contract("...tc,...tq->...cq", self._shifted(padded, place), right)
 
-    def _of_places(self, fun: Callable[[jax.Array], jax.Array]) -> jax.Array:
+    def _of_places(self, fun: Callable[[jax.Array], Any]) -> Any:
         """`fun` of each place in the window, some at a time: all at once would take a copy of the input for each."""
         places = jnp.asarray(self._places())
         step = lambda _, place: (None, fun(place))

@@ -4,6 +4,7 @@ A rule is a frozen, hashable value. Two operands whose rules are equal are treat
 rule holds whatever its methods depend on, and no array.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -23,7 +24,9 @@ from jgd._engine.factors import (
     inner_product,
     product,
     split_axes,
+    sum_bound,
 )
+from jgd._engine.norms import length
 from jgd._engine.sites import Site
 from jgd._engine.views import Axis, View, merge_axes
 
@@ -129,10 +132,16 @@ class Rule:
         """One example's gradient, flat in the order of the leaf's memory."""
         return self.to_leaf_order(self.native(data))
 
-    def square(self, data: SiteData) -> jax.Array | None:
-        """The squared norm of `native`, where there is a way without building all of it; else None."""
-        del data
-        return None
+    def of_pieces(self, fun: Callable[[jax.Array], Any], data: SiteData) -> Any:
+        """`fun` of each piece of `native`, stacked: of all of it, unless less of it can be built at a time."""
+        return jax.tree.map(lambda x: x[None], fun(self.native(data)))
+
+    def sum_bound(self, data: SiteData) -> jax.Array:
+        """A number that the norms of the terms at all positions do not add up to more than.
+
+        The gradient is rounded as that is, so that no clipped one is longer than its bound.
+        """
+        return sum_bound(self.factor(data))
 
     def dot(self, data: SiteData, direction: jax.Array) -> jax.Array:
         """The inner product of one example's gradient with a direction, flat in the order of the leaf's memory."""
@@ -211,6 +220,9 @@ class OperandRule(Rule):
 
     def to_leaf_order(self, native: jax.Array) -> jax.Array:
         return native
+
+    def sum_bound(self, data: SiteData) -> jax.Array:
+        return length(self.at_operand(data)) * math.sqrt(self.positions)
 
     def dot(self, data: SiteData, direction: jax.Array) -> jax.Array:
         return inner_product(self.native(data), direction)
