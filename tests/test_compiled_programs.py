@@ -119,7 +119,7 @@ def test_several_reductions_share_one_forward_and_one_backward_pass(model):
     together = flops(ask(list(questions)), params, *batch)
     # Norms cost little but the pass. What the others add to it is a sum each, and that alone is added.
     added = sum(apart[name] - apart["norms"] for name in ("clipped_sum", "noise_scale"))
-    assert together < 1.02 * (apart["norms"] + added)
+    assert together < 1.01 * (apart["norms"] + added)
     assert together < 0.8 * sum(apart.values())  # also counted: the deviations that a branch makes if need be
 
 

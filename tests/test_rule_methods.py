@@ -123,7 +123,7 @@ def test_parts_of_a_kind_are_traced_once(uses, kinds, monkeypatch, forget, x64):
     """A kind says how the weight lies, too: those of one shape that are used in another way are another kind."""
     problem = layers_of(*uses)
     traced = []
-    for name in ("squares", "squares_of_pairs", "native"):
+    for name in ("norm", "norm_of_pairs", "native"):
         of_part = getattr(PartRules, name)
         count = lambda part, data, of_part=of_part, name=name: (traced.append(name), of_part(part, data))[1]
         monkeypatch.setattr(PartRules, name, count)
@@ -136,7 +136,7 @@ def test_parts_of_a_kind_are_traced_once(uses, kinds, monkeypatch, forget, x64):
     oracle.assert_close(jgd.norms(grads), want["norms"], 1e-9)
     oracle.assert_close(jgd.second_moment(grads), want["second_moment"], 1e-9)
     by_blocks = sum(rules.method == "block" for rules in each)  # whose square is taken of what is native
-    assert traced.count("squares") == by_blocks and traced.count("squares_of_pairs") == kinds - by_blocks
+    assert traced.count("norm") == by_blocks and traced.count("norm_of_pairs") == kinds - by_blocks
     assert traced.count("native") == kinds
     for quantity, got in jax.jit(every_reduction)(grads, arguments).items():
         oracle.assert_close(got, want[quantity], 1e-9, what=quantity)

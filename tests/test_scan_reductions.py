@@ -47,7 +47,7 @@ def test_what_the_backward_pass_makes_of_the_steps_of_a_scan(checkpointed, metho
     *_, residuals, sums = pass_over(plan, form.model, form.residuals.inputs, fuse=True, together=True)
     assert {len(residuals.squares), *map(len, sums[:5])} == {3} and not sums.norms
     leaves = tuple((leaf,) for leaf in range(len(form.leaf_structs)))
-    norms = FactoredGradients(form.model, residuals, plan).norms(leaves)
+    norms = [norm.length for norm in FactoredGradients(form.model, residuals, plan).norms(leaves)]
     blocks = jax.tree.leaves(oracle.vmap_of_grad(problem))
     want = [np.linalg.norm(np.reshape(x, (B, -1)), axis=1) for x in blocks]
     oracle.assert_close(norms, want, 1e-9)

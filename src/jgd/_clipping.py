@@ -31,9 +31,8 @@ def clipped_sum_of_groups(
     A gradient that is not finite, in whatever group, adds nothing to any.
     """
     form = form.for_norms_and_sums()
-    squares = form.squared_norms(groups)
-    norms = [of_group.norm() for of_group in squares]
-    bounds = [of_group.at_most() for of_group in squares]
+    each = form.norms(groups)
+    norms, bounds = [norm.length for norm in each], [norm.at_most() for norm in each]
     finite = functools.reduce(jnp.logical_and, map(jnp.isfinite, norms), jnp.ones(form.size, bool))
     # Each group asks for a sum of all leaves. Those of other groups are dead code, which XLA drops. Tracing does not
     # drop it, so that several groups share one trace.

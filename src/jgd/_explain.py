@@ -206,7 +206,7 @@ def _measured(program: TracedLoss, constants: list[Any], call: Call) -> tuple[fl
         return jax.grad(summed)(model.params)
 
     held = lambda model, batch: gradients_of(program, "auto", True, *model, batch)[2]
-    norms_of = lambda form: form.norms(all_together(form.leaf_structs))
+    norms_of = lambda form: form.norms(all_together(form.leaf_structs))[0].length
     asked = (
         plain_gradient,
         lambda *of: norms_of(held(*of)),

@@ -105,8 +105,9 @@ class MicrobatchedGradients:
 
     def deviation_and_squared_sum(self) -> tuple[jax.Array, jax.Array]:
         """Σ ‖g_i − ḡ‖², and ‖Σ g_i‖²."""
-        both = lambda form, weights: (form.weighted_sum(weights), form.norms(all_together(form.leaf_structs)))
-        total, (norms,) = self.map_microbatches(both, None)
+        whole = all_together(self.leaf_structs)
+        both = lambda form, weights: (form.weighted_sum(weights), form.norms(whole)[0].length)
+        total, norms = self.map_microbatches(both, None)
         of_sum = jnp.sum(jnp.stack([sum_squares(x) for x in total]))
         itself = lambda: jnp.sum(jnp.stack([jnp.sum(x) for x in self.spreads(None)]))
         return deviation_of(jnp.sum(jnp.square(norms)), of_sum, self.size, itself), of_sum

@@ -47,7 +47,7 @@ def second_moments(form: Gradients, weights: jax.Array | None, scale: float = 1)
 
 def norms(form: Gradients, groups: Groups) -> list[jax.Array]:
     """‖g_i‖ of each group of leaves, likewise."""
-    return form.map_microbatches(lambda form, _: ((), form.norms(groups)), None)[1]
+    return form.map_microbatches(lambda form, _: ((), [norm.length for norm in form.norms(groups)]), None)[1]
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

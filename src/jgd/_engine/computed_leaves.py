@@ -20,7 +20,7 @@ from jgd._engine.dtypes import accumulation_dtype, add
 from jgd._engine.factored_leaf import placed
 from jgd._engine.leaf_gradients import ByLeaf
 from jgd._engine.moments import Spread
-from jgd._engine.norms import Squares, length, squares_of
+from jgd._engine.norms import Norm, length
 from jgd._engine.part_gradients import PartGradients, dot, joined
 from jgd._engine.parts import Part
 from jgd._engine.tiles import Batch
@@ -93,10 +93,10 @@ class ComputedLeaves:
         made = self._blocks(self._pull(), self._batch.arrays, self._size)
         return {leaf: x.reshape(self._size, *self.likes[leaf].shape) for leaf, x in made.items()}
 
-    def squared_norms(self) -> dict[int, Squares]:
-        squares = self._tiled(lambda made: {leaf: jax.vmap(squares_of)(x) for leaf, x in made.items()})
+    def norms(self) -> dict[int, list[Norm]]:
+        lengths = self._tiled(lambda made: {leaf: jax.vmap(length)(x) for leaf, x in made.items()})
         bounds = self._sum_bounds()
-        return {leaf: of_leaf.of_sum(bounds[leaf]) for leaf, of_leaf in squares.items()}
+        return {leaf: [Norm(x).of_sum(bounds[leaf])] for leaf, x in lengths.items()}
 
     def _sum_bounds(self) -> ByLeaf:
         """For each leaf and example a size that sums over positions are rounded by, `(B,)`."""

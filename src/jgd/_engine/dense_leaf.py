@@ -12,7 +12,7 @@ from jgd._engine import factors, grams, moments
 from jgd._engine.batch_sums import mask_rows, scale_rows, sum_masked, sum_present
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.leaf_gradients import ByLeaf
-from jgd._engine.norms import Squares, squares_of
+from jgd._engine.norms import Norm, length
 from jgd._engine.projection import directions
 
 
@@ -44,8 +44,8 @@ class DenseLeaf:
     def blocks(self) -> ByLeaf:
         return {self.leaf: self.block}
 
-    def squared_norms(self) -> dict[int, Squares]:
-        return {self.leaf: jax.vmap(squares_of)(self._flat)}
+    def norms(self) -> dict[int, list[Norm]]:
+        return {self.leaf: [Norm(jax.vmap(length)(self._flat))]}
 
     def weighted_sum(self, weights: jax.Array | None) -> ByLeaf:
         if weights is None and self.is_of_pass:

@@ -13,7 +13,7 @@ from jgd._engine.batch_sums import sum_masked
 from jgd._engine.dense_leaf import DenseLeaf
 from jgd._engine.devices import Device
 from jgd._engine.leaf_gradients import ByLeaf
-from jgd._engine.norms import Squares
+from jgd._engine.norms import Buckets, Norm
 from jgd._engine.part_gradients import PartGradients, dot, joined
 from jgd._engine.parts import Part
 from jgd._engine.projection import directions
@@ -42,7 +42,7 @@ class FactoredLeaf:
     parts: Sequence[tuple[Part, PartGradients]]
     numbers: Sequence[int]
     device: Device
-    squares: Squares | None
+    squares: Buckets | None
     probed: Sequence[bool]
     reductions: ScanReductions
     exact_sums: bool
@@ -60,12 +60,12 @@ class FactoredLeaf:
         flat = [(part, gradients.flat_blocks()) for part, gradients in self.parts]
         return {self.leaf: placed(flat, self.like)}
 
-    def squared_norms(self) -> dict[int, Squares]:
-        total = Squares.zeros(self._batch.size) if self.squares is None else self.squares
+    def norms(self) -> dict[int, list[Norm]]:
+        made = [] if self.squares is None else self.squares.norms()
         for (_, gradients), probed in zip(self.parts, self.probed, strict=True):
             if self.squares is None or not probed:
-                total = total + _squares(gradients)
-        return {self.leaf: total}
+                made.append(_norms(gradients))
+        return {self.leaf: made}
 
     def weighted_sum(self, weights: jax.Array | None) -> ByLeaf:
         if weights is None and self.is_reduced:
@@ -161,7 +161,7 @@ def placed(flat: Sequence[tuple[Part, jax.Array]], like: jax.ShapeDtypeStruct) -
 
 
 # Traced once for all parts that are equal but for their arrays.
-_squares = jax.jit(PartGradients.squares)
+_norms = jax.jit(PartGradients.norms)
 _deviation = jax.jit(PartGradients.deviation)
 _sum = jax.jit(PartGradients.sum)
 _moment = jax.jit(

@@ -21,15 +21,14 @@ import jax.numpy as jnp
 from jgd._engine.batch_sums import sum_leading
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.norms import (
-    Scaled,
-    Squares,
+    Extent,
+    Norm,
     has_digits,
     is_in_range,
     length,
     product_of_lengths,
     root,
-    scaled_square,
-    unit_of,
+    rounded_by,
 )
 from jgd._engine.stored import stored
 from jgd._engine.views import Axis, View, merge_axes
@@ -236,62 +235,44 @@ def square(made: Sequence[Factor]) -> jax.Array:
     return jnp.maximum(inner_sum(made, made), 0)
 
 
-def squares_of_one(factor: Factor) -> Squares:
-    """‖G‖² of a factor whose positions do not cancel: lookups, or one position."""
+def norm_of_one(factor: Factor) -> Norm:
+    """‖G‖ of a factor whose positions do not cancel: lookups, or one position."""
     if isinstance(factor, Rows):
-        (rows,), unit = scaled([factor])
-        assert isinstance(rows, Rows)
-        first, total = by_row(rows.index[None], rows.right[None], rows.rows)
-        made = Scaled(sum_squares(jnp.where(first[:, :, None], total, 0)), unit)
-        return Squares.of(made).of_sum(unit * root(square_bound([rows])))
+        first, total = by_row(factor.index[None], factor.right[None], factor.rows)
+        norm = Norm(length(jnp.where(first[:, :, None], total, 0)))
+        return norm if factor.index.size == 1 else norm.of_sum(sum_bound(factor))
     assert isinstance(factor, Outer)
     if factor.left.shape[1] == 0:
-        return Squares.zeros(dtype=accumulation_dtype(*factor))
-    if factor.left.shape[0] == 1:
-        sides = [scaled_square(x) for x in factor]
-        return Squares.of(Scaled(sides[0].value * sides[1].value, sides[0].unit * sides[1].unit))
-    units = [unit_of(x) for x in factor]
-    left, right = (
-        jnp.sum(jnp.square(x[:, 0].astype(unit.dtype) * (1 / unit)), axis=1)
-        for x, unit in zip(factor, units, strict=True)
-    )
-    return Squares.of(Scaled(jnp.sum(left * right), units[0] * units[1]))
+        return Norm(jnp.zeros((), accumulation_dtype(*factor)))
+    return Norm(sum_bound(factor))
 
 
-def squares_of_pairs(made: Sequence[Factor]) -> tuple[Squares, jax.Array]:
-    """‖Σ G‖² from pairs of positions, and whether it has digits and is in the range of its dtype."""
-    squared, bound = square(made), square_bound(made)
+def norm_of_pairs(made: Sequence[Factor]) -> tuple[Norm, jax.Array]:
+    """‖Σ G‖ from pairs of positions, and whether it has digits and its square is in the range of its dtype."""
+    squared, (bound, sides) = square(made), square_bound(made)
     trusted = has_digits(squared, bound)
-    for factor in made:
-        assert not isinstance(factor, Full)
-        left = factor.left if isinstance(factor, Outer) else jnp.ones((), factor.right.dtype)
-        trusted = trusted & is_in_range(left, factor.right)
-    # The square is rounded as its bound is, and the norm less, by the share that the square is of the bound.
-    sure = trusted & (squared > 0)
-    largest = functools.reduce(jnp.add, map(sum_bound, made)).astype(squared.dtype)
-    largest = jnp.where(sure, bound / jnp.where(sure, root(squared), 1), largest)
-    return Squares.of(Scaled(squared, jnp.ones_like(squared))).of_sum(largest), trusted
-
-
-def _units_of(factor: Factor) -> tuple[jax.Array, jax.Array]:
-    assert not isinstance(factor, Full)
-    right = unit_of(factor.right)
-    return (unit_of(factor.left) if isinstance(factor, Outer) else jnp.ones_like(right)), right
+    for left, right in sides:
+        trusted = trusted & is_in_range(left, right)
+    norm = root(squared)
+    return Norm(norm).of_sum(rounded_by(squared, bound)), trusted
 
 
 def scaled(made: Sequence[Factor]) -> tuple[list[Factor], jax.Array]:
     """Factors of Σ G / unit whose products are in range, and the unit."""
-    units = [_units_of(factor) for factor in made]
+    unit_of = lambda x: Extent.by_position(x)[1].unit()
+    units = []
+    for factor in made:
+        assert not isinstance(factor, Full)
+        units.append((unit_of(factor.left) if isinstance(factor, Outer) else 1, unit_of(factor.right)))
     unit = functools.reduce(jnp.maximum, [left * right for left, right in units])
-    divided = lambda x, unit: x.astype(unit.dtype) * (1 / unit)
     found: list[Factor] = []
     for factor, (left, right) in zip(made, units, strict=True):
         share = left * right / unit
         if isinstance(factor, Outer):
-            found.append(Outer(divided(factor.left, left), divided(factor.right, right) * share))
+            found.append(Outer(factor.left / left, factor.right / right * share))
         else:
             assert isinstance(factor, Rows)
-            found.append(Rows(factor.index, divided(factor.right, right) * share, factor.rows))
+            found.append(Rows(factor.index, factor.right / right * share, factor.rows))
     return found, unit
 
 
@@ -325,20 +306,29 @@ def sum_bound(factor: Factor) -> jax.Array:
     return product_of_lengths(*factor, axes=[0] if factor.left.shape[0] > 1 else [])
 
 
-def square_bound(made: Sequence[Factor]) -> jax.Array:
-    """Σ_n (Σ_t ‖left_t‖‖right_t‖)², the most that `square` can be, and the size of the terms that may cancel in it.
+def square_bound(made: Sequence[Factor]) -> tuple[jax.Array, list[tuple[Extent, Extent]]]:
+    """Σ_n (Σ_t ‖left_t‖‖right_t‖)², and the extents of both sides of each factor. No derivative is taken of them.
 
-    Of lookups only those of the same row can cancel each other.
+    That is the most that `square` can be, and the size of the terms that may cancel in it. Of lookups only those of the
+    same row can cancel each other.
     """
-    norms = lambda x: jnp.sqrt(jnp.sum(jnp.square(x.astype(accumulation_dtype(x))), axis=2))
-    total: Any = 0
+    total, sides = jnp.zeros((), jnp.float32), []
     for factor in made:
-        if isinstance(factor, Rows):
-            each = Rows(factor.index, norms(factor.right)[:, :, None], factor.rows)
-            total = total + jnp.sqrt(inner(each, each))
-        elif isinstance(factor, Outer):
-            total = total + jnp.sum(norms(factor.left) * norms(factor.right), axis=1)
-    return jnp.sum(jnp.square(total))
+        assert not isinstance(factor, Full)
+        right, of_right = Extent.by_position(factor.right)
+        if isinstance(factor, Outer):
+            left, of_left = Extent.by_position(factor.left)
+            # Not as a sum of one: what else is computed from it would decide where XLA drops that axis.
+            added = jnp.sum(left * right, axis=1 if left.shape[0] > 1 else None)
+        else:
+            each = Rows(factor.index, right[:, :, None], factor.rows)
+            added, of_left = (
+                root(inner(each, each)),
+                Extent(jnp.ones_like(of_right.largest), factor.index.size),
+            )
+        total = total + added
+        sides.append((of_left, of_right))
+    return jnp.square(total) if total.ndim == 0 else jnp.sum(jnp.square(total)), sides
 
 
 def contract(spec: str, a: jax.Array, b: jax.Array, precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:

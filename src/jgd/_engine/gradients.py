@@ -19,7 +19,7 @@ from jgd._engine.factored_leaf import FactoredLeaf
 from jgd._engine.leaf_gradients import LeafGradients
 from jgd._engine.masking import mask_absent
 from jgd._engine.moments import deviation_of
-from jgd._engine.norms import Groups, Squares, all_together, total
+from jgd._engine.norms import Groups, Norm, all_together, total
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part
 from jgd._engine.paths import leaves_of, path_to, rounds
@@ -121,14 +121,11 @@ class HeldGradients:
         zeros = lambda x: jnp.zeros((self.size, *x.shape), x.dtype)
         return [made[k].astype(x.dtype) if k in made else zeros(x) for k, x in enumerate(self.leaf_structs)]
 
-    def squared_norms(self, groups: Groups) -> list[Squares]:
-        """‖g_i‖² of each group of leaves, `(B,)`."""
-        squares = _joined(leaf.squared_norms() for leaf in self.leaves())
-        return [total([squares[leaf] for leaf in group if leaf in squares], self.size) for group in groups]
-
-    def norms(self, groups: Groups) -> list[jax.Array]:
+    def norms(self, groups: Groups) -> list[Norm]:
         """‖g_i‖ of each group of leaves, `(B,)`."""
-        return [squares.norm() for squares in self.squared_norms(groups)]
+        of_leaf = _joined(leaf.norms() for leaf in self.leaves())
+        of = lambda group: [norm for leaf in group for norm in of_leaf.get(leaf, [])]
+        return [total(of(group), self.size) for group in groups]
 
     def weighted_sum(self, weights: jax.Array | None) -> list[jax.Array]:
         """Σ w_i g_i. Leaves in the accumulation dtype."""
@@ -147,7 +144,7 @@ class HeldGradients:
         of_sum = self.squared_sum()
         zero = jnp.zeros((), jnp.float32)
         itself = lambda: functools.reduce(jnp.add, [leaf.deviation() for leaf in self.leaves()], zero)
-        return deviation_of(jnp.sum(jnp.square(norms)), of_sum, self.size, itself), of_sum
+        return deviation_of(jnp.sum(jnp.square(norms.length)), of_sum, self.size, itself), of_sum
 
     def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
         """⟨g_i, v⟩, `(B,)`, in at least float32, with the direction in its own dtype."""

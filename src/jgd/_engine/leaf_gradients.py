@@ -10,7 +10,7 @@ from typing import Any, Protocol
 
 import jax
 
-from jgd._engine.norms import Squares
+from jgd._engine.norms import Norm
 
 ByLeaf = dict[int, jax.Array]
 
@@ -22,8 +22,8 @@ class LeafGradients(Protocol):
         """g_i, `(B, *leaf)`."""
         ...
 
-    def squared_norms(self) -> dict[int, Squares]:
-        """‖g_i‖², `(B,)`, by leaf."""
+    def norms(self) -> dict[int, list[Norm]]:
+        """‖g_i‖, `(B,)`, by leaf: the norms of disjoint parts."""
         ...
 
     def weighted_sum(self, weights: jax.Array | None) -> ByLeaf:

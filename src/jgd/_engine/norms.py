@@ -6,13 +6,14 @@ squared again from its gradient, in a loop that mostly has no step.
 """
 
 import functools
+import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 
-from jgd._engine.dtypes import accumulation_dtype, add
+from jgd._engine.dtypes import accumulation_dtype, add, common_dtype
 from jgd._mesh import varying
 
 Groups = tuple[tuple[int, ...], ...]  # the numbers of the leaves that have a norm in common
@@ -24,24 +25,32 @@ _CANCELLED = 1 << 11
 _ROUNDED = 1 / 4
 
 
-class Scaled(NamedTuple):
-    """The number value · unit², where the unit is a power of two."""
-
-    value: jax.Array
-    unit: jax.Array
+_AT_ONCE = 256  # numbers that are added up one after the other
 
 
-class Squares(NamedTuple):
-    """Squared norms, as sums in three units: squares of ordinary numbers leave float32 from 1e19 and below 1e-19.
-
-    All four add up over disjoint parts of a gradient.
+class Norm(NamedTuple):
+    """A gradient's norm, not its square: squares of ordinary numbers leave float32 from 1e19 on and below 1e-19.
 
     Attributes:
-        small: the squares of small numbers, in a small unit.
-        middle: the squares themselves.
-        large: the squares of large numbers, in a large unit.
-        rounding: how far the gradient's norm may be above the root of the squares, where it is a sum over positions.
+        length: the norm.
+        rounding: how much longer the gradient may be where it enters a sum; None for not at all.
     """
+
+    length: jax.Array
+    rounding: jax.Array | None = None
+
+    def of_sum(self, bound: jax.Array) -> "Norm":
+        """Where the gradient is a sum over positions, whose terms' norms add up to at most `bound`."""
+        rounding = _ROUNDED * jnp.finfo(bound.dtype).eps * bound
+        return Norm(self.length, jax.lax.stop_gradient(rounding))
+
+    def at_most(self) -> jax.Array:
+        """What the gradient is not longer than, however its sum over positions is rounded."""
+        return self.length if self.rounding is None else add(self.length, self.rounding)
+
+
+class Buckets(NamedTuple):
+    """Squared norms as numbers that add up: small, ordinary and large ones apart, each in its unit (Blue, 1978)."""
 
     small: jax.Array
     middle: jax.Array
@@ -49,98 +58,87 @@ class Squares(NamedTuple):
     rounding: jax.Array
 
     @classmethod
-    def zeros(cls, shape: Any = (), dtype: Any = jnp.float32) -> "Squares":
-        """Of gradients that are 0."""
-        return cls(*[jnp.zeros(shape, dtype)] * 4)
+    def zeros(cls, dtype: Any) -> "Buckets":
+        """Of a gradient that is 0."""
+        return cls(*[jnp.zeros((), dtype)] * 4)
 
     @classmethod
-    def of(cls, square: Scaled) -> "Squares":
-        """Of one sum of squares, which goes to where its unit belongs."""
-        value, unit = square
-        low, high, far = _units(unit.dtype)
-        small, large = unit < low, unit > high
-        # Not (c · unit)² with a constant c, of which XLA makes c² · unit².
-        near = unit * jnp.where(small, far, jnp.where(large, 1 / far, 1)).astype(unit.dtype)
-        made = value * near * near
-        zero = jnp.zeros_like(made)
-        middle = jnp.where(small | large, zero, made)
-        return cls(jnp.where(small, made, zero), middle, jnp.where(large, made, zero), zero)
+    def of(cls, norm: Norm) -> "Buckets":
+        """The square goes to where the norm belongs."""
+        length, zero = norm.length, jnp.zeros_like(norm.length)
+        end, far = _ends(length.dtype)
+        small, large = length < 1 / end, length > end
+        only = lambda where, x: jnp.square(jnp.where(where, x, 0))
+        rounding = zero if norm.rounding is None else norm.rounding
+        return cls(
+            only(small, length * far), only(~(small | large), length), only(large, length / far), rounding
+        )
 
-    def of_sum(self, bound: jax.Array) -> "Squares":
-        """Where the gradient is a sum over positions, whose terms' norms add up to at most `bound`."""
-        rounding = jax.lax.stop_gradient(_ROUNDED * jnp.finfo(bound.dtype).eps * bound)
-        return self._replace(rounding=rounding.astype(self.middle.dtype))
-
-    def __add__(self, other: "Squares") -> "Squares":  # pyright: ignore[reportIncompatibleMethodOverride]
-        return Squares(*map(add, self, other))
-
-    def norm(self) -> jax.Array:
-        """The root, whose derivative at 0 is 0."""
-        _, _, far = _units(self.middle.dtype)
-        large, middle = self.large != 0, self.middle != 0
-        # What is in a smaller unit counts where both are near its end. (x · c) · c would be x · c², which is 0.
-        step = jnp.where(large | middle, 1 / far, 1).astype(self.middle.dtype)
-        least = jnp.where(middle, self.middle + self.small * step * step, self.small)
-        total = jnp.where(large, self.large + self.middle * step * step, least)
-        return root(total) * jnp.where(large, far, jnp.where(middle, 1, 1 / far)).astype(total.dtype)
-
-    def at_most(self) -> jax.Array:
-        """A number that the norm of the gradient is not above, however its sum over positions is rounded."""
-        return self.norm() + self.rounding
+    def norms(self) -> list[Norm]:
+        """Norms whose squares add up to the same."""
+        _, far = _ends(self.middle.dtype)
+        middle = Norm(root(self.middle), self.rounding)
+        return [Norm(root(self.small) / far), middle, Norm(root(self.large) * far)]
 
 
-def _units(dtype: Any) -> tuple[float, float, float]:
-    """Below and above which unit squares are small and large, and how far apart the units of these are."""
+def _ends(dtype: Any) -> tuple[float, float]:
+    """Up to which number squares are in the middle, and how far apart the units are."""
     most = int(jnp.finfo(dtype).maxexp)
-    return 2.0 ** (-5 * most // 16), 2.0 ** (5 * most // 16), 2.0 ** (5 * most // 8)
+    return 2.0 ** (5 * most // 16), 2.0 ** (5 * most // 8)
 
 
-def unit_of(x: jax.Array) -> jax.Array:
-    """A power of two near the largest number, by which all can be divided before they are squared."""
-    largest = _largest(x)
-    largest = largest.astype(accumulation_dtype(largest))
-    info = jnp.finfo(largest.dtype)
-    # Where the unit is a constant, XLA may take its square out of that of a number, so that must not be infinite.
-    inside = jnp.clip(largest, 2.0 ** (1 - int(info.maxexp) // 2), 2.0 ** int(info.maxexp - 2))
-    return jax.lax.stop_gradient(jax.lax.reduce_precision(inside, info.nexp, 0))
-
-
-def _largest(x: jax.Array) -> jax.Array:
-    return jnp.max(jnp.abs(x), initial=0)
-
-
-def scaled_square(x: jax.Array) -> Scaled:
-    """Σ x², in at least float32. Flat, because XLA does not fuse the squares into a sum over several axes."""
-    unit = unit_of(x)
-    real = jnp.abs(x) if jnp.iscomplexobj(x) else x
-    flat = real.reshape(-1).astype(unit.dtype) * (1 / unit)
-    return Scaled(jnp.sum(jnp.square(flat)), unit)
-
-
-def squares_of(x: jax.Array) -> Squares:
-    """The squared norm of an array."""
-    return Squares.of(scaled_square(x))
-
-
+@jax.custom_jvp
+@functools.partial(jax.jit, inline=True)  # traced once for all arrays of a shape
 def length(x: jax.Array) -> jax.Array:
-    """The norm of an array, which no derivative is taken of."""
-    square, unit = scaled_square(x)
-    return jax.lax.stop_gradient(jnp.sqrt(square) * unit)
+    """√Σ|x|², in at least float32. Its derivative at 0 is 0, so that a penalty on norms trains past a zero gradient."""
+    flat = _flat(x)
+    end, far = _ends(flat.dtype)
+    top = 2.0 ** (int(jnp.finfo(flat.dtype).maxexp) // 2 - 1)
+    # What is too large for one sum shows in it, so that the next is taken. (Of (c · x)² XLA might make c² · x², which
+    # is out of range; not through the minima.)
+    terms = (jax.lax.min(flat * far, end), jax.lax.min(flat, end), jax.lax.min(flat / far, top))
+    small, middle, large = _by_levels(tuple(x * x for x in terms))
+    is_large, is_small = large >= (end / far) ** 2 / 2, middle < 1 / end**2
+    choose = jax.lax.select
+    value = choose(is_large, large, choose(is_small, small, middle))
+    constant = functools.partial(jnp.full_like, value)
+    unit = choose(is_large, constant(far), choose(is_small, constant(1 / far), constant(1)))
+    return choose(large > top**2 / 64, constant(jnp.inf), jax.lax.sqrt(value) * unit)
+
+
+@length.defjvp
+def _length_jvp(primals, tangents):
+    (x,), (move,) = primals, tangents
+    found = length(x)
+    wide = lambda x: x.reshape(-1).astype(common_dtype(x, found))
+    unit = wide(x) / jnp.where(found > 0, found, 1)
+    return found, jnp.sum(jnp.real(unit * jnp.conj(wide(move))))
+
+
+def _flat(x: jax.Array) -> jax.Array:
+    """The absolute values, in at least float32."""
+    flat = jnp.abs(x).reshape(-1)
+    return flat.astype(accumulation_dtype(flat))
+
+
+def _by_levels(terms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
+    """The sums of flat arrays, some numbers at a time, so that they are rounded like a tree of sums."""
+    size, zeros = terms[0].size, tuple(jnp.zeros((), x.dtype) for x in terms)
+    added = lambda some, others: tuple(map(jnp.add, some, others))
+    step = next((k for k in range(_AT_ONCE, _AT_ONCE // 8, -1) if size % k == 0), size)
+    if size <= _AT_ONCE or step == size:
+        return jax.lax.reduce(terms, zeros, added, (0,))
+    return _by_levels(jax.lax.reduce(tuple(x.reshape(-1, step) for x in terms), zeros, added, (1,)))
 
 
 def product_of_lengths(left: jax.Array, right: jax.Array, axes: Sequence[int]) -> jax.Array:
-    """√Σ_n ‖left_n‖²‖right_n‖² over the places n along some axes of both, of which no derivative is taken."""
-    if not axes:
-        return length(left) * length(right)
-    units = [unit_of(x) for x in (left, right)]
-    squares = [
-        jnp.sum(
-            jnp.square(jnp.abs(x).astype(unit.dtype) * (1 / unit)),
-            axis=[axis for axis in range(x.ndim) if axis not in axes],
-        )
-        for x, unit in zip((left, right), units, strict=True)
-    ]
-    return jax.lax.stop_gradient(jnp.sqrt(jnp.sum(squares[0] * squares[1])) * (units[0] * units[1]))
+    """√Σ_n ‖left_n‖²‖right_n‖² over the places n along some axes of both."""
+    of = lambda x: jnp.moveaxis(x, axes, range(len(axes))).reshape(*(x.shape[axis] for axis in axes), -1)
+    product = lambda x, y: length(x) * length(y)
+    for _ in axes:
+        product = jax.vmap(product)
+    made = product(of(left), of(right))
+    return length(made) if axes else made
 
 
 def all_together(leaves: Sequence[Any]) -> Groups:
@@ -148,9 +146,16 @@ def all_together(leaves: Sequence[Any]) -> Groups:
     return (tuple(range(len(leaves))),)
 
 
-def total(squares: Sequence[Squares], size: int) -> Squares:
-    """The sum of the squares of some leaves, `(B,)`."""
-    return functools.reduce(Squares.__add__, squares, Squares.zeros(size))
+def total(norms: Sequence[Norm], size: int) -> Norm:
+    """The norm, `(B,)`, of gradients of which these are parts."""
+    if not norms:
+        return Norm(jnp.zeros(size, jnp.float32))
+    if len(norms) == 1:
+        return norms[0]
+    dtype = common_dtype(*(norm.length for norm in norms))
+    lengths = jnp.stack([norm.length.astype(dtype) for norm in norms], axis=1)
+    roundings = [norm.rounding for norm in norms if norm.rounding is not None]
+    return Norm(jax.vmap(length)(lengths), functools.reduce(add, roundings) if roundings else None)
 
 
 def root(square: jax.Array) -> jax.Array:
@@ -164,17 +169,51 @@ def has_digits(square: jax.Array, bound: jax.Array) -> jax.Array:
     return square >= _CANCELLED * jnp.finfo(square.dtype).eps * bound
 
 
-def is_in_range(left: jax.Array, right: jax.Array) -> jax.Array:
+def rounded_by(square: jax.Array, bound: jax.Array) -> jax.Array:
+    """What a norm from pairs is rounded by: its square by the bound, so the norm by the share that it is of that.
+
+    What is squared again is a sum over positions, rounded by the root of the bound. Of what is out of range nothing is
+    known. (The comparison is not that of `has_digits`, lest XLA make two of one loop.)
+    """
+    share = bound / jnp.where(square > 0, square, bound)
+    times = jnp.where(share * (_CANCELLED * jnp.finfo(square.dtype).eps) <= 1, root(share), 1)
+    return jnp.where(jnp.isfinite(bound) & (bound > 0), root(bound) * times, 0)
+
+
+class Extent(NamedTuple):
+    """The largest absolute value of some numbers, and how many they are. No derivative is taken of it."""
+
+    largest: jax.Array
+    count: int
+
+    @classmethod
+    def by_position(cls, x: jax.Array) -> tuple[jax.Array, "Extent"]:
+        """The norms along the last axis, and the extent, by one reduction."""
+        flat = jnp.abs(jax.lax.stop_gradient(x))
+        flat = flat.astype(accumulation_dtype(flat))
+        zero = jnp.zeros((), flat.dtype)
+        join = lambda some, others: (some[0] + others[0], jnp.maximum(some[1], others[1]))
+        squares, largest = jax.lax.reduce((jnp.square(flat), flat), (zero, zero), join, (x.ndim - 1,))
+        return jnp.sqrt(squares), cls(jnp.max(largest, initial=0), x.size)
+
+    def bound(self) -> jax.Array:
+        """A number that the norm is not above."""
+        return self.largest * math.sqrt(self.count)
+
+    def unit(self) -> jax.Array:
+        """What to divide by, so that squares are in the range of the dtype."""
+        return jnp.where((self.largest > 0) & (self.largest < jnp.inf), self.largest, 1)
+
+
+def is_in_range(left: Extent, right: Extent) -> jax.Array:
     """Whether sums over pairs of positions are in the range of the dtype; they are where one side is 0."""
-    units = unit_of(left), unit_of(right)
-    nothing = (_largest(left) == 0) | (_largest(right) == 0)
-    each = _is_within(units[0], 3 / 8) & _is_within(units[1], 3 / 8)
-    return nothing | (each & _is_within(units[0] * units[1], 5 / 16))
+    a, b = left.bound(), right.bound()
+    return (a == 0) | (b == 0) | (_is_within(a, 3 / 8) & _is_within(b, 3 / 8) & _is_within(a * b, 5 / 16))
 
 
-def _is_within(unit: jax.Array, share: float) -> jax.Array:
-    exponent = int(share * int(jnp.finfo(unit.dtype).maxexp))
-    return (unit > 2.0**-exponent) & (unit < 2.0**exponent)
+def _is_within(length: jax.Array, share: float) -> jax.Array:
+    exponent = int(share * int(jnp.finfo(length.dtype).maxexp))
+    return (length > 2.0**-exponent) & (length < 2.0**exponent)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

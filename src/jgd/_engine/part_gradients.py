@@ -1,4 +1,4 @@
-"""A batch's gradients in one part: blocks, squares, inner products, moments.
+"""A batch's gradients in one part: blocks, norms, inner products, moments.
 
 The same code serves after the backward pass and in a step of a scan's backward pass.
 """
@@ -73,23 +73,22 @@ class PartGradients:
         each = jnp.ones(self.batch.size) if weights is None else weights
         return self.batch.with_each(each).folded(of_tile, self.rules.size)
 
-    def squares(self) -> norms.Squares:
-        """‖G_i‖², `(B,)`, by the part's method."""
+    def norms(self) -> norms.Norm:
+        """‖G_i‖, `(B,)`, by the part's method."""
         if self.is_kept:
-            return jax.vmap(norms.squares_of)(self.native_blocks())
-        of_one = self.rules.squares_of_pairs if self.rules.may_cancel else self.rules.squares
+            return norms.Norm(jax.vmap(norms.length)(self.native_blocks()))
+        of_one = self.rules.norm_of_pairs if self.rules.may_cancel else self.rules.norm
         made = self.batch.mapped(lambda some, size: self._each(of_one, some, size), self.rules.cost.numbers)
         if not self.rules.may_cancel:
             return made
         quick, trusted = made
-        again = PartGradients._squares_again
-        small, middle, large = norms.with_digits(again, self, quick[:3], trusted)
-        return norms.Squares(small, middle, large, quick.rounding)
+        again = PartGradients._norm_again
+        return norms.Norm(norms.with_digits(again, self, quick.length, trusted), quick.rounding)
 
-    def _squares_again(self, number: jax.Array) -> tuple[jax.Array, ...]:
-        """‖G_i‖² of one example from a few columns of its gradient at a time, positions summed first."""
+    def _norm_again(self, number: jax.Array) -> jax.Array:
+        """‖G_i‖ of one example from a few columns of its gradient at a time, positions summed first."""
         made, unit = factors.scaled(self._example(number).factors())
-        return norms.Squares.of(norms.Scaled(_by_columns(made, self.rules), unit))[:3]
+        return norms.root(_by_columns(made, self.rules)) * unit
 
     def sum_bounds(self) -> jax.Array:
         """For each example a number that the norms of its terms at all positions do not add up to more than."""
@@ -125,7 +124,7 @@ class PartGradients:
             (rows,) = self.factors()
             return lookups.squared_sum(rows, self.rules.layout.sizes()[1], in_cache=in_cache)
         made = self.rules.batch_factors(self.batch.arrays)
-        square, bound = factors.square(made), factors.square_bound(made)
+        square, (bound, _) = factors.square(made), factors.square_bound(made)
         one = [jax.tree.map(lambda x: x[None], factor) for factor in made]
         itself = lambda: _by_columns(one, self.rules).astype(square.dtype)
         return jax.lax.cond(norms.has_digits(square, bound), lambda: square, itself)

@@ -14,7 +14,7 @@ from jgd._engine.costs import Cost, Sizes
 from jgd._engine.devices import Device
 from jgd._engine.dtypes import add
 from jgd._engine.factors import Factor, Full, Layout, Outer, Rows
-from jgd._engine.norms import Squares, squares_of
+from jgd._engine.norms import Norm, length
 from jgd._engine.rules.rule import Rule, SiteData
 from jgd._engine.sites import Site
 from jgd._engine.views import Axis, View, merge_axes
@@ -52,7 +52,7 @@ class PartRules:
         layout: the layout that all rules with factors share, so that inner products can be taken pair by pair; None
             where they do not.
         swaps: which of the rules have p and q exchanged.
-        method: how squared norms are computed.
+        method: how norms are computed.
     """
 
     axes: tuple[Axis, ...]
@@ -115,16 +115,14 @@ class PartRules:
         """One example's gradient, flat in the order of the leaf's memory."""
         return factors.add([rule.gradient(one) for rule, one in zip(self.rules, data, strict=True)])
 
-    def squares(self, data: Sequence[SiteData]) -> Squares:
-        """The squared norm of one example's gradient, by the part's method, where no positions cancel in it."""
+    def norm(self, data: Sequence[SiteData]) -> Norm:
+        """The norm of one example's gradient, by the part's method, where no positions cancel in it."""
         if self.method == "pairs":
-            return factors.squares_of_one(*self.factors(data))
+            return factors.norm_of_one(*self.factors(data))
         rule, *others = self.rules
         if others:
-            squares = squares_of(self.gradient(data))
-        else:
-            squares = Squares(*map(jnp.sum, rule.of_pieces(squares_of, data[0])))
-        return squares if self.positions <= 1 else squares.of_sum(self.sum_bound(data))
+            return Norm(length(self.gradient(data))).of_sum(self.sum_bound(data))
+        return Norm(length(rule.of_pieces(length, data[0])))
 
     def sum_bound(self, data: Sequence[SiteData]) -> jax.Array:
         """A number that the norms of the terms at all positions do not add up to more than."""
@@ -133,13 +131,13 @@ class PartRules:
 
     @property
     def may_cancel(self) -> bool:
-        """Whether squared norms are sums over pairs of positions, which may be small differences of large numbers."""
+        """Whether squares are sums over pairs of positions, which may be small differences of large numbers."""
         several = self.positions > 1 or len(self.rules) > 1
         return self.method == "pairs" and several and not self.is_lookup
 
-    def squares_of_pairs(self, data: Sequence[SiteData]) -> tuple[Squares, jax.Array]:
-        """The squared norm from pairs of positions, and whether it can be trusted."""
-        return factors.squares_of_pairs(self.factors(data))
+    def norm_of_pairs(self, data: Sequence[SiteData]) -> tuple[Norm, jax.Array]:
+        """The norm from pairs of positions, and whether it can be trusted."""
+        return factors.norm_of_pairs(self.factors(data))
 
     def dot(self, data: Sequence[SiteData], direction: jax.Array) -> jax.Array:
         """The inner product of one example's gradient with a direction, flat in the order of the leaf's memory."""
@@ -181,7 +179,7 @@ class PartRules:
 
     @property
     def costs(self) -> dict[NormMethod, Cost]:
-        """What `squares` would cost for one example, by each method that the part can use."""
+        """What `norm` would cost for one example, by each method that the part can use."""
         made = [costs.weight_gradient(rule.factor_sizes) for rule in self.rules if rule.has_factors]
         flops, moved = sum(cost.flops for cost in made), sum(cost.moved for cost in made)
         open_to: dict[NormMethod, Cost] = {
@@ -193,7 +191,7 @@ class PartRules:
 
     @property
     def cost(self) -> Cost:
-        """What `squares` costs for one example."""
+        """What `norm` costs for one example."""
         return self.costs[self.method]
 
     def _sizes(self, positions: int) -> Sizes:

@@ -13,7 +13,7 @@ import jax.numpy as jnp
 
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.forward import run
-from jgd._engine.norms import Squares
+from jgd._engine.norms import Buckets
 from jgd._engine.plan import Plan
 from jgd._engine.rules.rule import SiteData
 from jgd._engine.scan_reductions import (
@@ -52,7 +52,7 @@ class Residuals(NamedTuple):
     operands: Any
     cotangents: Any
     blocks: dict[int, Any]
-    squares: dict[int, Squares]
+    squares: dict[int, Buckets]
 
 
 def axes_of(plan: Plan) -> Residuals:
@@ -98,7 +98,7 @@ def pass_over(
 
     def one(inputs: list[Any]) -> Any:
         def forward(
-            taps: Any, values: list[Any], numbers: dict[int, Squares], together: Together | None
+            taps: Any, values: list[Any], numbers: dict[int, Buckets], together: Together | None
         ) -> Any:
             params = list(model.params)
             for leaf, value in zip(dense, values, strict=True):
@@ -112,7 +112,7 @@ def pass_over(
         no_bumps = bumps_of(plan.region, lambda site, i: False)
         taps = varying(zeros(plan.region, taps_of), inputs)
         values = varying([model.params[leaf] for leaf in dense], inputs)
-        number = lambda leaf: Squares.zeros(dtype=zero(leaf).dtype)
+        number = lambda leaf: Buckets.zeros(zero(leaf).dtype)
         numbers = varying({leaf: number(leaf) for leaf in probed}, inputs)
         value, pull, (aux, operands) = jax.vjp(
             forward, taps, values, numbers, varying(asked(), inputs), has_aux=True

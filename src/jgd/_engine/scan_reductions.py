@@ -22,7 +22,7 @@ import jax.numpy as jnp
 from jgd._engine.factors import group, sum_squares
 from jgd._engine.jaxprs import bind
 from jgd._engine.moments import deviation_of
-from jgd._engine.norms import Squares
+from jgd._engine.norms import Buckets
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part, PartRules
 from jgd._engine.rules import rule_of
@@ -55,7 +55,7 @@ class ScanReductions(NamedTuple):
     squares: dict[int, jax.Array]
     deviations: dict[int, jax.Array]
     gram: jax.Array | None
-    norms: dict[int, Squares]
+    norms: dict[int, Buckets]
 
 
 NOTHING = ScanReductions({}, {}, {}, {}, {}, None, {})
@@ -169,7 +169,7 @@ def _unbranched(region: Region) -> list[Region]:
 
 
 def insert_probes(
-    probes: Probes, numbers: dict[int, Squares], together: Together | None
+    probes: Probes, numbers: dict[int, Buckets], together: Together | None
 ) -> Callable[..., jax.Array]:
     """The `watch` of `forward.run` that puts probes on tapped values. The pass maps examples along the axis `EXAMPLES`.
 
@@ -192,7 +192,7 @@ def insert_probes(
     return watch
 
 
-def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: Squares, together: Any) -> jax.Array:
+def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: Buckets, together: Any) -> jax.Array:
     @jax.custom_vjp
     def watch(x: jax.Array, *beside: Any) -> jax.Array:
         del beside
@@ -212,12 +212,12 @@ def _watched(x: jax.Array, probe: Probe, data: jax.Array, number: Squares, toget
     return watch(x, data, number, together)
 
 
-def _squares(probe: Probe, data: jax.Array, cotangent: jax.Array) -> Squares:
+def _squares(probe: Probe, data: jax.Array, cotangent: jax.Array) -> Buckets:
     """One example's squared norm. Where pairs may cancel, all examples' are made, and those that did are made again."""
     if not probe.rules.may_cancel:
-        return probe.rules.squares(probe.data(data, cotangent))
+        return Buckets.of(probe.rules.norm(probe.data(data, cotangent)))
     number = jax.lax.axis_index(EXAMPLES)
-    return jax.tree.map(lambda x: x[number], _of_all(probe, data, cotangent).squares())
+    return Buckets.of(jax.tree.map(lambda x: x[number], _of_all(probe, data, cotangent).norms()))
 
 
 def _of_all(probe: Probe, data: jax.Array, cotangent: jax.Array) -> PartGradients:
