@@ -20,16 +20,7 @@ import jax.numpy as jnp
 
 from jgd._engine.batch_sums import sum_leading
 from jgd._engine.dtypes import accumulation_dtype
-from jgd._engine.norms import (
-    Extent,
-    Norm,
-    has_digits,
-    is_in_range,
-    length,
-    product_of_lengths,
-    root,
-    rounded_by,
-)
+from jgd._engine.norms import Norm, has_digits, is_within, length, product_of_lengths, root, rounded_by
 from jgd._engine.stored import stored
 from jgd._engine.views import Axis, View, merge_axes
 
@@ -247,33 +238,31 @@ def norm_of_one(factor: Factor) -> Norm:
     return Norm(sum_bound(factor))
 
 
-def norm_of_pairs(made: Sequence[Factor]) -> tuple[Norm, jax.Array]:
+def norm_of_pairs(made: Sequence[Any]) -> tuple[Norm, jax.Array]:
     """‖Σ G‖ from pairs of positions, and whether it has digits and its square is in the range of its dtype."""
-    squared, (bound, sides) = square(made), square_bound(made)
-    trusted = has_digits(squared, bound)
-    for left, right in sides:
-        trusted = trusted & is_in_range(left, right)
-    norm = root(squared)
-    return Norm(norm).of_sum(rounded_by(squared, bound)), trusted
+    squared, (bound, in_range) = square(made), square_bound(made)
+    return Norm(root(squared)).of_sum(rounded_by(squared, bound)), has_digits(squared, bound) & in_range
 
 
-def scaled(made: Sequence[Factor]) -> tuple[list[Factor], jax.Array]:
-    """Factors of Σ G / unit whose products are in range, and the unit."""
-    unit_of = lambda x: Extent.by_position(x)[1].unit()
-    units = []
-    for factor in made:
-        assert not isinstance(factor, Full)
-        units.append((unit_of(factor.left) if isinstance(factor, Outer) else 1, unit_of(factor.right)))
-    unit = functools.reduce(jnp.maximum, [left * right for left, right in units])
+def scaled(made: Sequence[Outer | Rows]) -> tuple[list[Factor], jax.Array]:
+    """Factors of Σ G / unit whose products are in range, and the unit; that is 0 if all products are."""
+    sides = [(_largest(f.left) if isinstance(f, Outer) else 1.0, _largest(f.right)) for f in made]
+    unit = functools.reduce(jnp.maximum, [left * right for left, right in sides])
+    divided = lambda x, by: x / jnp.where((by > 0) & (by < jnp.inf), by, 1)
     found: list[Factor] = []
-    for factor, (left, right) in zip(made, units, strict=True):
-        share = left * right / unit
+    for factor, (left, right) in zip(made, sides, strict=True):
+        of_right = divided(factor.right, right) * divided(left * right, unit)
         if isinstance(factor, Outer):
-            found.append(Outer(factor.left / left, factor.right / right * share))
+            found.append(Outer(divided(factor.left, left), of_right))
         else:
-            assert isinstance(factor, Rows)
-            found.append(Rows(factor.index, factor.right / right * share, factor.rows))
+            found.append(Rows(factor.index, of_right, factor.rows))
     return found, unit
+
+
+def _largest(x: jax.Array) -> jax.Array:
+    """The largest absolute value, of which no derivative is taken."""
+    largest = jnp.max(jnp.abs(jax.lax.stop_gradient(x)), initial=0)
+    return largest.astype(accumulation_dtype(largest))
 
 
 def by_row(
@@ -306,29 +295,28 @@ def sum_bound(factor: Factor) -> jax.Array:
     return product_of_lengths(*factor, axes=[0] if factor.left.shape[0] > 1 else [])
 
 
-def square_bound(made: Sequence[Factor]) -> tuple[jax.Array, list[tuple[Extent, Extent]]]:
-    """Σ_n (Σ_t ‖left_t‖‖right_t‖)², and the extents of both sides of each factor. No derivative is taken of them.
+def square_bound(made: Sequence[Any]) -> tuple[jax.Array, jax.Array]:
+    """Σ_n (Σ_t ‖left_t‖‖right_t‖)², and whether pairs are in the range of their dtype. No derivative is taken of them.
 
     That is the most that `square` can be, and the size of the terms that may cancel in it. Of lookups only those of the
     same row can cancel each other.
     """
-    total, sides = jnp.zeros((), jnp.float32), []
+    norms = lambda x: jnp.sqrt(
+        jnp.sum(jnp.square(jax.lax.stop_gradient(x).astype(accumulation_dtype(x))), axis=2)
+    )
+    total, in_range = jnp.zeros((), jnp.float32), jnp.ones((), bool)
     for factor in made:
-        assert not isinstance(factor, Full)
-        right, of_right = Extent.by_position(factor.right)
+        right = norms(factor.right)
         if isinstance(factor, Outer):
-            left, of_left = Extent.by_position(factor.left)
+            left = norms(factor.left)
             # Not as a sum of one: what else is computed from it would decide where XLA drops that axis.
             added = jnp.sum(left * right, axis=1 if left.shape[0] > 1 else None)
+            in_range = in_range & is_within(jnp.max(left, initial=0), 3 / 8)
         else:
-            each = Rows(factor.index, right[:, :, None], factor.rows)
-            added, of_left = (
-                root(inner(each, each)),
-                Extent(jnp.ones_like(of_right.largest), factor.index.size),
-            )
-        total = total + added
-        sides.append((of_left, of_right))
-    return jnp.square(total) if total.ndim == 0 else jnp.sum(jnp.square(total)), sides
+            added = root(inner(*[Rows(factor.index, right[:, :, None], factor.rows)] * 2))
+        total, in_range = total + added, in_range & is_within(jnp.max(right, initial=0), 3 / 8)
+    bound = jnp.square(total) if total.ndim == 0 else jnp.sum(jnp.square(total))
+    return bound, in_range & is_within(bound, 5 / 8)
 
 
 def contract(spec: str, a: jax.Array, b: jax.Array, precision: Any = jax.lax.Precision.HIGHEST) -> jax.Array:

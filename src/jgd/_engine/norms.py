@@ -6,7 +6,6 @@ squared again from its gradient, in a loop that mostly has no step.
 """
 
 import functools
-import math
 from collections.abc import Callable, Sequence
 from typing import Any, NamedTuple
 
@@ -180,40 +179,10 @@ def rounded_by(square: jax.Array, bound: jax.Array) -> jax.Array:
     return jnp.where(jnp.isfinite(bound) & (bound > 0), root(bound) * times, 0)
 
 
-class Extent(NamedTuple):
-    """The largest absolute value of some numbers, and how many they are. No derivative is taken of it."""
-
-    largest: jax.Array
-    count: int
-
-    @classmethod
-    def by_position(cls, x: jax.Array) -> tuple[jax.Array, "Extent"]:
-        """The norms along the last axis, and the extent, by one reduction."""
-        flat = jnp.abs(jax.lax.stop_gradient(x))
-        flat = flat.astype(accumulation_dtype(flat))
-        zero = jnp.zeros((), flat.dtype)
-        join = lambda some, others: (some[0] + others[0], jnp.maximum(some[1], others[1]))
-        squares, largest = jax.lax.reduce((jnp.square(flat), flat), (zero, zero), join, (x.ndim - 1,))
-        return jnp.sqrt(squares), cls(jnp.max(largest, initial=0), x.size)
-
-    def bound(self) -> jax.Array:
-        """A number that the norm is not above."""
-        return self.largest * math.sqrt(self.count)
-
-    def unit(self) -> jax.Array:
-        """What to divide by, so that squares are in the range of the dtype."""
-        return jnp.where((self.largest > 0) & (self.largest < jnp.inf), self.largest, 1)
-
-
-def is_in_range(left: Extent, right: Extent) -> jax.Array:
-    """Whether sums over pairs of positions are in the range of the dtype; they are where one side is 0."""
-    a, b = left.bound(), right.bound()
-    return (a == 0) | (b == 0) | (_is_within(a, 3 / 8) & _is_within(b, 3 / 8) & _is_within(a * b, 5 / 16))
-
-
-def _is_within(length: jax.Array, share: float) -> jax.Array:
-    exponent = int(share * int(jnp.finfo(length.dtype).maxexp))
-    return (length > 2.0**-exponent) & (length < 2.0**exponent)
+def is_within(x: jax.Array, share: float) -> jax.Array:
+    """Whether a number's exponent is within a share of the range of its dtype. It is not, if the number is 0."""
+    exponent = int(share * int(jnp.finfo(x.dtype).maxexp))
+    return (x > 2.0**-exponent) & (x < 2.0**exponent)
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0,))

@@ -14,6 +14,7 @@ from jgd._engine import factors, grams, lookups, moments, norms, tiles
 from jgd._engine.batch_sums import sum_leading
 from jgd._engine.parts import PartRules
 from jgd._engine.tiles import Batch
+from jgd._mesh import varying
 
 
 @jax.tree_util.register_dataclass
@@ -88,7 +89,11 @@ class PartGradients:
     def _norm_again(self, number: jax.Array) -> jax.Array:
         """‖G_i‖ of one example from a few columns of its gradient at a time, positions summed first."""
         made, unit = factors.scaled(self._example(number).factors())
-        return norms.root(_by_columns(made, self.rules)) * unit
+        # Of a gradient of 0 nothing is computed: there are examples of which a leaf knows nothing.
+        itself = lambda: norms.root(_by_columns(made, self.rules)) * unit
+        return jax.lax.cond(
+            unit > 0, itself, lambda: varying(unit.astype(jax.eval_shape(itself).dtype), made)
+        )
 
     def sum_bounds(self) -> jax.Array:
         """For each example a number that the norms of its terms at all positions do not add up to more than."""
