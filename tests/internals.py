@@ -46,6 +46,7 @@ from jgd._engine import (
     lookups,
     moments,
     norms,
+    part_gradients,
     rules,
     tiles,
     versions,

@@ -92,7 +92,7 @@ def temporary(fun, *args):
 TWICE = pytest.mark.xfail(
     strict=False, reason="of jaxlib 0.10 a dense leaf's clipped sum holds its gradients twice"
 )
-DENSE = ("window_of_positions", "triangular_solve", "computed_in_branches")
+DENSE = ("computed_in_branches",)
 
 
 @pytest.mark.parametrize("name", [pytest.param(name, marks=[TWICE] * (name in DENSE)) for name in LARGE])

@@ -5,6 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from cases import Draw
+from internals import norms, part_gradients
 
 import jgd
 
@@ -64,3 +65,48 @@ def test_an_infinite_lookup_stays_in_its_row(reduction):
 def test_a_traced_negative_bound_gives_nan():
     blocks = {"w": jnp.ones((2, 3))}
     assert np.all(np.isnan(jax.jit(lambda bound: jgd.clipped_sum(blocks, bound))(-1.0)["w"]))
+
+
+# Lengths
+
+
+SIZES = (0.0, 1e-34, 1e-30, 1e-20, 1e-13, 1e-5, 1.0, 1e5, 1e11, 1e13, 1e20, 1e30, 1e35)
+
+
+@pytest.mark.parametrize("size", SIZES)
+@pytest.mark.parametrize("count", [1, 7, 1000, 5003])
+def test_lengths_of_numbers_of_any_size(size, count):
+    x = (Draw(count)(count) * size).astype(np.float32)
+    want = np.linalg.norm(np.float64(x))
+    for length in (norms.length, jax.jit(norms.length)):
+        np.testing.assert_allclose(length(x), want, rtol=2e-6)
+    slope = jax.jit(jax.grad(norms.length))(x)
+    if 1e-30 <= size <= 1e30 or size == 0:
+        np.testing.assert_allclose(slope, np.float64(x) / (want or 1), rtol=1e-5, atol=1e-7)
+
+
+def test_a_length_of_numbers_of_all_sizes():
+    x = np.float32([1e-30, 1e-13, 3.0, 1e12, 4e12, 3e12])
+    np.testing.assert_allclose(norms.length(x), np.linalg.norm(np.float64(x)), rtol=1e-6)
+    for bad in (np.inf, np.nan):
+        assert not np.isfinite(jax.jit(norms.length)(np.append(x, np.float32(bad))))
+
+
+def test_a_gradient_of_0_is_not_computed_again(monkeypatch):
+    """The loop looks at an example of which the leaf knows nothing, and goes on."""
+    built = []
+    by_columns = part_gradients._by_columns
+    keep = lambda made, rules: (jax.debug.callback(built.append, 0), by_columns(made, rules))[1]
+    monkeypatch.setattr(part_gradients, "_by_columns", keep)
+    jax.clear_caches()
+    draw = Draw(3)
+    w, x = jnp.asarray(draw(16, 12), jnp.float32), jnp.asarray(draw(4, 3, 16), jnp.float32)
+    there = jnp.asarray([1.0, 0.0, 1e-25, 0.0], jnp.float32)
+    loss = lambda w, x, there: there * jnp.sum(jnp.sin(x @ w))
+    grads = jgd.per_example_grad(loss, strategy="factored")(w, x, there)
+    got = np.asarray(jgd.norms(grads))
+    blocks = jax.vmap(jax.grad(loss), (None, 0, 0))(w, x, there)
+    np.testing.assert_allclose(got, np.linalg.norm(np.float64(blocks).reshape(4, -1), axis=1), rtol=1e-5)
+    jax.effects_barrier()
+    assert len(built) == 1
+    jax.clear_caches()

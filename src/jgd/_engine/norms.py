@@ -95,7 +95,8 @@ def length(x: jax.Array) -> jax.Array:
     top = 2.0 ** (int(jnp.finfo(flat.dtype).maxexp) // 2 - 1)
     # What is too large for one sum shows in it, so that the next is taken. (Of (c · x)² XLA might make c² · x², which
     # is out of range; not through the minima.)
-    terms = (jax.lax.min(flat * far, end), jax.lax.min(flat, end), jax.lax.min(flat / far, top))
+    below = lambda x, most: jax.lax.min(x, jnp.full_like(x, most))
+    terms = below(flat * far, end), below(flat, end), below(flat / far, top)
     small, middle, large = _by_levels(tuple(x * x for x in terms))
     is_large, is_small = large >= (end / far) ** 2 / 2, middle < 1 / end**2
     choose = jax.lax.select

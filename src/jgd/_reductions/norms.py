@@ -64,8 +64,8 @@ def norms(grads: Grads, *, per_leaf: bool = False, groups: Any = None) -> Any:
 
     Returns:
         `(B,)`; with `per_leaf`, a pytree like the parameters of `(B,)`, with `groups` one like `groups`. At least
-        float32. A gradient that is not finite has a norm that is not finite. One whose square leaves the range of
-        that dtype, in float32 a norm below 1e-19 or above 1e19, comes out as 0 or inf.
+        float32. A gradient that is not finite has a norm that is not finite. Squares may leave the range of that dtype:
+        the norms do not.
 
     Raises:
         ValueError: `groups` is no prefix of the parameters, or is given beside `per_leaf`.
@@ -137,6 +137,9 @@ def clipped_sum(
     return_norms: bool = False,
 ) -> Any:
     """The sum of the gradients, each scaled down to norm C at most: Σ w_i min(1, C/‖g_i‖) g_i.
+
+    A gradient that is a sum over positions is rounded, by more than its last digits where they cancel. ‖g_i‖ is taken
+    larger by that rounding, so that no clipped gradient is longer than C by more than 1e-5 of it.
 
     Args:
         grads: the gradients.
