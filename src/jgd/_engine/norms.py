@@ -24,7 +24,7 @@ _CANCELLED = 1 << 11
 _ROUNDED = 1 / 4
 
 
-_AT_ONCE = 256  # numbers that are added up one after the other
+_AT_ONCE = 64  # numbers that are added up one after the other
 
 
 class Norm(NamedTuple):
@@ -125,9 +125,12 @@ def _by_levels(terms: tuple[jax.Array, ...]) -> tuple[jax.Array, ...]:
     """The sums of flat arrays, some numbers at a time, so that they are rounded like a tree of sums."""
     size, zeros = terms[0].size, tuple(jnp.zeros((), x.dtype) for x in terms)
     added = lambda some, others: tuple(map(jnp.add, some, others))
-    step = next((k for k in range(_AT_ONCE, _AT_ONCE // 8, -1) if size % k == 0), size)
-    if size <= _AT_ONCE or step == size:
+    if size <= _AT_ONCE:
         return jax.lax.reduce(terms, zeros, added, (0,))
+    step = next((k for k in range(_AT_ONCE, _AT_ONCE // 4, -1) if size % k == 0), None)
+    if step is None:
+        step = _AT_ONCE
+        terms = tuple(jnp.pad(x, (0, -size % step)) for x in terms)
     return _by_levels(jax.lax.reduce(tuple(x.reshape(-1, step) for x in terms), zeros, added, (1,)))
 
 
