@@ -110,3 +110,15 @@ def test_a_gradient_of_0_is_not_computed_again(monkeypatch):
     jax.effects_barrier()
     assert len(built) == 1
     jax.clear_caches()
+
+
+@pytest.mark.parametrize("microbatch_size", [None, 1])
+def test_a_finite_gradient_whose_terms_bound_overflows_is_not_dropped(microbatch_size):
+    """The largest operand and the largest cotangent are at different positions; the weight is a computed one."""
+    w, x = jnp.ones((4, 3)), jnp.zeros((2, 2, 4)).at[:, 0].set(1e25)
+    scale = jnp.array([[1e-25, 1e15]] * 2)
+    loss = lambda w, x, scale: jnp.sum(scale[:, None] * (x @ (w * jnp.tanh(w))))
+    make = jgd.per_example_grad(loss, strategy="factored", microbatch_size=microbatch_size)
+    blocks = np.float64(jax.vmap(jax.grad(loss), (None, 0, 0))(w, x, scale))
+    want = np.sum(blocks / np.linalg.norm(blocks, axis=(1, 2), keepdims=True), axis=0)
+    np.testing.assert_allclose(jgd.clipped_sum(make(w, x, scale), 1.0), want, rtol=1e-5)

@@ -39,9 +39,12 @@ class Norm(NamedTuple):
     rounding: jax.Array | None = None
 
     def of_sum(self, bound: jax.Array) -> "Norm":
-        """Where the gradient is a sum over positions, whose terms' norms add up to at most `bound`."""
-        rounding = _ROUNDED * jnp.finfo(bound.dtype).eps * bound
-        return Norm(self.length, jax.lax.stop_gradient(rounding))
+        """Where the gradient is a sum over positions, whose terms' norms add up to at most `bound`.
+
+        A bound that is out of range says nothing: the gradient may still be finite, and must not be dropped for it.
+        """
+        known = jnp.where(jnp.isfinite(bound), bound, 0)
+        return Norm(self.length, jax.lax.stop_gradient(_ROUNDED * jnp.finfo(bound.dtype).eps * known))
 
     def at_most(self) -> jax.Array:
         """What the gradient is not longer than, however its sum over positions is rounded."""
@@ -175,12 +178,12 @@ def has_digits(square: jax.Array, bound: jax.Array) -> jax.Array:
 def rounded_by(square: jax.Array, bound: jax.Array) -> jax.Array:
     """What a norm from pairs is rounded by: its square by the bound, so the norm by the share that it is of that.
 
-    What is squared again is a sum over positions, rounded by the root of the bound. Of what is out of range nothing is
-    known. (The comparison is not that of `has_digits`, lest XLA make two of one loop.)
+    What is squared again is a sum over positions, rounded by the root of the bound. (The comparison is not that of
+    `has_digits`, lest XLA make two of one loop.)
     """
     share = bound / jnp.where(square > 0, square, bound)
     times = jnp.where(share * (_CANCELLED * jnp.finfo(square.dtype).eps) <= 1, root(share), 1)
-    return jnp.where(jnp.isfinite(bound) & (bound > 0), root(bound) * times, 0)
+    return root(bound) * times
 
 
 def is_within(x: jax.Array, share: float) -> jax.Array:
