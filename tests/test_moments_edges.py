@@ -53,5 +53,20 @@ def test_moments_of_what_is_not_finite(broken, tile, x64):
         np.testing.assert_allclose(moments.square_around_mean(whole), spread, rtol=1e-12)
 
 
+@pytest.mark.parametrize("weights", [None, np.array([1.0, 0, 1, 1], np.float32)], ids=["", "weights"])
+@pytest.mark.parametrize(
+    "held",
+    [{"strategy": "factored"}, {"strategy": "materialized"}, {"microbatch_size": 1}, {"microbatch_size": 3}],
+    ids=str,
+)
+def test_a_variance_beyond_float32_is_infinite(held, weights):
+    x, y = np.random.default_rng(0).normal(size=(2, 4, 3)).astype(np.float32)
+    x[0, 0], y[0, 0] = 1e10, 3e10
+    grads = jgd.per_example_grad(lambda w, x, y: jnp.sum((x @ w) * y), **held)(jnp.zeros((3, 3)), x, y)
+    variance = np.asarray(jgd.variance(grads, weights))
+    assert np.isposinf(variance[0, 0])
+    assert np.all(np.isfinite(variance.reshape(-1)[1:]))
+
+
 def test_a_variance_by_weights_that_leave_one_example():
     assert np.isnan(jgd.variance([jnp.arange(3.0)], jnp.array([2.0, 0.0, 0.0]))[0])

@@ -126,6 +126,37 @@ def test_no_derivative_by_the_weight_of_an_absent_example_that_is_not_finite(hel
         assert all(np.all(np.isfinite(z)) for z in got)
 
 
+@pytest.mark.sample(lambda held: held is not HELD[1])
+@pytest.mark.parametrize("held", HELD, ids=str)
+def test_the_derivative_by_the_parameters_beside_an_absent_example_that_is_not_finite(held, example, x64):
+    """JAX multiplies the nan of the example's pass by its cotangent, which is 0: so the pass must not see it."""
+    params, x, y = example
+    x = x.copy()
+    x[1, 2] = np.nan
+    weights = jnp.array([1.0, 0, 2, 0, 1])
+
+    def ask(params, weights, x, y):
+        grads = jgd.per_example_grad(squared_error, **held)(params, x, y)
+        return [jnp.sin(z["w"]) for z in asked_with_weights(grads, weights, 0.3)]
+
+    rest = np.array([0, 2, 3, 4])
+    want = jax.jit(jax.jacrev(ask))(params, weights[rest], x[rest], y[rest])
+    for jacobian in (jax.jacrev, jax.jacfwd):
+        close(jax.jit(jacobian(ask))(params, weights, x, y), want, 1e-9)
+
+
+def test_the_derivative_of_a_variance_by_weights_that_leave_a_microbatch_empty(example, x64):
+    params, x, y = example
+    weights = jnp.array([1.0, 0, 2, 3, 0, 1])  # microbatches of two are 0 and 3, 1 and 4, 2 and 5
+    x, y = np.concatenate([x, x[:1] + 1]), np.concatenate([y, y[:1]])
+
+    def ask(weights, size):
+        grads = jgd.per_example_grad(squared_error, microbatch_size=size)(params, x, y)
+        return jnp.sin(jgd.variance(grads, weights)["w"])
+
+    close(jax.jacrev(ask)(weights, 2), jax.jacrev(ask)(weights, None), 1e-9)
+
+
 @pytest.mark.parametrize("held", HELD, ids=str)
 def test_one_example_that_is_left_has_no_variance(held, example):
     """Nor has a parameter that it does not reach."""

@@ -9,10 +9,11 @@ from jax.sharding import PartitionSpec
 
 from jgd._engine.blocks import blocks_at_once
 from jgd._engine.gradients import DenseGradients, FactoredGradients
+from jgd._engine.origin import Origin
 from jgd._engine.plan import PLANNED, Variant, plan_of
 from jgd._engine.residuals import Model, axes_of, pass_over
 from jgd._engine.stored import stored
-from jgd._engine.tiles import map_tiles, num_shards_of
+from jgd._engine.tiles import num_shards_of
 from jgd._engine.trace import TracedLoss
 from jgd._mesh import placed_by, spec_of, with_examples
 
@@ -35,10 +36,13 @@ def _specs_of_pass(
     examples = spec_of(batch[0])[0]
     along = lambda axis: PartitionSpec(*(None,) * axis, examples)
     leaves, form = [spec_of(p) for p in params], out[2]
+    model = Model(leaves, [spec_of(x) for x in constants])
     if isinstance(form, DenseGradients):
         blocks: list[Any] = [with_examples(examples, leaf) for leaf in leaves]
-        return along(0), along(0), DenseGradients(blocks)
-    model = Model(leaves, [spec_of(x) for x in constants])
+        origin = form.origin
+        if origin is not None:
+            origin = replace(origin, model=model, batch=[along(0) for _ in batch])
+        return along(0), along(0), DenseGradients(blocks, origin)
     lie = jax.tree.map(along, axes_of(form.plan))
     reductions = jax.tree.map(lambda _: PartitionSpec(), form.reductions)
     return along(0), along(0), replace(form, model=model, residuals=lie, reductions=reductions)
@@ -62,6 +66,7 @@ def gradients_of(
         return _no_examples(program, params, constants, batch)
     size = batch[0].shape[0]
     num_shards = num_shards_of(batch, size)
+    given, given_batch = Model(params, constants), batch
     params, constants, batch = stored((params, constants, batch))
     if strategy == "auto":
         at_once = blocks_at_once(program, size, num_shards)
@@ -75,15 +80,8 @@ def gradients_of(
             plan, model, batch, fuse=one_device, together=together and one_device
         )
         return values, aux, FactoredGradients(model, stored(residuals), plan, num_shards, reductions)
-
-    def value_and_grad(example: list[Any]) -> Any:
-        return jax.value_and_grad(program.run, has_aux=True)(params, constants, example)
-
-    some = lambda batch, _: jax.vmap(value_and_grad)(batch)
-    # Not by `jax.lax.map(..., batch_size=at_once)`, which refuses arrays without elements.
-    made = some(batch, size) if at_once == size else map_tiles(some, batch, [0] * len(batch), size, at_once)
-    (values, aux), blocks = made
-    return values, aux, DenseGradients(stored(blocks))
+    values, aux, blocks = Origin(Model(params, constants), batch, program, at_once).values_and_blocks()
+    return values, aux, DenseGradients(blocks, Origin(given, given_batch, program, at_once))
 
 
 def values_of(program: TracedLoss, model: Model, batch: list[Any]) -> tuple[jax.Array, list[Any]]:

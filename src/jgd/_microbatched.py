@@ -5,7 +5,7 @@ examples, copies of the last one.
 """
 
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,6 +15,7 @@ from jax.sharding import PartitionSpec
 
 from jgd._engine.factors import sum_squares
 from jgd._engine.gradients import OfGradients
+from jgd._engine.masking import replace_absent
 from jgd._engine.moments import deviation_of, inverse
 from jgd._engine.norms import all_together
 from jgd._engine.residuals import Model
@@ -65,6 +66,10 @@ class MicrobatchedGradients:
         values, aux = self._mapped(of_batch, None)[1]
         keyed = zip(aux, kinds, strict=True)
         return values, [x if kind is None else jax.random.wrap_key_data(x, impl=kind) for x, kind in keyed]
+
+    def with_present(self, present: jax.Array) -> "MicrobatchedGradients":
+        """The same gradients, with those of a present example in the place of each that is not."""
+        return replace(self, batch=replace_absent(self.batch, present))
 
     def map_microbatches(self, fun: OfGradients, weights: jax.Array | None) -> tuple[Any, Any]:
         """`fun` of every microbatch's gradients and weights: of its pair, the first added up, the second joined."""
@@ -120,8 +125,9 @@ class MicrobatchedGradients:
         def around_the_mean(form: Any, w: Any) -> Any:
             own = jnp.sum(jnp.ones(form.size) if w is None else w)
             means = [x * inverse(own) for x in form.weighted_sum(w)]
-            parts = zip(form.spreads(w), means, whole, strict=True)
-            return [square + own * jnp.square(mean - x / total) for square, mean, x in parts], ()
+            apart = [mean - x / total for mean, x in zip(means, whole, strict=True)]
+            # The weight, which may be 0, before the square, which may be out of range.
+            return [square + x * own * x for square, x in zip(form.spreads(w), apart, strict=True)], ()
 
         return [x * scale for x in self.map_microbatches(around_the_mean, weights)[0]]
 

@@ -23,9 +23,15 @@ def linear_in_weights(
 ) -> list[jax.Array]:
     """`question(form, weights)`, which is linear in the weights, or without them where they are None.
 
-    Its derivative by a weight of 0 is what that example would add, and 0 where its gradient is not finite.
+    Its derivative by a weight of 0 is what that example would add, and 0 where its gradient is not finite. By the
+    parameters that example has none, whatever it holds.
     """
-    return question(form, None) if weights is None else _linear(question, form, weights)
+    return question(form, None) if weights is None else _linear(question, True, form, weights)
+
+
+def linear_of_present(question: Callable[[Any, Any], list[jax.Array]], form: Any, weights: Any) -> Any:
+    """The same, where the gradients of examples with weight 0 are finite, or have no derivative."""
+    return _linear(question, False, form, weights)
 
 
 def spreads(form: Gradients, weights: Any, scale: Any) -> list[jax.Array]:
@@ -50,16 +56,20 @@ def norms(form: Gradients, groups: Groups) -> list[jax.Array]:
     return form.map_microbatches(lambda form, _: ((), [norm.length for norm in form.norms(groups)]), None)[1]
 
 
-@functools.partial(jax.custom_jvp, nondiff_argnums=(0,))
-def _linear(question: Callable[..., Any], form: Any, weights: jax.Array) -> list[jax.Array]:
+@functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))
+def _linear(question: Callable[..., Any], replaces: bool, form: Any, weights: jax.Array) -> list[jax.Array]:
+    del replaces
     return question(form, weights)
 
 
 @functools.partial(_linear.defjvp, symbolic_zeros=True)
-def _linear_jvp(question: Callable[..., Any], primals: Any, tangents: Any) -> Any:
+def _linear_jvp(question: Callable[..., Any], replaces: bool, primals: Any, tangents: Any) -> Any:
     (form, weights), (form_moves, weights_move) = primals, tangents
-    made, moved = _along(lambda form: question(form, weights), form, form_moves)
-    if not _is_zero(weights_move):
+    # A cotangent of 0 is not enough for an absent example: the pass would multiply it by what is not finite.
+    replaces = replaces and moves(form_moves)
+    of = lambda form: question(form.with_present(weights != 0) if replaces else form, weights)
+    made, moved = along(of, form, form_moves)
+    if moves(weights_move):
         # What is linear has the same derivative everywhere: here, where nobody is absent who need not be.
         everyone = ((weights != 0) | _is_finite(form)).astype(weights.dtype)
         _, by_weights = jax.jvp(functools.partial(question, form), (everyone,), (weights_move,))
@@ -75,10 +85,12 @@ def _spreads(form: Any, weights: jax.Array) -> list[jax.Array]:
 @functools.partial(_spreads.defjvp, symbolic_zeros=True)
 def _spreads_jvp(primals: Any, tangents: Any) -> Any:
     (form, weights), (form_moves, weights_move) = primals, tangents
-    if _is_zero(weights_move):
-        return _along(lambda form: form.spreads(weights), form, form_moves)
-    present = weights_move * (weights != 0).astype(weights.dtype)
-    made, moved = _along(lambda both: both[0].spreads(both[1]), (form, weights), (form_moves, present))
+    is_present, replaces = weights != 0, moves(form_moves)
+    spreads_of = lambda form, weights: (form.with_present(is_present) if replaces else form).spreads(weights)
+    if not moves(weights_move):
+        return along(lambda form: spreads_of(form, weights), form, form_moves)
+    present = weights_move * is_present.astype(weights.dtype)
+    made, moved = along(lambda both: spreads_of(*both), (form, weights), (form_moves, present))
     # Of those who are absent (g − ḡ)² is added, from its three terms.
     absent = ((weights == 0) & _is_finite(form)).astype(weights.dtype)
     mean = [x / jnp.sum(weights) for x in sums(form, weights)]
@@ -95,16 +107,21 @@ def _is_finite(form: Gradients) -> jax.Array:
     return jnp.isfinite(norm)
 
 
-def _along(
-    fun: Callable[[Any], list[jax.Array]], x: Any, moves: Any
+def along(
+    fun: Callable[[Any], list[jax.Array]], x: Any, tangents: Any
 ) -> tuple[list[jax.Array], list[jax.Array]]:
     """What `fun` makes of a pytree, and how that moves with it."""
-    leaves, treedef = jax.tree.flatten(moves, is_leaf=_is_zero)
-    if all(map(_is_zero, leaves)):
+    if not moves(tangents):
         made = fun(x)
         return made, list(map(jnp.zeros_like, made))
+    leaves, treedef = jax.tree.flatten(tangents, is_leaf=_is_zero)
     leaves = [_zero(move) if _is_zero(move) else move for move in leaves]
     return jax.jvp(fun, (x,), (jax.tree.unflatten(treedef, leaves),))
+
+
+def moves(tangents: Any) -> bool:
+    """Whether any leaf of these tangents, which a rule with symbolic zeros got, is more than such a zero."""
+    return not all(map(_is_zero, jax.tree.leaves(tangents, is_leaf=_is_zero)))
 
 
 def _is_zero(move: Any) -> bool:

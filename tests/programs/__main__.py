@@ -7,6 +7,7 @@ import argparse
 import collections
 import json
 import os
+import subprocess
 import sys
 import time
 from pathlib import Path
@@ -58,6 +59,9 @@ def run(given: argparse.Namespace, features: frozenset[str]) -> int:
     )
     started, results, kinds = time.monotonic(), collections.Counter(), collections.defaultdict(list)
     for done, outcome in enumerate(search(given.seed, numbers, features, given.processes), 1):
+        if outcome.is_failure and is_right_by_default(given, outcome):
+            outcome = Outcome(outcome.number, "right, with XLA's default loop emitters")
+            print(f"{outcome.result}: {line(given, outcome)}", flush=True)
         results[outcome.result] += 1
         if outcome.is_failure:
             kinds[outcome.result, outcome.kind].append(outcome)
@@ -72,6 +76,25 @@ def run(given: argparse.Namespace, features: frozenset[str]) -> int:
     if given.json:
         given.json.write_text(json.dumps([vars(x) for found in kinds.values() for x in found], indent=1))
     return int(bool(kinds))
+
+
+def is_right_by_default(given: argparse.Namespace, outcome: Outcome) -> bool:
+    """Whether nothing is wrong as users compile it. What compiles quickly here (`conftest`) has errors of its own.
+
+    XLA's former loop emitters drop scattered numbers whose indices are of a dtype that cannot hold the table's size.
+    """
+    command = [
+        sys.executable,
+        "-m",
+        "tests.programs",
+        "--seed",
+        str(given.seed),
+        "--features",
+        given.features,
+    ]
+    flags = os.environ | {"XLA_FLAGS": "--xla_backend_optimization_level=0"}
+    command += ["--only", str(outcome.number)]
+    return subprocess.run(command, env=flags, capture_output=True, check=False).returncode == 0
 
 
 def line(given: argparse.Namespace, outcome: Outcome) -> str:

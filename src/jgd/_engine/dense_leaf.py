@@ -85,7 +85,8 @@ class DenseLeaf:
         center = jnp.zeros(self.block.shape[1:], dtype)
         if centred:
             total = self.block.shape[0] if weights is None else jnp.sum(weights)
-            center = self.weighted_sum(weights)[self.leaf] / total
+            # Of a microbatch in which nobody is present the mean is 0, which has a derivative.
+            center = self.weighted_sum(weights)[self.leaf] / jnp.where(total == 0, 1, total)
         present = self.block if weights is None else mask_rows(weights != 0, self.block)
         square = jnp.square(present.astype(center.dtype) - center[None])
         return jnp.sum(square if weights is None else scale_rows(weights, square), axis=0)

@@ -17,14 +17,15 @@ from jgd._engine.dense_leaf import DenseLeaf
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.factored_leaf import FactoredLeaf
 from jgd._engine.leaf_gradients import LeafGradients
-from jgd._engine.masking import mask_absent
+from jgd._engine.masking import mask_absent, replace_absent
 from jgd._engine.moments import deviation_of
 from jgd._engine.norms import Groups, Norm, all_together, total
+from jgd._engine.origin import Origin
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part
 from jgd._engine.paths import leaves_of, path_to, rounds
 from jgd._engine.plan import Plan, has_second_pass
-from jgd._engine.residuals import Model, Residuals, axes_of, site_data
+from jgd._engine.residuals import Model, Residuals, axes_of, pass_over, site_data
 from jgd._engine.scan_reductions import NOTHING, ScanReductions
 from jgd._engine.stored import stored
 from jgd._engine.tiles import Batch, num_shards_of
@@ -82,6 +83,10 @@ class Gradients(Protocol):
         """Σ ‖g_i − ḡ‖², and ‖Σ g_i‖²."""
         ...
 
+    def with_present(self, present: jax.Array) -> "Gradients":
+        """The same gradients made anew, with those of a present example in the place of each that is not."""
+        ...
+
 
 class HeldGradients:
     """Gradients that are all held at the same time, leaf by leaf.
@@ -103,6 +108,10 @@ class HeldGradients:
 
     def leaves(self) -> Sequence[LeafGradients]:
         """The gradients with respect to each leaf. A leaf that never meets data has none, and gradients of 0."""
+        raise NotImplementedError
+
+    def with_present(self, present: jax.Array) -> "HeldGradients":
+        """The same gradients made anew, with those of a present example in the place of each that is not."""
         raise NotImplementedError
 
     def for_norms_and_sums(self) -> "HeldGradients":
@@ -206,9 +215,15 @@ def _gram(
 @jax.tree_util.register_dataclass
 @dataclass(frozen=True)
 class DenseGradients(HeldGradients):
-    """B gradients as one `(B, *leaf.shape)` block for each leaf, as `vmap(grad)` returns them."""
+    """B gradients as one `(B, *leaf.shape)` block for each leaf, as `vmap(grad)` returns them.
+
+    Attributes:
+        arrays: the blocks.
+        origin: what made them; None for those that a user gives.
+    """
 
     arrays: list[jax.Array]
+    origin: Origin | None = None
 
     @property
     def size(self) -> int:
@@ -233,6 +248,12 @@ class DenseGradients(HeldGradients):
 
     def materialize(self) -> list[jax.Array]:
         return self.arrays
+
+    def with_present(self, present: jax.Array) -> "DenseGradients":
+        if self.origin is None:
+            return DenseGradients(replace_absent(self.arrays, present))
+        origin = self.origin.with_present(present)
+        return DenseGradients(origin.values_and_blocks()[2], origin)
 
     def self_gram(self) -> jax.Array:
         return self.gram(self)
@@ -332,6 +353,11 @@ class FactoredGradients(HeldGradients):
             functools.partial(rounds, plan, numbers),
             plan.nonlinear.isdisjoint(sources),
         )
+
+    def with_present(self, present: jax.Array) -> "FactoredGradients":
+        inputs = replace_absent(self.residuals.inputs, present)
+        _, _, residuals, _ = pass_over(self.plan, self.model, inputs, fuse=self.num_shards == 1)
+        return FactoredGradients(self.model, stored(residuals), self.plan, self.num_shards)
 
     def for_norms_and_sums(self) -> "FactoredGradients":
         return self._with_blocks(self.plan.kept)

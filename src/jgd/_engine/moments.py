@@ -86,7 +86,8 @@ def joined(a: Spread, b: Spread) -> Spread:
     """The spread of both together (Chan, Golub and LeVeque, 1979)."""
     weight, apart = a.weight + b.weight, b.mean - a.mean
     share = b.weight * inverse(weight)
-    square = a.square + b.square + jnp.square(apart) * (a.weight * share)
+    # The weight, which may be 0, before the square, which may be out of range.
+    square = a.square + b.square + apart * (a.weight * share) * apart
     # Once infinite a mean stays so, where inf − inf would make it nan; a nan of either stays a nan.
     infinite = jnp.isinf(a.mean) | jnp.isinf(b.mean)
     mean = jnp.where(infinite, jnp.abs(a.mean) + jnp.abs(b.mean), a.mean + apart * share)
