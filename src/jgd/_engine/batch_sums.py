@@ -16,6 +16,10 @@ _FEW, _LONG = 16, 1 << 13
 # one more kernel to compile.
 _FEW_SHORT = 32
 
+# So are so many numbers in all. XLA for CPUs would unroll the product with what makes them, half a megabyte of code
+# that takes it 0.35 seconds for each leaf.
+_SMALL = 1 << 12
+
 
 def along(weights: jax.Array, axis: int, ndim: int) -> jax.Array:
     """One number for each example, to be spread over an array whose examples lie along `axis`."""
@@ -57,7 +61,7 @@ def sum_leading(x: jax.Array, weights: jax.Array | None = None) -> jax.Array:
 
 def adds_rows(x: jax.Array) -> bool:
     """Whether `sum_leading` would add the rows of `x` by a plain reduction."""
-    return x.shape[0] <= _FEW_SHORT and math.prod(x.shape[1:]) < _LONG
+    return x.size <= _SMALL or (x.shape[0] <= _FEW_SHORT and math.prod(x.shape[1:]) < _LONG)
 
 
 def unrolls_rows(x: jax.Array) -> bool:
