@@ -159,9 +159,17 @@ def total(norms: Sequence[Norm], size: int) -> Norm:
     if len(norms) == 1:
         return norms[0]
     dtype = common_dtype(*(norm.length for norm in norms))
-    lengths = jnp.stack([norm.length.astype(dtype) for norm in norms], axis=1)
     roundings = [norm.rounding for norm in norms if norm.rounding is not None]
-    return Norm(jax.vmap(length)(lengths), functools.reduce(add, roundings) if roundings else None)
+    lengths = _joined([norm.length.astype(dtype) for norm in norms])
+    return Norm(lengths, functools.reduce(add, roundings) if roundings else None)
+
+
+def _joined(lengths: Sequence[jax.Array]) -> jax.Array:
+    """The length of each example's `lengths`, some at a time: the time to compile a join grows faster than their number."""
+    while len(lengths) > 1:
+        some = [lengths[k : k + _AT_ONCE] for k in range(0, len(lengths), _AT_ONCE)]
+        lengths = [jax.vmap(length)(jnp.stack(each, axis=1)) if len(each) > 1 else each[0] for each in some]
+    return lengths[0]
 
 
 def root(square: jax.Array) -> jax.Array:
