@@ -123,6 +123,10 @@ class Rows(NamedTuple):
     rows: int | jax.Array  # P
 
 
+class DistinctRows(Rows):
+    """Lookups of which no two meet the same row, as those of one window do."""
+
+
 class Full(NamedTuple):
     """The gradient itself, flat, in the order of the leaf's memory."""
 
@@ -130,6 +134,9 @@ class Full(NamedTuple):
 
 
 Factor = Outer | Rows | Full
+
+# Among at most so many lookups each pair is compared. More are sorted.
+_PAIRED = 128
 
 
 def add(arrays: Sequence[jax.Array]) -> jax.Array:
@@ -229,9 +236,11 @@ def square(made: Sequence[Factor]) -> jax.Array:
 def norm_of_one(factor: Factor) -> Norm:
     """‖G‖ of a factor whose positions do not cancel: lookups, or one position."""
     if isinstance(factor, Rows):
-        first, total = by_row(factor.index[None], factor.right[None], factor.rows)
+        one = factor._replace(index=factor.index[None], right=factor.right[None])
+        first, total = by_row(one, factor.rows)
         norm = Norm(length(jnp.where(first[:, :, None], total, 0)))
-        return norm if factor.index.size == 1 else norm.of_sum(sum_bound(factor))
+        is_sum = factor.index.size > 1 and not isinstance(factor, DistinctRows)
+        return norm.of_sum(sum_bound(factor)) if is_sum else norm
     assert isinstance(factor, Outer)
     if factor.left.shape[1] == 0:
         return Norm(jnp.zeros((), accumulation_dtype(*factor)))
@@ -255,7 +264,7 @@ def scaled(made: Sequence[Outer | Rows]) -> tuple[list[Factor], jax.Array]:
         if isinstance(factor, Outer):
             found.append(Outer(divided(factor.left, left), of_right))
         else:
-            found.append(Rows(factor.index, of_right, factor.rows))
+            found.append(factor._replace(right=of_right))
     return found, unit
 
 
@@ -265,14 +274,17 @@ def _largest(x: jax.Array) -> jax.Array:
     return largest.astype(accumulation_dtype(largest))
 
 
-def by_row(
-    index: jax.Array, right: jax.Array, rows: Any, *, apart: bool = False
-) -> tuple[jax.Array, jax.Array]:
+def by_row(made: Rows, rows: Any, *, apart: bool = False) -> tuple[jax.Array, jax.Array]:
     """Of the lookups of each example, `(B, T)`: which is the first of its row, and the row's sum there, `(B, T, Q)`.
 
     What is not finite makes the example's other rows nan, unless they are to be kept `apart`.
     """
-    right = right[:, 0].astype(accumulation_dtype(right))
+    index, right = made.index, made.right[:, 0].astype(accumulation_dtype(made.right))
+    if isinstance(made, DistinctRows):
+        return index < rows, right
+    if index.shape[1] > _PAIRED:
+        first, total = jax.vmap(_by_sorted_row)(index, right)
+        return first & (index < rows), total
     same = jax.vmap(after)(index[:, :, None] == index[:, None, :], right)
     earlier = jnp.tril(jnp.ones(same.shape[1:], bool), -1)
     first = ~jnp.any(same & earlier[None], axis=2) & (index < rows)
@@ -284,6 +296,16 @@ def by_row(
     rest = lambda: jax.vmap(add)(jnp.argmax(same, axis=2), jnp.where(finite, 0, right))
     split = lambda: summed(jnp.where(finite, right, 0)) + rest()
     return first, jax.lax.cond(jnp.all(finite), lambda: summed(right), split)
+
+
+def _by_sorted_row(index: jax.Array, right: jax.Array) -> tuple[jax.Array, jax.Array]:
+    """The same of one example, whose lookups are too many for all pairs to be compared."""
+    order = jnp.argsort(index)
+    sorted_index = index[order]
+    is_new = jnp.concatenate([jnp.ones(1, bool), sorted_index[1:] != sorted_index[:-1]])
+    start = jax.lax.cummax(jnp.where(is_new, jnp.arange(index.size), 0))
+    total = jnp.zeros_like(right).at[order[start]].add(right[order])
+    return jnp.zeros(index.size, bool).at[order].set(is_new), total
 
 
 def sum_bound(factor: Factor) -> jax.Array:

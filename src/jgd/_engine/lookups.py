@@ -46,7 +46,7 @@ def _empty(made: Rows, rows: int, number: int, *, one_device: bool) -> jax.Array
 def second_moment(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device: bool) -> jax.Array:
     """scale · Σ w_i g_i², `(rows, Q)`: the rows that were met are scaled, not the table."""
     right = mask_rows(weights != 0, made.right)
-    first, total = by_row(made.index, right, rows, apart=True)
+    first, total = by_row(made._replace(right=right), rows, apart=True)
     share = jnp.where(first & (weights != 0)[:, None], weights[:, None], 0)
     table = _empty(made, rows, 1, one_device=one_device)
     return table.at[made.index].add((share[:, :, None] * jnp.square(total)) * scale, mode="drop")
@@ -58,7 +58,7 @@ def spread(made: Rows, weights: jax.Array, scale: Any, rows: int, *, one_device:
     An example that did not look up a row deviates there by ḡ.
     """
     present, weight = weights != 0, jnp.sum(weights)
-    first, total = by_row(made.index, mask_rows(present, made.right), rows, apart=True)
+    first, total = by_row(made._replace(right=mask_rows(present, made.right)), rows, apart=True)
     share = jnp.where(first & present[:, None], weights[:, None], 0).reshape(-1, 1)
     number, places = _numbered(made.index, rows)
     total = total.reshape(share.shape[0], total.shape[2])
@@ -96,7 +96,7 @@ def gram(ours: Rows, theirs: Rows | None, rows: int) -> jax.Array:
     """
     indices, rights = [], []
     for made in [ours] if theirs is None else [ours, theirs]:
-        first, total = by_row(made.index, made.right, rows)
+        first, total = by_row(made, rows)
         # Grouped by row they mix examples of all devices, so each device gets them all, once.
         indices.append(everywhere(jnp.where(first, made.index, rows), 0))
         rights.append(everywhere(total, 0))

@@ -165,7 +165,7 @@ def total(norms: Sequence[Norm], size: int) -> Norm:
 
 
 def _joined(lengths: Sequence[jax.Array]) -> jax.Array:
-    """The length of each example's `lengths`, some at a time: the time to compile a join grows faster than their number."""
+    """The length of each example's `lengths`, some at a time: compiling takes longer than in proportion."""
     while len(lengths) > 1:
         some = [lengths[k : k + _AT_ONCE] for k in range(0, len(lengths), _AT_ONCE)]
         lengths = [jax.vmap(length)(jnp.stack(each, axis=1)) if len(each) > 1 else each[0] for each in some]

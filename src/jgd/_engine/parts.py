@@ -98,7 +98,7 @@ class PartRules:
             if swap:
                 assert isinstance(factor, Outer)
                 factor = Outer(factor.right, factor.left)
-            kinds.setdefault(type(factor), []).append(factor)
+            kinds.setdefault(Rows if isinstance(factor, Rows) else type(factor), []).append(factor)
         return [factors.concatenate(same) for same in kinds.values()]
 
     def native(self, data: Sequence[SiteData]) -> jax.Array:

@@ -1,7 +1,8 @@
 """Lookups of rows: `gather` and `dynamic_slice` of a parameter by indices that depend on the example.
 
 The gradient is the cotangent, added to the rows that were looked up. `left` would be the one-hot of the indices; only
-the row numbers are kept. Loops that step through the parameter choose rows too.
+the row numbers are kept. Loops that step through the parameter choose rows too. A window, several rows that follow each
+other along an axis, is as many lookups, one for each of its places.
 
 Ids are of any integer type and may lie out of bounds. These are treated as JAX's derivative treats them: a lookup that
 clamps adds the cotangent to the row at the edge, any other adds it nowhere, whatever was read in the row's place.
@@ -10,14 +11,15 @@ clamps adds the cotangent to the row at the edge, any other adds it nowhere, wha
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.lax import GatherScatterMode
 
-from jgd._engine.batch_sums import scaled
-from jgd._engine.factors import AxisGrouping, Layout, Rows, group, product, split_axes
+from jgd._engine.batch_sums import along, scaled
+from jgd._engine.factors import AxisGrouping, DistinctRows, Layout, Rows, group, product, split_axes
 from jgd._engine.rules.rule import Rule, SiteData
 from jgd._engine.sites import Site
 from jgd._engine.views import View
@@ -29,18 +31,27 @@ _MOST_ROWS = np.iinfo(np.int32).max  # that int32 can number, with one number le
 Source = tuple[str, int] | tuple[str, int, int]
 
 
+class Window(NamedTuple):
+    """How many rows that follow each other are looked up along an axis of p, and by which axis of the positions."""
+
+    size: int = 1
+    position: int = -1
+
+
 @dataclass(frozen=True)
 class Lookup(Rule):
     """Rows of a parameter, by one or several of its axes.
 
     Attributes:
-        sources: where the index along each axis of p comes from.
-        lengths: the sizes of the positions, the loops' first.
+        sources: where the index along each axis of p comes from; of a window, its first.
+        windows: the window along each axis of p.
+        lengths: the sizes of the positions: the loops', then those of the indices, then the windows'.
         right: how the cotangent becomes rows.
         clamps: whether an id out of bounds means the nearest row, not none.
     """
 
     sources: tuple[Source, ...]
+    windows: tuple[Window, ...]
     lengths: tuple[int, ...]
     right: AxisGrouping
     clamps: bool
@@ -59,46 +70,61 @@ class Lookup(Rule):
 
     def factor(self, data: SiteData) -> Rows:
         number, valid = jnp.zeros(self.lengths, jnp.int32), jnp.ones(self.lengths, bool)
-        for source, (size, _) in zip(self.sources, self.layout.p, strict=True):
-            index = self._index(source, size, data)
-            inside = _within(index, size)
-            valid, index = valid & (inside == index), inside.astype(jnp.int32)
-            number = number * size + index
+        for source, window, (size, _) in zip(self.sources, self.windows, self.layout.p, strict=True):
+            first = self._index(source, size, data)
+            inside = _within(first, size - window.size + 1)
+            valid, first = valid & (inside == first), inside.astype(jnp.int32)
+            number = number * size + first + self._along(window.position, window.size)
         cotangent = self.right(data.cotangent)
-        rows = product(self.layout.p)
+        rows, kind = product(self.layout.p), DistinctRows if self._are_distinct else Rows
         if self.clamps:
-            return Rows(number.reshape(-1), cotangent, rows)
+            return kind(number.reshape(-1), cotangent, rows)
         # A value that was filled in may have a cotangent that is not finite. It must reach no sum, not even times 0.
         valid = valid.reshape(-1)
         met = jnp.where(valid[None, :, None], cotangent, jnp.zeros((), cotangent.dtype))
-        return Rows(jnp.where(valid, number.reshape(-1), rows), met, rows)
+        return kind(jnp.where(valid, number.reshape(-1), rows), met, rows)
+
+    @property
+    def _are_distinct(self) -> bool:
+        """Whether no two positions can meet the same row: each is a step through the parameter, or in a window."""
+        known = {source[1] for source in self.sources if source[0] == "loop"}
+        known |= {window.position for window in self.windows}
+        return all(size == 1 or i in known for i, size in enumerate(self.lengths))
+
+    def _along(self, position: int, size: int) -> jax.Array:
+        """0, 1, 2, ... along one axis of the positions; 0 where there is none."""
+        if position < 0:
+            return jnp.zeros((), jnp.int32)
+        return along(jnp.arange(size, dtype=jnp.int32), position, len(self.lengths))
 
     def _index(self, source: Source, size: int, data: SiteData) -> jax.Array:
         kind, number, *place = source
         if kind == "loop":
-            steps = jnp.arange(size, dtype=jnp.int32)
-            return steps.reshape([-1 if i == number else 1 for i in range(len(self.lengths))])
+            return self._along(number, size)
         if kind == "constant":
             return jnp.broadcast_to(jnp.asarray(number), self.lengths)
-        return data.values[number][..., place[0]] if place else data.values[number]
+        index = data.values[number][..., place[0]] if place else data.values[number]
+        return index.reshape(*index.shape, *(1,) * (len(self.lengths) - index.ndim))
 
     def batch_factor(self, data: SiteData, weights: jax.Array | None) -> Rows:
         if weights is not None:
             scale = lambda x: scaled(x, self.depth, weights)
             data = SiteData(data.values, [scale(x) for x in data.cotangents])
-        each = jax.vmap(self.factor, in_axes=self.depth)(data)
+        each = jax.vmap(self.factor, in_axes=self.depth)(
+            data
+        )  # whose rows, of all examples, are not distinct
         columns = each.right.shape[-1]
         return Rows(each.index.reshape(-1), each.right.reshape(1, -1, columns), product(self.layout.p))
 
 
 def match_gather(site: Site, position: int, view: View) -> Lookup | None:
-    """Whole rows of a parameter, by one or several of its axes."""
+    """Rows of a parameter, or windows, by one or several of its axes."""
     params = site.eqn_params
     numbers, sizes = params["dimension_numbers"], params["slice_sizes"]
     operand, indexed = site.inputs[0].aval, numbers.start_index_map
     if position != 0 or numbers.operand_batching_dims or not site.is_data(1):
         return None
-    if any(sizes[d] != (1 if d in indexed else operand.shape[d]) for d in range(operand.ndim)):
+    if any(sizes[d] != operand.shape[d] for d in range(operand.ndim) if d not in indexed):
         return None
     mode = GatherScatterMode.from_any(params["mode"])
     if mode not in (
@@ -111,14 +137,15 @@ def match_gather(site: Site, position: int, view: View) -> Lookup | None:
     where = dict(zip(kept, numbers.offset_dims, strict=True))  # of each axis of the row, in the output
     batch = [i for i in range(site.outputs[0].aval.ndim) if i not in numbers.offset_dims]
     sources = [("operand", 1, i) for i in range(len(indexed))]
-    return _rows(site, view, indexed, sources, where, batch, clamps=mode == GatherScatterMode.CLIP)
+    windows = {d: sizes[d] for d in indexed if sizes[d] > 1}
+    return _rows(site, view, indexed, sources, where, batch, windows, clamps=mode == GatherScatterMode.CLIP)
 
 
 def match_dynamic_slice(site: Site, position: int, view: View) -> Lookup | None:
-    """One row of a parameter, along one or several of its axes."""
+    """A row of a parameter, or a window, along one or several of its axes."""
     operand, sizes = site.inputs[0].aval, site.eqn_params["slice_sizes"]
     indexed = [d for d in range(operand.ndim) if sizes[d] != operand.shape[d]]
-    if position != 0 or any(sizes[d] != 1 for d in indexed):
+    if position != 0 or 0 in sizes:
         return None
     sources: list[Source] = []
     for d in indexed:
@@ -127,7 +154,8 @@ def match_dynamic_slice(site: Site, position: int, view: View) -> Lookup | None:
             return None
         sources.append(("operand", 1 + d) if start.literal is None else ("constant", int(start.literal)))
     where = {d: d for d in range(operand.ndim)}
-    return _rows(site, view, indexed, sources, where, [], clamps=True)
+    windows = {d: sizes[d] for d in indexed if sizes[d] > 1}
+    return _rows(site, view, indexed, sources, where, [], windows, clamps=True)
 
 
 def _rows(
@@ -137,12 +165,14 @@ def _rows(
     indices: Sequence[Source],
     where: dict[int, int],
     batch: Sequence[int],
+    windows: dict[int, int],
     *,
     clamps: bool,
 ) -> Lookup | None:
     """The rule of a lookup along the axes `indexed`, whose row axes lie in the output as `where` says.
 
-    None where the rows are too many for their numbers.
+    Along those that `windows` has a size for, several rows are looked up. None where the rows are too many for their
+    numbers.
     """
     around, own = split_axes(view, site.loops)
     depth = len(around)
@@ -155,12 +185,16 @@ def _rows(
     spread = [depth + where[d] for d in where if d not in indexed and own[d][1] == 0 and own[d][0] > 1]
     row = [(depth + where[d], own[d]) for d in where if d not in indexed and depth + where[d] not in spread]
     right_q, q = group(row)
-    positions = (*range(depth), *(depth + i for i in batch))
+    behind = (*batch, *(where[d] for d in windows))
+    positions = (*range(depth), *(depth + i for i in behind))
+    number = {d: depth + len(batch) + i for i, d in enumerate(windows)}
+    window_of = lambda d: Window(windows[d], number[d]) if d in windows else Window()
     right = AxisGrouping(tuple(spread), ((), positions, right_q))
     if product(p) > _MOST_ROWS:
         return None
-    lengths = tuple(length for _, length in site.loops) + tuple(site.outputs[0].aval.shape[i] for i in batch)
-    return Lookup(Layout((), p, q), math.prod(lengths), depth, sources, lengths, right, clamps)
+    lengths = tuple(length for _, length in site.loops) + tuple(site.outputs[0].aval.shape[i] for i in behind)
+    each = tuple(Window() if i < depth else window_of(indexed[i - depth]) for i in order)
+    return Lookup(Layout((), p, q), math.prod(lengths), depth, sources, each, lengths, right, clamps)
 
 
 def _within(index: jax.Array, size: int) -> jax.Array:
