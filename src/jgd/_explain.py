@@ -12,6 +12,7 @@ from jgd._clipping import clipped_sum
 from jgd._clock import time_interleaved
 from jgd._engine.blocks import blocks_at_once
 from jgd._engine.calls import Call, Loss, bind
+from jgd._engine.carried import Way, way_of
 from jgd._engine.costs import Cost, weight_gradient
 from jgd._engine.flops import work_of
 from jgd._engine.norms import all_together
@@ -288,14 +289,24 @@ def _why(plan: Plan, part: Part, use: Use) -> str:
 
 
 def _whole_row(plan: Plan, site: Site, part: Part, leaf: int) -> ExplainRow:
-    size = plan.program.param_avals[leaf].size
+    size, way = plan.program.param_avals[leaf].size, way_of(plan, leaf)
+    why, rule = (
+        "another use of this leaf overlaps, or is computed from it: the uses add up in the leaf",
+        "whole leaf",
+    )
     if part.leaf != leaf:
         why = "the operand is computed from the leaf: the operand's gradient is carried back to the leaf"
-    else:
-        why = "another use of this leaf overlaps, or is computed from it: the uses add up in the leaf"
-    return ExplainRow(
-        plan.program.param_paths[leaf], _primitive(site), 0, 0, 0, 0, 1, "whole leaf", 4 * size, 4 * size, why
-    )
+    if way is not None:
+        why, rule = f"the operand is computed from the leaf: {_WAYS[way]}", way
+    work = 0 if way is not None else 4 * size
+    return ExplainRow(plan.program.param_paths[leaf], _primitive(site), 0, 0, 0, 0, 1, rule, work, work, why)
+
+
+_WAYS: dict[Way, str] = {
+    "identity": "the operand's gradient is the leaf's, on the way back",
+    "factors": "the way back takes the factors of its gradient to factors of the leaf's",
+    "elementwise": "the way back multiplies each element of its gradient by a number, the same for all examples",
+}
 
 
 def _unmet(plan: Plan) -> list[ExplainRow]:

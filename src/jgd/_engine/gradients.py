@@ -12,6 +12,7 @@ from jax.sharding import PartitionSpec
 
 from jgd._engine import xla_workarounds
 from jgd._engine.batch_sums import adds_rows, unrolls_rows
+from jgd._engine.carried import carried_leaves, operands_of
 from jgd._engine.computed_leaves import ComputedLeaves
 from jgd._engine.dense_leaf import DenseLeaf
 from jgd._engine.dtypes import accumulation_dtype
@@ -322,7 +323,11 @@ class FactoredGradients(HeldGradients):
             for leaf in sorted(self.plan.dense)
         ]
         if self.plan.computed:
-            made.append(self._computed([(part, gradients) for _, part, gradients in parts]))
+            own = [(part, gradients) for _, part, gradients in parts]
+            carried = carried_leaves(self.plan, self.model, own)
+            made += carried.values()
+            if rest := self.plan.computed - carried.keys():
+                made.append(self._computed(own, sorted(rest)))
         return made
 
     def _parts(self) -> list[tuple[Part, PartGradients]]:
@@ -339,16 +344,24 @@ class FactoredGradients(HeldGradients):
             found.append((part, PartGradients(part.rules, batch, is_kept, self.kept.get(k))))
         return found
 
-    def _computed(self, parts: Sequence[tuple[Part, PartGradients]]) -> ComputedLeaves:
+    def _computed(
+        self, parts: Sequence[tuple[Part, PartGradients]], numbers: Sequence[int]
+    ) -> ComputedLeaves:
         plan, model = self.plan, self.model
-        operands = {k: plan.operand_struct(k) for k in sorted(plan.operands)}
-        sources = leaves_of(plan, operands)
-        numbers = sorted(plan.computed)
+        operands = {k: plan.operand_struct(k) for k in operands_of(plan, numbers)}
+        every = leaves_of(plan, operands)
+        sources = [leaf for leaf in every if leaf in numbers]
+        path = path_to(plan, operands, *model)
+
+        def from_sources(values: Sequence[jax.Array]) -> dict[int, jax.Array]:
+            own: dict[int, Any] = dict(zip(sources, values, strict=True))
+            return path([own.get(leaf, model.params[leaf]) for leaf in every])
+
         return ComputedLeaves(
             {leaf: self.leaf_structs[leaf] for leaf in numbers},
             operands,
-            [(part, each) for part, each in parts if part.leaf in plan.computed or part.leaf in operands],
-            path_to(plan, operands, *model),
+            [(part, each) for part, each in parts if part.leaf in numbers or part.leaf in operands],
+            from_sources,
             {leaf: model.params[leaf] for leaf in sources},
             functools.partial(rounds, plan, numbers),
             plan.nonlinear.isdisjoint(sources),

@@ -18,6 +18,7 @@ __all__ = [
     "Primitive",
     "Scan",
     "Var",
+    "add_any_p",
     "asks_what_moves",
     "aval_of",
     "bind",
@@ -215,6 +216,7 @@ def _primitive_of(fun: Callable[..., Any], *shapes: tuple[int, ...]) -> Any:
     return jaxpr.eqns[0].primitive
 
 
+add_any_p = ad.add_jaxvals_p  # which adds up the cotangents of two uses
 split_p = _primitive_of(lambda x: jax.lax.split(x, (1, 1)), (2,))
 
 

@@ -2,7 +2,8 @@
 
 A factored leaf (`factored_leaf.py`) is held as the factors of its sites, a dense leaf (`dense_leaf.py`) as its
 `(B, leaf)` block. Computed leaves (`computed_leaves.py`) meet data through operands that are computed from them, or in
-parts that overlap.
+parts that overlap; where the way back is simple they are factored leaves too (`carried.py`), or elementwise ones
+(`elementwise_leaf.py`).
 """
 
 from collections.abc import Sequence

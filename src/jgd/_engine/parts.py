@@ -264,6 +264,12 @@ def part_of(leaf: int, offset: int, axes: tuple[Axis, ...], uses: Sequence[Use],
     return Part(leaf, offset, tuple(uses), chosen)
 
 
+def chosen_method(rules: PartRules, device: Device) -> NormMethod:
+    """The method that is predicted to be quicker for norms."""
+    seconds = {method: cost.seconds(device) for method, cost in rules.costs.items()}
+    return "pairs" if seconds.get("pairs", math.inf) < seconds["block"] else "block"
+
+
 def _common_layout(rules: Sequence[Rule]) -> tuple[Layout | None, tuple[bool, ...]]:
     """The layout that all rules have, if they agree, and which of them have it with p and q exchanged."""
     lookups = [rule for rule in rules if rule.is_lookup]

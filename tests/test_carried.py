@@ -1,0 +1,172 @@
+"""Leaves behind computed operands whose way back takes factors to factors, or multiplies each element."""
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import oracle
+import pytest
+from cases import B, Draw, Problem
+from internals import form_of
+from jax import lax
+from questions import ask, compare
+
+import jgd
+from jgd._engine.computed_leaves import ComputedLeaves
+from jgd._engine.elementwise_leaf import ElementwiseLeaf
+from jgd._engine.factored_leaf import FactoredLeaf
+
+ASKED = (
+    "sum", "norms", "leaf_norms", "weighted_clipped_sum", "gram", "second_moment", "variance", "weighted_variance",
+    "dot", "materialize",
+)  # fmt: skip
+WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
+
+
+def wave(x):
+    """A number from an array, whose derivative is different everywhere."""
+    return jnp.sum(jnp.sin(jnp.cos(jnp.arange(x.size)).reshape(x.shape) * x + 0.1 * jnp.sum(x)))
+
+
+def of_vjp(forward, backward):
+    fun = jax.custom_vjp(forward)
+    fun.defvjp(lambda w: (forward(w), None), lambda _, g: (backward(g),))
+    return fun
+
+
+through = of_vjp(jnp.sign, lambda g: g)
+doubled = of_vjp(lambda w: w, lambda g: 2 * g)
+clipped = of_vjp(lambda w: w, lambda g: jnp.clip(g, -0.1, 0.1))
+draw = Draw(5)
+W0, MASK = draw(6, 4), draw(6, 4) > 0
+
+
+def in_steps(weight):
+    """The weight in each step of a scan, computed inside of it."""
+
+    def loss(p, x):
+        return wave(lax.scan(lambda h, row: (jnp.tanh(h + row @ weight(p)), None), jnp.zeros(4), x)[0])
+
+    return loss
+
+
+def adapters(p):
+    return W0 + p["a"] @ p["b"]
+
+
+LOW = {"a": (6, 2), "b": (2, 4)}
+CASES = {  # loss, shapes of the parameters, of an example, and of which kind each leaf is, in the order of the leaves
+    "adapters": (lambda p, x: wave(x @ adapters(p)), LOW, (3, 6), "factored factored"),
+    "adapters of one position": (lambda p, x: wave(x @ adapters(p)), LOW, (6,), "factored factored"),
+    "adapters, scaled": (lambda p, x: wave(x @ (W0 - 0.5 * (p["a"] @ p["b"]) / 3)), LOW, (3, 6), "factored factored"),
+    "adapters, turned": (
+        lambda p, x: wave(x @ (p["a"].T @ p["b"].T)), {"a": (2, 6), "b": (4, 2)}, (3, 6), "factored factored",
+    ),
+    "adapters by einsum": (
+        lambda p, x: wave(jnp.einsum("ti,oi->to", x, jnp.einsum("ir,ro->oi", p["a"], p["b"]))), LOW, (3, 6),
+        "factored factored",
+    ),
+    "three matrices": (
+        lambda p, x: wave(x @ (p["a"] @ p["m"] @ p["b"])), LOW | {"m": (2, 2)}, (3, 6), "factored factored factored",
+    ),
+    "rows and columns scaled": (
+        lambda p, x: wave(x @ (jnp.arange(1.0, 7)[:, None] * p["w"] / jnp.arange(2.0, 6))), {"w": (6, 4)}, (3, 6),
+        "factored",
+    ),
+    "used in two operands": (
+        lambda p, x: wave(x @ adapters(p)) + wave(jnp.cos(x) @ (p["a"] @ jnp.cos(p["b"]))), LOW, (3, 6),
+        "factored computed",
+    ),
+    "the same twice": (lambda p, x: wave(x @ (p["a"] @ p["a"].T)), {"a": (6, 2)}, (3, 6), "factored"),
+    "adapters in a scan": (in_steps(adapters), LOW, (3, 6), "factored factored"),
+    "adapters and their norm": (
+        lambda p, x: wave(x @ (adapters(p) * p["g"] / jnp.linalg.norm(adapters(p), axis=0))), LOW | {"g": (4,)}, (3, 6),
+        "computed computed computed",
+    ),
+    "adapters beside data": (lambda p, x: wave(x @ adapters(p)) + wave(x @ p["a"]), LOW, (3, 6), "computed factored"),
+    "straight through": (lambda p, x: wave(x @ through(p)), (6, 4), (3, 6), "factored"),
+    "straight through, by hand": (
+        lambda p, x: wave(x @ (p + lax.stop_gradient(jnp.sign(p) - p))), (6, 4), (3, 6), "factored",
+    ),
+    "straight through, in a scan": (in_steps(through), (6, 4), (3, 6), None),
+    "a kernel straight through": (
+        lambda p, x: wave(lax.conv(x[None], through(p), (1, 1), "SAME")), (3, 2, 3, 3), (2, 5, 5), "factored",
+    ),
+    "doubled on the way back": (lambda p, x: wave(x @ doubled(p)), (6, 4), (3, 6), "factored"),
+    "clipped on the way back": (lambda p, x: wave(x @ clipped(p)), (6, 4), (3, 6), "computed"),
+    "masked": (lambda p, x: wave(x @ (p * MASK)), (6, 4), (3, 6), "elementwise"),
+    "masked, of one position": (lambda p, x: wave(x @ (p * MASK)), (6, 4), (6,), "elementwise"),
+    "masked by a selection": (lambda p, x: wave(x @ jnp.where(MASK, p, 0)), (6, 4), (6,), "computed"),
+    "a masked kernel": (
+        lambda p, x: wave(lax.conv(x[None], p * jnp.cos(jnp.arange(54.0).reshape(3, 2, 3, 3)), (1, 1), "SAME")),
+        (3, 2, 3, 3), (2, 5, 5), "elementwise",
+    ),
+    "positive weights": (lambda p, x: wave(x @ jnp.exp(p)), (6, 4), (6,), "elementwise"),
+    "a masked table": (lambda p, x: wave((p * MASK)[jnp.argsort(x)[:3]]), (6, 4), (6,), "elementwise"),
+    "parts that overlap": (
+        lambda p, x: wave(x[:4] @ (p * MASK)[:4]) + wave(x[2:] @ (p * MASK)[2:]), (6, 4), (6,), "computed",
+    ),
+    "parts that do not": (
+        lambda p, x: wave(x[:4] @ (p * MASK)[:4]) + wave(x[4:] @ jnp.cos((p * MASK)[4:])), (6, 4), (6,), None,
+    ),
+}  # fmt: skip
+
+
+def of(case, dtype=np.float64):
+    loss, shapes, example, _ = CASES[case]
+    draw = Draw(1)
+    make = lambda shape: jnp.asarray(draw(*shape), dtype)
+    params = jax.tree.map(make, shapes, is_leaf=lambda x: isinstance(x, tuple))
+    return Problem(loss, params, (jnp.asarray(draw(B, *example), dtype),))
+
+
+@pytest.mark.sample(lambda case, microbatch_size: microbatch_size is None)
+@pytest.mark.parametrize("microbatch_size", [None, 2])
+@pytest.mark.parametrize("case", CASES)
+def test_what_is_carried(case, microbatch_size, x64):
+    problem = of(case)
+    given = (WEIGHTS, 0.5, problem.params)
+    grads = jgd.per_example_grad(problem.loss, strategy="factored", microbatch_size=microbatch_size)
+    got = jax.jit(lambda p, *batch: ask(grads(p, *batch), ASKED, *given))(problem.params, *problem.batch)
+    blocks = oracle.vmap_of_grad(problem)
+    compare(got, oracle.answers(blocks, blocks, *given), 1e-9)
+
+
+@pytest.mark.parametrize("case", [case for case, (*_, kinds) in CASES.items() if kinds is not None])
+def test_how_it_is_carried(case):
+    problem, kinds = of(case, np.float32), CASES[case][-1]
+    grads = jgd.per_example_grad(problem.loss, strategy="factored")(problem.params, *problem.batch)
+    names = {FactoredLeaf: "factored", ElementwiseLeaf: "elementwise", ComputedLeaves: "computed"}
+    found = {}
+    for leaf in form_of(grads).leaves():
+        for number in leaf.likes if isinstance(leaf, ComputedLeaves) else [leaf.leaf]:
+            found[number] = names[type(leaf)]
+    assert " ".join(found[k] for k in sorted(found)) == kinds
+
+
+@pytest.mark.parametrize("case", ["adapters", "straight through", "masked, of one position"])
+@pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
+def test_norms_of_any_size(case, scale):
+    """Squares of these numbers leave float32."""
+    problem = of(case, np.float32)
+    loss = lambda p, x: scale * problem.loss(p, x)
+    wide = lambda tree: jax.tree.map(lambda x: np.asarray(x, np.float64), tree)
+    got = jgd.norms(
+        jgd.per_example_grad(lambda p, x: scale * loss(p, x), strategy="factored")(
+            problem.params, *problem.batch
+        )
+    )
+    with jax.enable_x64(True):
+        blocks = oracle.vmap_of_grad(Problem(problem.loss, wide(problem.params), wide(problem.batch)))
+    want = scale**2 * np.linalg.norm(oracle.matrix(blocks), axis=1)
+    np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=1e-5)
+
+
+@pytest.mark.parametrize("case", ["adapters", "masked", "straight through"])
+def test_an_absent_example_may_hold_anything(case):
+    problem = of(case, np.float32)
+    x = problem.batch[0].at[1].set(jnp.nan)
+    ask = lambda x: jgd.sum(
+        jgd.per_example_grad(problem.loss, strategy="factored")(problem.params, x), WEIGHTS
+    )
+    for got, want in zip(jax.tree.leaves(ask(x)), jax.tree.leaves(ask(problem.batch[0])), strict=True):
+        np.testing.assert_allclose(got, want, rtol=1e-5, atol=1e-5)
