@@ -14,6 +14,7 @@ import jgd
 from jgd._engine.computed_leaves import ComputedLeaves
 from jgd._engine.elementwise_leaf import ElementwiseLeaf
 from jgd._engine.factored_leaf import FactoredLeaf
+from jgd._engine.shifted_leaf import ShiftedLeaf
 
 ASKED = (
     "sum", "norms", "leaf_norms", "weighted_clipped_sum", "gram", "second_moment", "variance", "weighted_variance",
@@ -102,6 +103,20 @@ CASES = {  # loss, shapes of the parameters, of an example, and of which kind ea
     ),
     "positive weights": (lambda p, x: wave(x @ jnp.exp(p)), (6, 4), (6,), "elementwise"),
     "a masked table": (lambda p, x: wave((p * MASK)[jnp.argsort(x)[:3]]), (6, 4), (6,), "elementwise"),
+    "an L2 penalty": (lambda p, x: wave(x @ p) + 0.1 * jnp.sum(p**2), (6, 4), (3, 6), "shift"),
+    "a penalty and a scale": (
+        lambda p, x: wave(x @ p) * jnp.exp(-jnp.sum(p**2)) + jnp.sum(x) * jnp.linalg.norm(p), (6, 4), (3, 6), "shift",
+    ),
+    "a penalty on one of two": (
+        lambda p, x: wave(x @ p["a"] @ p["b"]) + jnp.sum(jnp.abs(p["a"])), LOW, (3, 6), "shift factored",
+    ),
+    "a penalty on adapters": (
+        lambda p, x: wave(x @ adapters(p)) + jnp.sum(adapters(p) ** 2), LOW, (3, 6), "computed computed",
+    ),
+    "a penalty in each step": (
+        lambda p, x: lax.scan(lambda h, row: (h + wave(row @ p) + row[0] * jnp.sum(p**2), None), 0.0, x)[0],
+        (6, 4), (3, 6), None,
+    ),
     "parts that overlap": (
         lambda p, x: wave(x[:4] @ (p * MASK)[:4]) + wave(x[2:] @ (p * MASK)[2:]), (6, 4), (6,), "computed",
     ),
@@ -135,7 +150,12 @@ def test_what_is_carried(case, microbatch_size, x64):
 def test_how_it_is_carried(case):
     problem, kinds = of(case, np.float32), CASES[case][-1]
     grads = jgd.per_example_grad(problem.loss, strategy="factored")(problem.params, *problem.batch)
-    names = {FactoredLeaf: "factored", ElementwiseLeaf: "elementwise", ComputedLeaves: "computed"}
+    names = {
+        FactoredLeaf: "factored",
+        ElementwiseLeaf: "elementwise",
+        ShiftedLeaf: "shift",
+        ComputedLeaves: "computed",
+    }
     found = {}
     for leaf in form_of(grads).leaves():
         for number in leaf.likes if isinstance(leaf, ComputedLeaves) else [leaf.leaf]:
@@ -143,7 +163,7 @@ def test_how_it_is_carried(case):
     assert " ".join(found[k] for k in sorted(found)) == kinds
 
 
-@pytest.mark.parametrize("case", ["adapters", "straight through", "masked, of one position"])
+@pytest.mark.parametrize("case", ["adapters", "straight through", "masked, of one position", "an L2 penalty"])
 @pytest.mark.parametrize("scale", [1e-12, 1.0, 1e12])
 def test_norms_of_any_size(case, scale):
     """Squares of these numbers leave float32."""
@@ -161,7 +181,21 @@ def test_norms_of_any_size(case, scale):
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=1e-5)
 
 
-@pytest.mark.parametrize("case", ["adapters", "masked", "straight through"])
+@pytest.mark.parametrize("left", [0.0, 1e-4, 1e-2])
+def test_a_penalty_that_cancels_the_rest(left):
+    """The norm of a difference, to float32's digits of the difference."""
+    x = jnp.asarray(Draw(1)(B, 6), np.float32)
+    w = jnp.asarray(Draw(2)(6, 4), np.float32)
+    loss = lambda p, x: (
+        jnp.sum(p * lax.stop_gradient(w)) * (left - 1) + 0.5 * jnp.sum(p**2) + left * wave(x @ p)
+    )
+    blocks = jax.vmap(jax.grad(loss), (None, 0))(w, x)
+    got = jgd.norms(jgd.per_example_grad(loss, strategy="factored")(w, x))
+    want = np.linalg.norm(np.asarray(blocks, np.float64).reshape(B, -1), axis=1)
+    np.testing.assert_allclose(got, want, rtol=1e-3, atol=1e-30)  # the block rounds to 1e-3 of 1e-4
+
+
+@pytest.mark.parametrize("case", ["adapters", "masked", "straight through", "an L2 penalty"])
 def test_an_absent_example_may_hold_anything(case):
     problem = of(case, np.float32)
     x = problem.batch[0].at[1].set(jnp.nan)

@@ -305,6 +305,7 @@ def _whole_row(plan: Plan, site: Site, part: Part, leaf: int) -> ExplainRow:
 _WAYS: dict[Way, str] = {
     "identity": "the operand's gradient is the leaf's, on the way back",
     "factors": "the way back takes the factors of its gradient to factors of the leaf's",
+    "shift": "beside its own sites it is in numbers whose derivatives all examples share",
     "elementwise": "the way back multiplies each element of its gradient by a number, the same for all examples",
 }
 

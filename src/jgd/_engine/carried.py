@@ -7,7 +7,7 @@ element, the leaf is an elementwise one (`elementwise_leaf.py`). Behind anything
 time (`computed_leaves.py`).
 """
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from typing import Any, Literal
 
@@ -15,8 +15,9 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.batch_sums import mask_rows, scale_rows
+from jgd._engine.computed_leaves import ComputedLeaves
 from jgd._engine.elementwise_leaf import ElementwiseLeaf
-from jgd._engine.factored_leaf import FactoredLeaf
+from jgd._engine.factored_leaf import FactoredLeaf, placed
 from jgd._engine.factors import Layout, Outer
 from jgd._engine.jaxprs import trace_jaxpr
 from jgd._engine.part_gradients import PartGradients
@@ -26,17 +27,21 @@ from jgd._engine.plan import Plan
 from jgd._engine.residuals import Model
 from jgd._engine.rules.rule import Rule, SiteData
 from jgd._engine.scan_reductions import NOTHING
+from jgd._engine.shifted_leaf import ShiftedLeaf
 from jgd._engine.tiles import Batch
 from jgd._engine.views import overlap
 from jgd._engine.way_back import Gradients, WayBack
 
-# How gradients come back to a leaf from what is computed from it: as they are, as other factors, or each element times
-# a number of its own.
-Way = Literal["identity", "factors", "elementwise"]
+# How gradients come back to a leaf from what is computed from it: as they are, as other factors, each element times a
+# number of its own; or, where that are a few numbers beside the leaf's own sites, as multiples of their derivatives.
+Way = Literal["identity", "factors", "elementwise", "shift"]
 
+_FEW = 4  # numbers
 _MANY = 16  # parts that are compared pair by pair
 
 Parts = Sequence[tuple[Part, PartGradients]]
+Computed = Callable[[Sequence[int]], ComputedLeaves]
+Carried = FactoredLeaf | ElementwiseLeaf | ShiftedLeaf
 
 
 @dataclass(frozen=True)
@@ -69,10 +74,15 @@ def way_of(plan: Plan, leaf: int) -> Way | None:
 def _way_of(plan: Plan, leaf: int) -> Way | None:
     like, operands = plan.program.param_avals[leaf], operands_of(plan, [leaf])
     structs = [plan.operand_struct(k) for k in operands]
-    if leaf not in plan.computed or not operands or any(part.leaf == leaf for part in plan.parts):
+    if leaf not in plan.computed or not operands:
         return None
     if like.dtype.itemsize < 4 or any(x.dtype != like.dtype for x in structs):
         return None  # numbers would be rounded elsewhere than on the way of a block
+    own = [part for part in plan.parts if part.leaf == leaf]
+    if own:
+        are_numbers = all(x.size == 1 for x in structs) and len(operands) <= _FEW
+        is_linear = leaf not in plan.nonlinear
+        return "shift" if are_numbers and is_linear and not _overlap(own) else None
     is_alone = len(operands) == 1 and not _overlap([x for x in plan.parts if x.leaf == operands[0]])
     if is_alone and _back(plan, leaf, operands[0]).is_identity:
         return "identity"
@@ -99,10 +109,31 @@ def _takes_factors(plan: Plan, leaf: int, operand: int) -> bool:
     return found[0]
 
 
-def carried_leaves(plan: Plan, model: Model, parts: Parts) -> dict[int, FactoredLeaf | ElementwiseLeaf]:
-    """Those of the plan's computed leaves of which no tiles of gradients need be built."""
+def carried_leaves(plan: Plan, model: Model, parts: Parts, computed: Computed) -> dict[int, Carried]:
+    """Those of the plan's computed leaves of which no tiles of gradients need be built.
+
+    `computed` gives some leaves as such tiles.
+    """
     ways: dict[int, Way | None] = {leaf: way_of(plan, leaf) for leaf in sorted(plan.computed)}
-    return {leaf: _carried(plan, model, parts, leaf, way) for leaf, way in ways.items() if way is not None}
+    made: dict[int, Carried] = {}
+    for leaf, way in ways.items():
+        if way == "shift":
+            made[leaf] = _shifted(plan, model, parts, leaf, computed([leaf]))
+        elif way is not None:
+            made[leaf] = _carried(plan, model, parts, leaf, way)
+    return made
+
+
+def _shifted(plan: Plan, model: Model, parts: Parts, leaf: int, gradients: ComputedLeaves) -> ShiftedLeaf:
+    own, numbers, directions = [pair for pair in parts if pair[0].leaf == leaf], [], []
+    for k in operands_of(plan, [leaf]):
+        flat = [(part, x.flat_blocks()) for part, x in parts if part.leaf == k]
+        struct = plan.operand_struct(k)
+        numbers.append(placed(flat, struct).reshape(-1))
+        directions.append(_back(plan, leaf, k).of_array(model, jnp.ones(struct.shape, struct.dtype)))
+    return ShiftedLeaf(
+        _leaf_of(plan, leaf, own), jnp.stack(numbers, axis=1), jnp.stack(directions), gradients
+    )
 
 
 def _carried(plan: Plan, model: Model, parts: Parts, leaf: int, way: Way) -> FactoredLeaf | ElementwiseLeaf:

@@ -324,10 +324,11 @@ class FactoredGradients(HeldGradients):
         ]
         if self.plan.computed:
             own = [(part, gradients) for _, part, gradients in parts]
-            carried = carried_leaves(self.plan, self.model, own)
+            computed = functools.partial(self._computed, own)
+            carried = carried_leaves(self.plan, self.model, own, computed)
             made += carried.values()
             if rest := self.plan.computed - carried.keys():
-                made.append(self._computed(own, sorted(rest)))
+                made.append(computed(sorted(rest)))
         return made
 
     def _parts(self) -> list[tuple[Part, PartGradients]]:

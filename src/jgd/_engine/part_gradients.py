@@ -88,7 +88,7 @@ class PartGradients:
 
     def _norm_again(self, number: jax.Array) -> jax.Array:
         """‖G_i‖ of one example from a few columns of its gradient at a time, positions summed first."""
-        made, unit = factors.scaled(self._example(number).factors())
+        made, unit = factors.scaled(self.of_example(number).factors())
         # Of a gradient of 0 nothing is computed: there are examples of which a leaf knows nothing.
         itself = lambda: norms.root(_by_columns(made, self.rules)) * unit
         return jax.lax.cond(
@@ -99,7 +99,7 @@ class PartGradients:
         """For each example a number that the norms of its terms at all positions do not add up to more than."""
         return self._each(self.rules.sum_bound)
 
-    def _example(self, number: jax.Array) -> "PartGradients":
+    def of_example(self, number: jax.Array) -> "PartGradients":
         """The gradient of one example."""
         cut = lambda axis, part: jax.tree.map(
             lambda x: jax.lax.dynamic_slice_in_dim(x, number, 1, axis), part
