@@ -94,6 +94,13 @@ CASES = {  # loss, shapes of the parameters, of an example, and of which kind ea
     ),
     "doubled on the way back": (lambda p, x: wave(x @ doubled(p)), (6, 4), (3, 6), "factored"),
     "clipped on the way back": (lambda p, x: wave(x @ clipped(p)), (6, 4), (3, 6), "computed"),
+    "nothing on the way back": (
+        lambda p, x: wave(x @ of_vjp(jnp.sign, jnp.zeros_like)(p)) + wave(x @ p[:, 0]), (6, 4), (3, 6), None,
+    ),
+    "nothing but on the way back": (lambda p, x: wave(x @ of_vjp(jnp.sign, jnp.zeros_like)(p)), (6, 4), (3, 6), None),
+    "a constant on the way back": (
+        lambda p, x: wave(x @ of_vjp(jnp.sign, jnp.ones_like)(p)), (6, 4), (3, 6), "computed",
+    ),
     "masked": (lambda p, x: wave(x @ (p * MASK)), (6, 4), (3, 6), "elementwise"),
     "masked, of one position": (lambda p, x: wave(x @ (p * MASK)), (6, 4), (6,), "elementwise"),
     "masked by a selection": (lambda p, x: wave(x @ jnp.where(MASK, p, 0)), (6, 4), (6,), "computed"),

@@ -30,7 +30,7 @@ from jgd._engine.scan_reductions import NOTHING
 from jgd._engine.shifted_leaf import ShiftedLeaf
 from jgd._engine.tiles import Batch
 from jgd._engine.views import overlap
-from jgd._engine.way_back import Gradients, WayBack
+from jgd._engine.way_back import MatrixFactors, WayBack
 
 # How gradients come back to a leaf from what is computed from it: as they are, as other factors, each element times a
 # number of its own; or, where that are a few numbers beside the leaf's own sites, as multiples of their derivatives.
@@ -100,7 +100,7 @@ def _takes_factors(plan: Plan, leaf: int, operand: int) -> bool:
     found: list[bool] = []
 
     def walk(params: list[Any], constants: list[Any], left: jax.Array, right: jax.Array) -> None:
-        made = _back(plan, leaf, operand).of_factors(Model(params, constants), Gradients(left, right))
+        made = _back(plan, leaf, operand).of_factors(Model(params, constants), MatrixFactors(left, right))
         found.append(made is not None)
 
     dtype = plan.operand_struct(operand).dtype
@@ -192,11 +192,11 @@ def _side_of_rows(plan: Plan, operand: int) -> int | None:
     return 0 if places == matrix else 1
 
 
-def _factors_of(plan: Plan, parts: Parts, operand: int) -> Gradients:
+def _factors_of(plan: Plan, parts: Parts, operand: int) -> MatrixFactors:
     """The factors of an operand's gradients."""
     (made,) = next(gradients.factors() for part, gradients in parts if part.leaf == operand)
     sides = [x[:, 0] for x in made]
-    return Gradients(*(sides if _side_of_rows(plan, operand) == 0 else reversed(sides)))
+    return MatrixFactors(*(sides if _side_of_rows(plan, operand) == 0 else reversed(sides)))
 
 
 def _back(plan: Plan, leaf: int, operand: int) -> WayBack:

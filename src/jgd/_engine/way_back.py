@@ -13,7 +13,7 @@ from jgd._engine.jaxprs import Literal, add_any_p, bind, called, evaluate, prim
 from jgd._engine.residuals import Model
 
 
-class Gradients(NamedTuple):
+class MatrixFactors(NamedTuple):
     """B gradients of a matrix as factors, `(B, T, p)` and `(B, T, q)`."""
 
     left: jax.Array
@@ -35,20 +35,20 @@ class WayBack:
         """The gradient at the leaf."""
         return evaluate(self.jaxpr, self._values(model, cotangent))[0]
 
-    def of_factors(self, model: Model, gradients: Gradients) -> Gradients | None:
+    def of_factors(self, model: Model, gradients: MatrixFactors) -> MatrixFactors | None:
         """The factors of the gradients at the leaf, if they are factors."""
         made = _walk(self.jaxpr, self._values(model, gradients))
-        return made[0] if made is not None and isinstance(made[0], Gradients) else None
+        return made[0] if made is not None and isinstance(made[0], MatrixFactors) else None
 
     @functools.cached_property
     def is_elementwise(self) -> bool:
         """Whether each element of the gradient is multiplied by a number of its own, or all are left as they are."""
-        return _moves(self.jaxpr, {self.jaxpr.invars[-1]}, _ELEMENTWISE) is not None
+        return _moves(self.jaxpr, {self.jaxpr.invars[-1]}, _ELEMENTWISE) == [True]
 
     @functools.cached_property
     def is_identity(self) -> bool:
         """Whether the gradient is left as it is."""
-        return _moves(self.jaxpr, {self.jaxpr.invars[-1]}, _IDENTITY) is not None
+        return _moves(self.jaxpr, {self.jaxpr.invars[-1]}, _IDENTITY) == [True]
 
 
 # What leaves a gradient of the same shape and dtype as it is; and what multiplies each of its elements. Not a
@@ -83,12 +83,12 @@ def _moves(jaxpr: Any, moving: set[Any], allowed: Any) -> list[bool] | None:
 
 
 def _walk(jaxpr: Any, values: dict[Any, Any]) -> list[Any] | None:
-    """Runs a jaxpr some of whose values are `Gradients`; None where an equation does not take factors to factors."""
+    """Runs a jaxpr some of whose values are `MatrixFactors`; None where an equation makes them no factors."""
     read = lambda atom: atom.val if isinstance(atom, Literal) else values[atom]
     makers = {}
     for eqn in jaxpr.eqns:
         given, inside = [read(x) for x in eqn.invars], called(eqn)
-        if not any(isinstance(x, Gradients) for x in given):
+        if not any(isinstance(x, MatrixFactors) for x in given):
             made = bind(eqn, given)
         elif inside is not None:
             inner, consts = inside
@@ -105,10 +105,10 @@ def _walk(jaxpr: Any, values: dict[Any, Any]) -> list[Any] | None:
 
 def _step(
     eqn: Any, given: Sequence[Any], makers: dict[Any, Any], read: Callable[[Any], Any]
-) -> Gradients | None:
+) -> MatrixFactors | None:
     """What one equation makes of gradients; None where that is no factors."""
     primitive, out = eqn.primitive, eqn.outvars[0].aval
-    places = [i for i, x in enumerate(given) if isinstance(x, Gradients)]
+    places = [i for i, x in enumerate(given) if isinstance(x, MatrixFactors)]
     at = places[0]
     gradients, before = given[at], eqn.invars[at].aval
     if primitive in (prim.convert_element_type_p, prim.copy_p) and out.dtype == before.dtype:
@@ -117,9 +117,9 @@ def _step(
         return gradients
     left, right = gradients
     if primitive == prim.neg_p:
-        return Gradients(left, -right)
+        return MatrixFactors(left, -right)
     if primitive == prim.transpose_p:
-        return Gradients(right, left) if eqn.params["permutation"] == (1, 0) else gradients
+        return MatrixFactors(right, left) if eqn.params["permutation"] == (1, 0) else gradients
     if primitive == add_any_p:
         return _added(given) if len(places) == 2 else None
     if len(places) != 1:
@@ -133,15 +133,15 @@ def _step(
     return None
 
 
-def _added(given: Sequence[Gradients]) -> Gradients:
+def _added(given: Sequence[MatrixFactors]) -> MatrixFactors:
     left, right = (jnp.concatenate(some, axis=1) for some in zip(*given, strict=True))
-    return Gradients(left, right)
+    return MatrixFactors(left, right)
 
 
 def _scaled(
-    gradients: Gradients, by: Any, maker: Any, read: Callable[[Any], Any], *, invert: bool
-) -> Gradients | None:
-    """Gradients times a number, or a number for each row or each column."""
+    gradients: MatrixFactors, by: Any, maker: Any, read: Callable[[Any], Any], *, invert: bool
+) -> MatrixFactors | None:
+    """MatrixFactors times a number, or a number for each row or each column."""
     side = 1
     if jnp.ndim(by) != 0:
         if maker is None or maker.primitive != prim.broadcast_in_dim_p:
@@ -155,10 +155,10 @@ def _scaled(
     scale = 1 / by if invert else by
     sides = list(gradients)
     sides[side] = sides[side] * scale
-    return Gradients(*sides)
+    return MatrixFactors(*sides)
 
 
-def _multiplied(gradients: Gradients, by: jax.Array, at: int, numbers: Any) -> Gradients | None:
+def _multiplied(gradients: MatrixFactors, by: jax.Array, at: int, numbers: Any) -> MatrixFactors | None:
     """The product of gradients and a matrix, in the order of an equation's operands; `at` is the gradients' place."""
     contracted, batch = numbers
     if any(batch[0]) or any(len(axes) != 1 for axes in contracted) or jnp.ndim(by) != 2:
@@ -168,4 +168,4 @@ def _multiplied(gradients: Gradients, by: jax.Array, at: int, numbers: Any) -> G
     made = contract("btc,cr->btr" if other == 0 else "btc,rc->btr", meets, by, precision=None)
     made = made.astype(meets.dtype)
     # The operand's free axes come first or second, as it does itself.
-    return Gradients(stays, made) if at == 0 else Gradients(made, stays)
+    return MatrixFactors(stays, made) if at == 0 else MatrixFactors(made, stays)
