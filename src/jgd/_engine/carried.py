@@ -19,7 +19,7 @@ from jgd._engine.computed_leaves import ComputedLeaves
 from jgd._engine.elementwise_leaf import ElementwiseLeaf
 from jgd._engine.factored_leaf import FactoredLeaf, placed
 from jgd._engine.factors import Layout, Outer
-from jgd._engine.jaxprs import trace_jaxpr
+from jgd._engine.jaxprs import trace_jaxpr, with_needed
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part, PartRules, chosen_method
 from jgd._engine.paths import leaves_of, path_to
@@ -208,11 +208,10 @@ def _way_back(plan: Plan, leaf: int, operand: int) -> WayBack:
     sources = leaves_of(plan, [operand])
 
     def way_back(params: list[Any], constants: list[Any], cotangent: jax.Array) -> jax.Array:
-        def path(value: jax.Array) -> jax.Array:
-            values = [value if k == leaf else params[k] for k in sources]
-            return path_to(plan, [operand], params, constants)(values)[operand]
-
-        return jax.vjp(path, params[leaf])[1](cotangent)[0]
+        path = path_to(plan, [operand], params, constants)
+        # By all leaves: by some operands alone JAX cannot differentiate a `pad`.
+        _, pull = jax.vjp(lambda values: path(values)[operand], [params[k] for k in sources])
+        return pull(cotangent)[0][sources.index(leaf)]
 
     jaxpr, consts, _ = trace_jaxpr(way_back, params, constants, plan.operand_struct(operand))
-    return WayBack(jaxpr, consts)
+    return WayBack(with_needed(jaxpr), consts)

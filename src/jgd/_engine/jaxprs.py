@@ -32,6 +32,7 @@ __all__ = [
     "split_p",
     "touches_references",
     "trace_jaxpr",
+    "with_needed",
     "with_wide_ids",
 ]
 
@@ -58,6 +59,17 @@ def trace_jaxpr(fun: Callable[..., Any], *args: Any) -> tuple[Any, list[Any], An
     jaxpr = open_jaxpr(closed)
     parts = OpenJaxpr(list(jaxpr.constvars), list(jaxpr.invars), list(jaxpr.eqns), list(jaxpr.outvars))
     return parts, list(closed.consts), shape
+
+
+def with_needed(jaxpr: OpenJaxpr) -> OpenJaxpr:
+    """The same with only those equations that its results need."""
+    needed = {x for x in jaxpr.outvars if not isinstance(x, Literal)}
+    eqns: list[Any] = []
+    for eqn in reversed(jaxpr.eqns):
+        if needed & set(eqn.outvars):
+            needed |= {x for x in eqn.invars if not isinstance(x, Literal)}
+            eqns.append(eqn)
+    return jaxpr._replace(eqns=eqns[::-1])
 
 
 def _holds_arrays(eqn: Any) -> bool:
