@@ -37,9 +37,9 @@ class ExplainRow:
         n, t, p, q: block axes, summed positions, and the two sides of the leaf; 0 where nothing is factored.
         uses: how many uses share this row's part of the leaf; they are added before they are squared.
         rule: how the norm is taken: "norms" (‖a‖²‖δ‖²), "pairs" (inner products of positions), "block" (the
-            gradient itself, then its square), "whole leaf" (the block of that leaf, by `vjp`), "none"; of a leaf behind a
-            computed operand also "identity", "factors", "elementwise" or "shift", by what the way back makes of
-            the operand's gradient.
+            gradient itself, then its square), "whole leaf" (the block of that leaf, by `vjp`), "none"; of a leaf
+            behind a computed operand also "identity", "factors", "elementwise" or "shift", by what the way back
+            makes of the operand's gradient.
         flops: floating-point operations of this part's squared norm, for one example.
         bytes: what they hold in float32, for one example.
         why: the reason, in words.
