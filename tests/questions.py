@@ -3,7 +3,11 @@
 from collections.abc import Sequence
 from typing import Any
 
+import jax
+import jax.numpy as jnp
+import numpy as np
 import oracle
+from cases import Problem
 
 import jgd
 
@@ -31,3 +35,25 @@ def compare(got: dict[str, Any], want: dict[str, Any], tolerance: float) -> None
     """Each answer with the oracle's of its name."""
     for quantity, answer in got.items():
         oracle.assert_close(answer, want[quantity], tolerance, what=quantity)
+
+
+# What is asked of each of many losses, and the weights: an example is absent.
+ASKED = (
+    "sum", "norms", "leaf_norms", "weighted_clipped_sum", "gram", "second_moment", "variance", "weighted_variance",
+    "dot", "materialize",
+)  # fmt: skip
+WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
+
+
+def check_asked(problem: Problem, microbatch_size: int | None) -> None:
+    """All of it, by factors in one program, against the oracle in float64."""
+    given = (WEIGHTS, 0.5, problem.params)
+    grads = jgd.per_example_grad(problem.loss, strategy="factored", microbatch_size=microbatch_size)
+    got = jax.jit(lambda p, *batch: ask(grads(p, *batch), ASKED, *given))(problem.params, *problem.batch)
+    blocks = oracle.vmap_of_grad(problem)
+    compare(got, oracle.answers(blocks, blocks, *given), 1e-9)
+
+
+def wave(x: jax.Array) -> jax.Array:
+    """A number from an array, whose derivative is different everywhere."""
+    return jnp.sum(jnp.sin(jnp.cos(jnp.arange(x.size)).reshape(x.shape) * x + 0.1 * jnp.sum(x)))

@@ -1,6 +1,6 @@
 """`vmap(grad)` of a batch: what makes blocks of gradients, and can make those of other examples."""
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -41,5 +41,4 @@ class Origin:
 
     def with_present(self, present: jax.Array) -> "Origin":
         """The same with a present example in the place of each that is not."""
-        batch = replace_absent(self.batch, present)
-        return Origin(self.model, batch, self.program, self.at_once)
+        return replace(self, batch=replace_absent(self.batch, present))

@@ -264,10 +264,10 @@ def part_of(leaf: int, offset: int, axes: tuple[Axis, ...], uses: Sequence[Use],
     return Part(leaf, offset, tuple(uses), chosen)
 
 
-def chosen_method(rules: PartRules, device: Device) -> NormMethod:
-    """The method that is predicted to be quicker for norms."""
+def chosen_method(rules: PartRules, device: Device, margin: float = 1) -> NormMethod:
+    """The method that is predicted to be quicker for norms; pairs must be so by a margin."""
     seconds = {method: cost.seconds(device) for method, cost in rules.costs.items()}
-    return "pairs" if seconds.get("pairs", math.inf) < seconds["block"] else "block"
+    return "pairs" if seconds.get("pairs", math.inf) < margin * seconds["block"] else "block"
 
 
 def _common_layout(rules: Sequence[Rule]) -> tuple[Layout | None, tuple[bool, ...]]:

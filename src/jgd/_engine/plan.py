@@ -12,12 +12,12 @@ from jgd._engine import factors
 from jgd._engine.dense import Reading, leaves_at, read_as_differentiated
 from jgd._engine.devices import Device, device_of
 from jgd._engine.jaxprs import mentions, prim
-from jgd._engine.parts import NormMethod, Part, PartRules, Use, part_of
+from jgd._engine.parts import NormMethod, Part, PartRules, Use, chosen_method, part_of
 from jgd._engine.rules import rule_of
 from jgd._engine.scan_reductions import Probes, probes_of
 from jgd._engine.sites import Nested, Op, Region, Site, sites_of
 from jgd._engine.trace import TracedLoss
-from jgd._engine.views import Axis, overlap
+from jgd._engine.views import Axis, may_overlap
 
 # A block that is kept wins where pairs are not quicker by this factor: it also saves the sum's product.
 _TIE = 0.95
@@ -29,7 +29,6 @@ _NEAR = 3
 _SPREAD = 4
 
 _FARTHEST = 2**31 - 1  # place in a leaf that an int32 index can have; JAX may have no wider ones
-_MANY = 64  # parts of one leaf beyond which a look at every pair is too much: they may overlap
 _TOO_MANY = 512  # beyond which a program for each is too much
 
 
@@ -226,7 +225,7 @@ def _parts(
         last = max(offset + sum((n - 1) * abs(step) for n, step in axes) for offset, axes in keys)
         if len(keys) > _TOO_MANY or last > _FARTHEST:
             too_many.add(leaf)
-        elif len(keys) > _MANY or any(overlap(a, b) for i, a in enumerate(keys) for b in keys[:i]):
+        elif may_overlap(keys):
             overlapping.add(leaf)
         parts += [part_of(leaf, *key, same, method) for key, same in places.items()]
     return parts, frozenset(overlapping), frozenset(too_many)
@@ -283,5 +282,4 @@ def _method(rules: PartRules, device: Device, variant: Variant) -> NormMethod:
         return "block"
     if variant.near and max(seconds.values()) <= _NEAR * min(seconds.values()):
         return variant.near
-    margin = _TIE if variant.keeps and rules.may_be_kept(device) else 1
-    return "pairs" if seconds["pairs"] < margin * seconds["block"] else "block"
+    return chosen_method(rules, device, _TIE if variant.keeps and rules.may_be_kept(device) else 1)

@@ -17,6 +17,8 @@ from numpy.lib.stride_tricks import as_strided
 from jgd._engine.jaxprs import aval_of, prim, split_p
 
 _BASE = np.zeros(1, np.int8)
+
+_MANY = 64  # sets of elements beyond which a look at every pair is too much
 _ADDRESS = _BASE.__array_interface__["data"][0]
 
 Axis = tuple[int, int]  # size, stride in elements of the leaf
@@ -105,6 +107,11 @@ def overlap(a: tuple[int, Sequence[Axis]], b: tuple[int, Sequence[Axis]]) -> boo
         return np.shares_memory(*moved, max_work=most)
     except np.exceptions.TooHardError:
         return True
+
+
+def may_overlap(places: Sequence[tuple[int, Sequence[Axis]]]) -> bool:
+    """Whether some of several sets of elements may overlap. Of too many not every pair is looked at."""
+    return len(places) > _MANY or any(overlap(a, b) for i, a in enumerate(places) for b in places[:i])
 
 
 def _broadcast(array: np.ndarray, loops: int, eqn: Any) -> list[np.ndarray]:
