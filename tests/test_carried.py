@@ -8,24 +8,13 @@ import pytest
 from cases import B, Draw, Problem
 from internals import form_of
 from jax import lax
-from questions import ask, compare
+from questions import WEIGHTS, check_asked, wave
 
 import jgd
 from jgd._engine.computed_leaves import ComputedLeaves
 from jgd._engine.elementwise_leaf import ElementwiseLeaf
 from jgd._engine.factored_leaf import FactoredLeaf
 from jgd._engine.shifted_leaf import ShiftedLeaf
-
-ASKED = (
-    "sum", "norms", "leaf_norms", "weighted_clipped_sum", "gram", "second_moment", "variance", "weighted_variance",
-    "dot", "materialize",
-)  # fmt: skip
-WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
-
-
-def wave(x):
-    """A number from an array, whose derivative is different everywhere."""
-    return jnp.sum(jnp.sin(jnp.cos(jnp.arange(x.size)).reshape(x.shape) * x + 0.1 * jnp.sum(x)))
 
 
 def of_vjp(forward, backward):
@@ -148,12 +137,7 @@ def of(case, dtype=np.float64):
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_what_is_carried(case, microbatch_size, x64):
-    problem = of(case)
-    given = (WEIGHTS, 0.5, problem.params)
-    grads = jgd.per_example_grad(problem.loss, strategy="factored", microbatch_size=microbatch_size)
-    got = jax.jit(lambda p, *batch: ask(grads(p, *batch), ASKED, *given))(problem.params, *problem.batch)
-    blocks = oracle.vmap_of_grad(problem)
-    compare(got, oracle.answers(blocks, blocks, *given), 1e-9)
+    check_asked(of(case), microbatch_size)
 
 
 @pytest.mark.parametrize("case", [case for case, (*_, kinds) in CASES.items() if kinds is not None])
@@ -189,6 +173,32 @@ def test_norms_of_any_size(case, scale):
         blocks = oracle.vmap_of_grad(Problem(problem.loss, wide(problem.params), wide(problem.batch)))
     want = scale**2 * np.linalg.norm(oracle.matrix(blocks), axis=1)
     np.testing.assert_allclose(np.asarray(got, np.float64), want, rtol=1e-5)
+
+
+ROWS = np.where(np.arange(6) % 2 == 0, 1e-25, 1.0).astype(np.float32)
+LARGE = np.repeat(1 / ROWS[:, None], 4, axis=1)
+FAR = {  # what is carried leaves float32 where the gradient does not, or only where it is masked
+    "large derivatives beside small data": lambda p, x: jnp.sum((x * ROWS) @ (p * LARGE)),
+    "large gradients that are masked": lambda p, x: (
+        1e10 * jnp.sum((1e10 * x) @ (p * MASK.astype(jnp.float32)))
+    ),
+    "a small penalty beside nothing": lambda p, x: (
+        jnp.sum(jax.nn.relu(x @ p - 100)) + 0.5 * 1e-25 * jnp.sum(jnp.square(p))
+    ),
+}
+
+
+@pytest.mark.parametrize("case", FAR)
+def test_what_leaves_the_range_on_the_way(case):
+    loss = lambda p, x: FAR[case](p, x)
+    x, w = (jnp.asarray(Draw(k)(*shape), np.float32) for k, shape in ((1, (B, 6)), (2, (6, 4))))
+    blocks = np.asarray(jax.vmap(jax.grad(loss), (None, 0))(w, x), np.float64)
+    grads = jgd.per_example_grad(loss, strategy="factored")(w, x)
+    np.testing.assert_allclose(jgd.norms(grads), np.linalg.norm(blocks.reshape(B, -1), axis=1), rtol=1e-5)
+    with np.errstate(over="ignore"):
+        moment = np.mean(blocks**2, axis=0).astype(np.float32)
+    np.testing.assert_allclose(jgd.second_moment(grads), moment, rtol=1e-5, atol=1e-37)
+    np.testing.assert_allclose(jgd.dot(grads, w), np.sum(blocks * w, axis=(1, 2)), rtol=1e-4)
 
 
 @pytest.mark.parametrize("left", [0.0, 1e-4, 1e-2])

@@ -145,6 +145,20 @@ def test_the_derivative_by_the_parameters_beside_an_absent_example_that_is_not_f
         close(jax.jit(jacobian(ask))(params, weights, x, y), want, 1e-9)
 
 
+@pytest.mark.parametrize("held", HELD, ids=str)
+def test_where_nobody_is_present_the_derivative_by_the_parameters_is_0(held, example):
+    """Of a loss without a derivative at data of 0, which no example has."""
+    params, x, y = example
+    loss = lambda p, x, y: squared_error(p, x / jnp.linalg.norm(x), y)
+
+    def after(params):
+        grads = jgd.per_example_grad(loss, **held)(params, x, y)
+        clipped = jgd.clipped_sum(grads, 0.3, weights=jnp.zeros(5))
+        return jnp.sum(jgd.sum(grads, jnp.zeros(5))["w"] ** 2) + jnp.sum(clipped["w"] ** 2)
+
+    assert all(np.all(leaf == 0) for leaf in jax.tree.leaves(jax.grad(after)(params)))
+
+
 def test_the_derivative_of_a_variance_by_weights_that_leave_a_microbatch_empty(example, x64):
     params, x, y = example
     weights = jnp.array([1.0, 0, 2, 3, 0, 1])  # microbatches of two are 0 and 3, 1 and 4, 2 and 5

@@ -9,21 +9,10 @@ from cases import B, Draw, Problem
 from internals import form_of, rules_of
 from jax import lax
 from jax.lax import GatherDimensionNumbers, GatherScatterMode
-from questions import ask, compare
+from questions import check_asked, wave
 
 import jgd
 from jgd._engine import factors
-
-ASKED = (
-    "sum", "norms", "leaf_norms", "weighted_clipped_sum", "gram", "second_moment", "variance", "weighted_variance",
-    "dot", "materialize",
-)  # fmt: skip
-WEIGHTS = np.array([1.5, 0.0, 0.5, 2.0, 1.0])
-
-
-def wave(x):
-    """A number from an array, whose derivative is different everywhere."""
-    return jnp.sum(jnp.sin(jnp.cos(jnp.arange(x.size)).reshape(x.shape) * x + 0.1 * jnp.sum(x)))
 
 
 def windows_of(mode, sizes=(3, 4), collapsed=()):
@@ -94,12 +83,7 @@ def of(case):
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 @pytest.mark.parametrize("case", CASES)
 def test_windows(case, microbatch_size, x64):
-    problem = of(case)
-    given = (WEIGHTS, 0.5, problem.params)
-    grads = jgd.per_example_grad(problem.loss, strategy="factored", microbatch_size=microbatch_size)
-    got = jax.jit(lambda p, *batch: ask(grads(p, *batch), ASKED, *given))(problem.params, *problem.batch)
-    blocks = oracle.vmap_of_grad(problem)
-    compare(got, oracle.answers(blocks, blocks, *given), 1e-9)
+    check_asked(of(case), microbatch_size)
 
 
 @pytest.mark.parametrize("case", [case for case in CASES if case != "tied"])

@@ -29,7 +29,7 @@ from jgd._engine.rules.rule import Rule, SiteData
 from jgd._engine.scan_reductions import NOTHING
 from jgd._engine.shifted_leaf import ShiftedLeaf
 from jgd._engine.tiles import Batch
-from jgd._engine.views import overlap
+from jgd._engine.views import may_overlap
 from jgd._engine.way_back import MatrixFactors, WayBack
 
 # How gradients come back to a leaf from what is computed from it: as they are, as other factors, each element times a
@@ -37,7 +37,6 @@ from jgd._engine.way_back import MatrixFactors, WayBack
 Way = Literal["identity", "factors", "elementwise", "shift"]
 
 _FEW = 4  # numbers
-_MANY = 16  # parts that are compared pair by pair
 
 Parts = Sequence[tuple[Part, PartGradients]]
 Computed = Callable[[Sequence[int]], ComputedLeaves]
@@ -119,8 +118,10 @@ def carried_leaves(plan: Plan, model: Model, parts: Parts, computed: Computed) -
     for leaf, way in ways.items():
         if way == "shift":
             made[leaf] = _shifted(plan, model, parts, leaf, computed([leaf]))
+        elif way == "elementwise":
+            made[leaf] = _elementwise(plan, model, parts, leaf, computed([leaf]))
         elif way is not None:
-            made[leaf] = _carried(plan, model, parts, leaf, way)
+            made[leaf] = _factored(plan, model, parts, leaf, way)
     return made
 
 
@@ -128,32 +129,45 @@ def _shifted(plan: Plan, model: Model, parts: Parts, leaf: int, gradients: Compu
     own, numbers, directions = [pair for pair in parts if pair[0].leaf == leaf], [], []
     for k in operands_of(plan, [leaf]):
         flat = [(part, x.flat_blocks()) for part, x in parts if part.leaf == k]
-        struct = plan.operand_struct(k)
-        numbers.append(placed(flat, struct).reshape(-1))
-        directions.append(_back(plan, leaf, k).of_array(model, jnp.ones(struct.shape, struct.dtype)))
+        numbers.append(placed(flat, plan.operand_struct(k)).reshape(-1))
+        directions.append(_derivative(plan, model, leaf, k))
     return ShiftedLeaf(
-        _leaf_of(plan, leaf, own), jnp.stack(numbers, axis=1), jnp.stack(directions), gradients
+        _leaf_of(plan, leaf, own), gradients, jnp.stack(numbers, axis=1), jnp.stack(directions)
     )
 
 
-def _carried(plan: Plan, model: Model, parts: Parts, leaf: int, way: Way) -> FactoredLeaf | ElementwiseLeaf:
-    operands = operands_of(plan, [leaf])
-    if way == "factors":
-        each = [_back(plan, leaf, k).of_factors(model, _factors_of(plan, parts, k)) for k in operands]
-        left, right = (jnp.concatenate(some, axis=1) for some in zip(*each, strict=True))
-        return _leaf_of(plan, leaf, [_part_of(plan, leaf, left, right, parts[0][1].batch.num_shards)])
-    own = [(replace(part, leaf=leaf), gradients) for part, gradients in parts if part.leaf == operands[0]]
-    itself, struct = _leaf_of(plan, leaf, own), plan.operand_struct(operands[0])
+def _elementwise(
+    plan: Plan, model: Model, parts: Parts, leaf: int, gradients: ComputedLeaves
+) -> ElementwiseLeaf:
+    (operand,) = operands_of(plan, [leaf])
+    return ElementwiseLeaf(_as_leaf(plan, parts, leaf), gradients, _derivative(plan, model, leaf, operand))
+
+
+def _derivative(plan: Plan, model: Model, leaf: int, operand: int) -> jax.Array:
+    """What the way back makes of ones."""
+    struct = plan.operand_struct(operand)
+    return _back(plan, leaf, operand).of_array(model, jnp.ones(struct.shape, struct.dtype))
+
+
+def _factored(plan: Plan, model: Model, parts: Parts, leaf: int, way: Way) -> FactoredLeaf:
     if way == "identity":
-        return itself
-    ones = jnp.ones(struct.shape, struct.dtype)
-    return ElementwiseLeaf(itself, _back(plan, leaf, operands[0]).of_array(model, ones))
+        return _as_leaf(plan, parts, leaf)
+    each = [
+        _back(plan, leaf, k).of_factors(model, _factors_of(plan, parts, k)) for k in operands_of(plan, [leaf])
+    ]
+    left, right = (jnp.concatenate(some, axis=1) for some in zip(*each, strict=True))
+    return _leaf_of(plan, leaf, [_part_of(plan, leaf, left, right, parts[0][1].batch.num_shards)])
+
+
+def _as_leaf(plan: Plan, parts: Parts, leaf: int) -> FactoredLeaf:
+    """The gradients of the leaf's one operand, as if they were its own."""
+    (operand,) = operands_of(plan, [leaf])
+    own = [(replace(part, leaf=leaf), gradients) for part, gradients in parts if part.leaf == operand]
+    return _leaf_of(plan, leaf, own)
 
 
 def _overlap(parts: Sequence[Part]) -> bool:
-    """Whether some parts may have elements in common."""
-    places = [(part.offset, part.axes) for part in parts]
-    return len(places) > _MANY or any(overlap(a, b) for i, a in enumerate(places) for b in places[:i])
+    return may_overlap([(part.offset, part.axes) for part in parts])
 
 
 def operands_of(plan: Plan, leaves: Sequence[int]) -> list[int]:

@@ -51,18 +51,19 @@ def mask_absent(
 
 
 def replace_absent(arrays: Sequence[jax.Array], present: jax.Array) -> list[jax.Array]:
-    """Arrays of a batch with the first example that is present in the place of each that is not.
+    """Arrays of a batch with the first example that is present in the place of each that is not, if there is one.
 
     By a sum, not by its number: over several devices that would be a lookup along the axis that they share.
     """
     first = present & (jnp.cumsum(present) == 1)
+    stays = present | ~jnp.any(present)
 
     def replaced(x: jax.Array) -> jax.Array:
         if jnp.issubdtype(x.dtype, jax.dtypes.prng_key):
             return jax.random.wrap_key_data(replaced(jax.random.key_data(x)), impl=jax.random.key_impl(x))
         only = jnp.where(along(first, 0, x.ndim), x, jnp.zeros((), x.dtype))
         one = jnp.any(only, axis=0) if x.dtype == bool else jnp.sum(only, axis=0, dtype=x.dtype)
-        return jnp.where(along(present, 0, x.ndim), x, one)
+        return jnp.where(along(stays, 0, x.ndim), x, one)
 
     return [replaced(x) for x in arrays]
 

@@ -4,7 +4,6 @@ Its gradient is G_i + Σ_k c_ik D_k: what it has at its own sites, and for each 
 number, the same for all examples, times the loss's derivative c_ik by it.
 """
 
-from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -12,34 +11,23 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine import factors
-from jgd._engine.batch_sums import mask_rows
-from jgd._engine.computed_leaves import ComputedLeaves
+from jgd._engine.carried_leaf import CarriedLeaf
 from jgd._engine.dtypes import add
-from jgd._engine.factored_leaf import FactoredLeaf, placed
-from jgd._engine.leaf_gradients import ByLeaf
+from jgd._engine.factored_leaf import placed
 from jgd._engine.norms import Norm, has_digits, is_within, length, root, total, with_digits
 
 
 @dataclass(frozen=True)
-class ShiftedLeaf:
-    """The gradients of one leaf: norms and sums from the terms, whatever may lose digits to them from the gradients.
+class ShiftedLeaf(CarriedLeaf):
+    """The gradients of one leaf, whose `own` are G_i.
 
     Attributes:
-        own: G_i.
         numbers: c, `(B, K)`.
         directions: D, `(K, *leaf)`.
-        gradients: the same gradients, to be built a tile of examples at a time.
     """
 
-    own: FactoredLeaf
     numbers: jax.Array
     directions: jax.Array
-    gradients: ComputedLeaves
-
-    @property
-    def leaf(self) -> int:
-        """Its number."""
-        return self.own.leaf
 
     def norms(self) -> dict[int, list[Norm]]:
         """From ‖G‖² + 2 Σ c ⟨G, D⟩ + ‖Σ c D‖²; from the gradient itself where these cancel or leave their range."""
@@ -49,7 +37,11 @@ class ShiftedLeaf:
         among = factors.contract("ks,ls->kl", flat, flat)
         of_shift = jnp.sum(self.numbers * factors.contract("ik,kl->il", self.numbers, among), axis=1)
         square = jnp.square(own.length) + 2 * jnp.sum(self.numbers * met, axis=1) + of_shift
-        bound = jax.lax.stop_gradient(own.length + root(jnp.maximum(of_shift, 0)))
+        # By the lengths of D, not by their squares, which may be out of range.
+        lengths = jax.vmap(length)(flat)
+        bound = jax.lax.stop_gradient(
+            own.length + factors.contract("ik,k->i", jnp.abs(self.numbers), lengths)
+        )
         in_range = is_within(bound, 3 / 8) & ((own.length == 0) | is_within(own.length, 3 / 8))
         trusted = (bound == 0) | (in_range & has_digits(square, jnp.square(bound)))
         held = [gradients for _, gradients in self.own.parts], self.numbers, self.directions
@@ -68,32 +60,3 @@ class ShiftedLeaf:
         flat = [(part, own.of_example(number).flat_blocks()) for (part, _), own in each]
         shift = jnp.tensordot(jax.lax.dynamic_index_in_dim(numbers, number, keepdims=False), directions, 1)
         return length(placed(flat, self.own.like)[0] + shift)
-
-    def weighted_sum(self, weights: jax.Array | None) -> ByLeaf:
-        numbers = self.numbers if weights is None else mask_rows(weights != 0, self.numbers)
-        each = jnp.ones(numbers.shape[0], numbers.dtype) if weights is None else weights
-        number = factors.contract("i,ik->k", each, numbers)
-        return {
-            self.leaf: self.own.weighted_sum(weights)[self.leaf] + jnp.tensordot(number, self.directions, 1)
-        }
-
-    def blocks(self) -> ByLeaf:
-        return self.gradients.blocks()
-
-    def squared_sum(self) -> jax.Array:
-        return factors.sum_squares(self.weighted_sum(None)[self.leaf])
-
-    def deviation(self) -> jax.Array:
-        return self.gradients.deviation()
-
-    def dot(self, direction: Sequence[jax.Array]) -> jax.Array:
-        return self.gradients.dot(direction)
-
-    def gram(self, other: "ShiftedLeaf | None", *, num_shards: int) -> jax.Array:
-        return self.gradients.gram(None if other is None else other.gradients, num_shards=num_shards)
-
-    def moments(self, weights: jax.Array | None, scale: Any, *, centred: bool) -> ByLeaf:
-        return self.gradients.moments(weights, scale, centred=centred)
-
-    def project(self, key: jax.Array, dim: int) -> jax.Array:
-        return self.gradients.project(key, dim)
