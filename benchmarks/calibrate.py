@@ -11,7 +11,7 @@ import argparse
 import functools
 import statistics
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -19,11 +19,26 @@ import jax.numpy as jnp
 from jgd._clock import time_interleaved
 from jgd._engine import costs
 from jgd._engine.costs import Sizes
-from jgd._engine.devices import DEVICES, Device
+from jgd._engine.devices import DEVICES, Device, device_of
+from jgd._engine.factors import contract
 
-SIDE = 1024  # of the large product
-PAIRS = Sizes(64, 64, 64, 64)  # n is the number of the examples
-BLOCKS = Sizes(256, 8, 128, 128)  # so few positions that the blocks take longer to move than to make
+
+class Programs(NamedTuple):
+    """How large the programs are: such that they keep the device busy, and take much longer than to start.
+
+    Attributes:
+        side: of the large product.
+        pairs: `n` is the number of the examples.
+        blocks: so few positions that the blocks take longer to move than to make.
+    """
+
+    side: int
+    pairs: Sizes
+    blocks: Sizes
+
+
+ON_CPU = Programs(1024, Sizes(64, 64, 64, 64), Sizes(256, 8, 128, 128))
+ON_ACCELERATOR = Programs(2048, Sizes(256, 512, 512, 512), Sizes(1024, 8, 512, 512))
 LAYERS, POSITIONS, WIDTH, EXAMPLES = 8, 128, 256, 96  # of the net whose examples go some at a time
 LEFT = 3  # arrays of each layer, for its backward pass: the product, and what goes into tanh and comes out
 AT_A_TIME = (2, 4, 8, 16, 32, 96)
@@ -31,9 +46,8 @@ AT_A_TIME = (2, 4, 8, 16, 32, 96)
 
 def pairs(left: jax.Array, right: jax.Array) -> jax.Array:
     """The squared norms of the gradients Σₜ left[n, t] ⊗ right[n, t], from pairs of positions."""
-    return jnp.einsum(
-        "nts,nts->n", jnp.einsum("ntp,nsp->nts", left, left), jnp.einsum("ntq,nsq->nts", right, right)
-    )
+    products = [contract("ntp,nsp->nts", side, side) for side in (left, right)]
+    return contract("nts,nts->n", *products)
 
 
 def blocks(left: jax.Array, right: jax.Array) -> jax.Array:
@@ -53,33 +67,48 @@ def scales(examples: jax.Array, weights: jax.Array, *, at_a_time: int) -> jax.Ar
     return jax.lax.map(gradient, examples, batch_size=at_a_time)
 
 
-def _program(function: Callable[..., Any], *shapes: tuple[int, ...]) -> Callable[[], Any]:
+def _program(function: Callable[..., Any], *shapes: tuple[int, ...], dtype: Any = None) -> Callable[[], Any]:
     keys = jax.random.split(jax.random.key(0), len(shapes))
-    args = [jax.random.normal(key, shape) for key, shape in zip(keys, shapes, strict=True)]
+    args = [jax.random.normal(key, shape, dtype) for key, shape in zip(keys, shapes, strict=True)]
     compiled = jax.jit(function).lower(*args).compile()
     return lambda: jax.block_until_ready(compiled(*args))
 
 
 def measure(repeats: int, seconds: float) -> Device:
-    """The row of the default device."""
+    """The row of the default device; an accelerator's has no cache, since few examples leave most of it idle."""
+    on_cpu = jax.default_backend() == "cpu"
+    size = ON_CPU if on_cpu else ON_ACCELERATOR
     factors = lambda sizes: ((sizes.n, sizes.t, sizes.p), (sizes.n, sizes.t, sizes.q))
     programs = {
-        "large": _program(jnp.matmul, (SIDE, SIDE), (SIDE, SIDE)),
-        "small": _program(pairs, *factors(PAIRS)),
-        "moved": _program(blocks, *factors(BLOCKS)),
+        "large": _program(jnp.matmul, (size.side, size.side), (size.side, size.side)),
+        "small": _program(pairs, *factors(size.pairs)),
+        "half": _program(pairs, *factors(size.pairs), dtype=jnp.bfloat16),
+        "moved": _program(blocks, *factors(size.blocks)),
     }
-    for number in AT_A_TIME:
+    for number in AT_A_TIME if on_cpu else ():
         shapes = (EXAMPLES, POSITIONS, WIDTH), (LAYERS, WIDTH, WIDTH)
         programs[f"{number} at a time"] = _program(functools.partial(scales, at_a_time=number), *shapes)
     times = time_interleaved(programs, repeats=repeats, seconds=seconds)
     usual = {name: statistics.median(each) for name, each in times.items()}
-    large = 2 * SIDE**3 / usual["large"]
+    large = 2 * size.side**3 / usual["large"]
     one = lambda sizes: sizes._replace(n=1)
-    block = costs.block(one(BLOCKS))
-    bandwidth = 4 * BLOCKS.n * block.moved / (usual["moved"] - BLOCKS.n * block.flops / large)
-    small = PAIRS.n * costs.pairs(one(PAIRS), lookups=0).flops / usual["small"]
+    block = costs.block(one(size.blocks))
+    bandwidth = 4 * size.blocks.n * block.moved / (usual["moved"] - size.blocks.n * block.flops / large)
+    flops = size.pairs.n * costs.pairs(one(size.pairs), lookups=0).flops
+    row = Device(large, flops / usual["small"], flops / usual["half"], bandwidth)
+    row = row._replace(tile=device_of(jax.default_backend()).tile)
+    if not on_cpu:
+        return row
     best = min(AT_A_TIME, key=lambda number: usual[f"{number} at a time"])
-    return Device(large, small, bandwidth, LEFT * 4 * LAYERS * POSITIONS * WIDTH * best)
+    return row._replace(cache=LEFT * 4 * LAYERS * POSITIONS * WIDTH * best)
+
+
+def text(row: Device, kind: str, platform: str) -> str:
+    """The row as it stands in the table."""
+    rates = {name: value for name, value in row._asdict().items() if name not in ("cache", "tile")}
+    numbers = ", ".join(f"{name}={value / 1e9:.3g}e9" for name, value in rates.items())
+    numbers += "" if row.cache is None else f", cache={row.cache >> 20} << 20"
+    return f'    "{platform}": Device({numbers}),  # {kind}'
 
 
 def main() -> None:
@@ -93,17 +122,14 @@ def main() -> None:
     options = parser.parse_args()
     device = jax.devices()[0]
     row = measure(options.repeats, options.seconds)
-    rates = {name: value for name, value in row._asdict().items() if name != "cache"}
-    numbers = ", ".join(f"{name}={value / 1e9:.3g}e9" for name, value in rates.items())
-    numbers += f", cache={(row.cache or 0) >> 20} << 20"
-    print(f'    "{device.platform}": Device({numbers}),  # {device.device_kind}')
+    print(text(row, device.device_kind, device.platform))
     stored = DEVICES.get(device.platform)
     if stored is None:
         print(f"There is no row for {device.platform!r}.")
         return
     for name, value, other in zip(row._fields, row, stored, strict=True):
-        if not value or not other:
-            print(f"{name:9}  measured {value}  stored {other}")
+        if not value or not other or name == "tile":
+            print(f"{name:9}  measured {None if name == 'tile' else value}  stored {other}")
             continue
         print(f"{name:9}  measured {value / 1e9:10.4g}e9  stored {other / 1e9:10.4g}e9  {value / other:.2f}×")
 

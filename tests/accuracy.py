@@ -39,7 +39,7 @@ class Question:
 
 def ask(grads: Any, question: Question) -> dict[str, Any]:
     """Every reduction, by name."""
-    weights = jnp.asarray(question.weights, jnp.float32)
+    weights = jnp.asarray(question.weights, jnp.result_type(float))
     noise = jgd.noise_scale(grads)
     return {
         "sum": jgd.sum(grads),
@@ -110,7 +110,7 @@ def lengths(tree: Any) -> np.ndarray:
 def answers(blocks: Any, question: Question) -> dict[str, Any]:
     """The answers that these gradients give, in float64."""
     blocks = jax.tree.map(np.float64, blocks)
-    made = oracle.answers(blocks, blocks, question.weights, question.max_norm, question.direction)
+    made = oracle.answers(blocks, blocks, np.float64(question.weights), question.max_norm, question.direction)
     trace, signal = made["noise_scale"]
     children, bounds = _children(blocks), _children(question.bounds)
     size = len(jax.tree.leaves(blocks)[0])

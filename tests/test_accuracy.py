@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from accuracy_losses import BEYOND, KINDS, LOSSES, problem_of
 from cases import CASES, Draw, Problem
+from internals import factors
 from jax.sharding import NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of, widened
@@ -319,3 +320,36 @@ def test_many_examples(dtype):
         for x, y, z in zip(*map(jax.tree.leaves, (answer, own[name], want[name])), strict=True):
             error, measure = (np.max(np.abs(np.float64(a) - z)) / np.max(np.abs(z)) for a in (x, y))
             assert error <= max(floor, 10 * measure), (name, error, measure)
+
+
+# Products of bfloat16 and float32, as weighted sums in half precision are
+
+
+def on_an_accelerator(monkeypatch):
+    other = lambda *args, default, **_: default(*args)
+    monkeypatch.setattr(jax.lax, "platform_dependent", other)
+
+
+def test_a_product_in_two_halves_has_16_bits(monkeypatch):
+    on_an_accelerator(monkeypatch)
+    draw = Draw(7)
+    x, y = jnp.asarray(draw(300, 20), jnp.float32), jnp.asarray(draw(300, 30), jnp.bfloat16)
+    for a, b in ((x, y), (y, x)):
+        got = jax.jit(lambda a, b: factors.contract("tp,tq->pq", a, b, precision=None))(a, b)
+        exact, most = (np.einsum("tp,tq->pq", *map(np.float64, each)) for each in ((a, b), (abs(a), abs(b))))
+        assert got.dtype == jnp.float32
+        assert 1e-8 < np.max(np.abs(got - exact) / most) < 2.0**-16
+
+
+def test_halves_of_what_is_not_finite_or_at_the_edge():
+    edge = float(jnp.finfo(jnp.float32).max)
+    numbers = jnp.array([jnp.inf, -jnp.inf, jnp.nan, edge, -edge, 0.0, 1e-30], jnp.float32)
+    high, low = jax.jit(factors._halves)(numbers)
+    np.testing.assert_allclose(np.float64(high) + np.float64(low), np.float64(numbers), rtol=2.0**-16)
+
+
+@pytest.mark.parametrize("name", ["tied_embedding_and_head", "relu_mlp_on_positions", "recurrence"])
+def test_cases_with_products_in_halves(name, monkeypatch):
+    on_an_accelerator(monkeypatch)
+    found_in_case.cache_clear()
+    accuracy.check(found_in_case(name, "bfloat16"))

@@ -69,9 +69,9 @@ def method_of(grads):
 @pytest.mark.parametrize(
     ("row", "rule"),
     [
-        (Device(1e9, 1e9, 1e15), "pairs"),  # 2·T²·2·S operations against 2·T·S²: fewer
-        (Device(1e9, 1e8, 1e15), "block"),  # slow small products
-        (Device(1e12, 1e11, 1e9), "pairs"),  # slow memory: the block is written and read
+        (Device(1e9, 1e9, 1e9, 1e15), "pairs"),  # 2·T²·2·S operations against 2·T·S²: fewer
+        (Device(1e9, 1e8, 1e8, 1e15), "block"),  # slow small products
+        (Device(1e12, 1e11, 1e11, 1e9), "pairs"),  # slow memory: the block is written and read
     ],
 )
 def test_the_device_decides(row, rule, monkeypatch):
@@ -379,8 +379,11 @@ def test_the_calibration_measures_every_constant(calibrate):
 
 
 def test_the_calibration_prints_a_row(calibrate, monkeypatch, capsys):
-    monkeypatch.setattr(calibrate, "measure", lambda *_: Device(4e11, 2e11, 1e10, 16 << 20))
+    monkeypatch.setattr(calibrate, "measure", lambda *_: Device(4e11, 2e11, 3e11, 1e10, 16 << 20))
     monkeypatch.setattr("sys.argv", ["calibrate.py"])
     calibrate.main()
     out = capsys.readouterr().out
-    assert '"cpu": Device(large=400e9, small=200e9, bandwidth=10e9, cache=16 << 20)' in out and "×" in out
+    assert (
+        '"cpu": Device(large=400e9, small=200e9, half=300e9, bandwidth=10e9, cache=16 << 20)' in out
+        and "×" in out
+    )

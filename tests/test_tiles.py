@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw
-from internals import batch_sums, form_of, lookups, rules_of, tiles
+from internals import DEVICES, batch_sums, form_of, lookups, rules_of, tiles
 from jax import lax
 from rule_problems import WEIGHTS, cubed, every_reduction, gradients, looked_up, made, tied
 
@@ -34,8 +34,9 @@ def of_every_kind(draw):
 def tiled_answers(monkeypatch, tile=None, elements=None):
     if elements is not None:
         monkeypatch.setattr(tiles, "TILE", elements)
+        monkeypatch.setitem(DEVICES, "cpu", DEVICES["cpu"]._replace(tile=elements))
     if tile is not None:
-        monkeypatch.setattr(tiles, "tile_of", lambda size, elements: min(tile, size))
+        monkeypatch.setattr(tiles, "tile_of", lambda size, elements, room=None: min(tile, size))
     problem = of_every_kind(Draw(0))
     blocks = oracle.vmap_of_grad(problem)
     direction = jax.tree.map(lambda x: Draw(1)(*x.shape), problem.params)

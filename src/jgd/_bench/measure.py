@@ -22,7 +22,7 @@ BASELINE = "plain gradient"
 
 
 @dataclass(frozen=True)
-class TracedLoss:
+class Built:
     """A compiled function with the arguments it is run on.
 
     Attributes:
@@ -32,6 +32,7 @@ class TracedLoss:
         flops: XLA's count for the compiled program; it counts the body of a loop once.
         trace_seconds: tracing and lowering.
         compile_seconds: XLA's compilation.
+        text: the compiled program in words.
     """
 
     run: Callable[[], Any]
@@ -40,6 +41,7 @@ class TracedLoss:
     flops: float
     trace_seconds: float
     compile_seconds: float
+    text: Callable[[], str]
 
     @property
     def peak_bytes(self) -> int:
@@ -78,7 +80,7 @@ class Missing:
     why: str
 
 
-def compile_program(function: Callable[..., Any], *args: Any) -> TracedLoss:
+def compile_program(function: Callable[..., Any], *args: Any) -> Built:
     """Compiles a function for its arguments, and asks XLA what it will need."""
     start = time.perf_counter()
     lowered = jax.jit(function).lower(*args)
@@ -86,13 +88,14 @@ def compile_program(function: Callable[..., Any], *args: Any) -> TracedLoss:
     compiled = lowered.compile()
     done = time.perf_counter()
     memory, cost = compiled.memory_analysis(), compiled.cost_analysis()
-    return TracedLoss(
+    return Built(
         run=lambda: jax.block_until_ready(compiled(*args)),
         temporary_bytes=int(getattr(memory, "temp_size_in_bytes", 0)),
         output_bytes=int(getattr(memory, "output_size_in_bytes", 0)),
         flops=float((cost or {}).get("flops", float("nan"))),
         trace_seconds=traced - start,
         compile_seconds=done - traced,
+        text=lambda: compiled.as_text() or "",
     )
 
 
@@ -123,10 +126,10 @@ def measure(
         A measurement for the plain gradient, then one for each method and quantity that it has; and what is missing.
     """
     args = jax.device_put((model.params, *model.batch))
-    programs: dict[tuple[str, str], TracedLoss] = {}
+    programs: dict[tuple[str, str], Built] = {}
     missing = []
 
-    def built(quantity: str, method: str) -> TracedLoss:
+    def built(quantity: str, method: str) -> Built:
         nonlocal model
         say(f"{model.name}: compiling {quantity} by {method}")
         if from_scratch:
@@ -158,7 +161,7 @@ def measure(
     return found, missing
 
 
-def _sooner(program: TracedLoss, again: TracedLoss) -> TracedLoss:
+def _sooner(program: Built, again: Built) -> Built:
     """A program with the least times that it took to build, of two."""
     return replace(
         program,
@@ -172,7 +175,7 @@ def _renamed(loss: Callable[..., Any]) -> Callable[..., Any]:
     return lambda *args: loss(*args)
 
 
-def _fitting(program: TracedLoss) -> TracedLoss:
+def _fitting(program: Built) -> Built:
     """The program, where the memory that it needs is there.
 
     Raises:
@@ -196,9 +199,9 @@ def _measurement(
     model: str,
     quantity: str,
     method: str,
-    program: TracedLoss,
+    program: Built,
     times: list[float],
-    base: TracedLoss,
+    base: Built,
     base_times: list[float],
 ) -> Measurement:
     return Measurement(

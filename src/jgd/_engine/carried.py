@@ -188,7 +188,7 @@ def _part_of(
     layout = Layout((), ((p, q),), ((q, 1),))
     rules = PartRules(((p * q, 1),), (GivenFactors(layout, positions, 0),), layout, (False,), "block")
     rules = replace(rules, method=chosen_method(rules, plan.device))
-    batch = Batch((SiteData({0: left}, [right]),), (0,), size, num_shards)
+    batch = Batch((SiteData({0: left}, [right]),), (0,), size, num_shards, plan.device.tile)
     return Part(leaf, 0, (), rules), PartGradients(rules, batch)
 
 

@@ -14,17 +14,19 @@ class Cost(NamedTuple):
         moved: the numbers read and written, beside the factors that every method reads. The results of small products
             are not counted: the rate of small products includes them.
         small: whether the operations are those of many small products.
+        half: whether these are of numbers in half precision.
     """
 
     flops: int
     numbers: int
     moved: int
     small: bool = False
+    half: bool = False
 
     def seconds(self, device: Device) -> float:
         """The time predicted."""
-        kind = {"small": self.flops} if self.small else {"large": self.flops}
-        return device.seconds(**kind, moved=self.moved)
+        kind = ("half" if self.half else "small") if self.small else "large"
+        return device.seconds(**{kind: self.flops}, moved=self.moved)
 
 
 class Sizes(NamedTuple):
@@ -36,7 +38,7 @@ class Sizes(NamedTuple):
     q: int
 
 
-def pairs(sizes: Sizes, *, lookups: int) -> Cost:
+def pairs(sizes: Sizes, *, lookups: int, half: bool = False) -> Cost:
     """Inner products of all pairs of positions on both sides; two squared norms if there is one position.
 
     Positions that are `lookups` compare row numbers, and need no products over p.
@@ -47,7 +49,7 @@ def pairs(sizes: Sizes, *, lookups: int) -> Cost:
         sides = n * (q + others * p)
         return Cost(2 * sides, 0, sides)
     held = n * t * (2 * t + p + q if others else t)
-    return Cost(2 * n * (t * t * (q + 1) + others * others * p), held, 0, small=True)
+    return Cost(2 * n * (t * t * (q + 1) + others * others * p), held, 0, small=True, half=half)
 
 
 def block(sizes: Sizes) -> Cost:

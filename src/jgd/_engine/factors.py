@@ -10,6 +10,7 @@ factors: `Outer` has both arrays, `Rows` has row numbers in the place of `left` 
 """
 
 import functools
+import itertools
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -348,7 +349,30 @@ def contract(spec: str, a: jax.Array, b: jax.Array, precision: Any = jax.lax.Pre
     Only products that make gradients are as precise as the loss's own, which the user sets for the plain gradient.
     """
     dtype = accumulation_dtype(a, b)
-    return jnp.einsum(spec, stored(a), stored(b), precision=precision, preferred_element_type=dtype)
+    product = lambda a, b: jnp.einsum(
+        spec, stored(a), stored(b), precision=precision, preferred_element_type=dtype
+    )
+    in_full = precision is not None or jax.config.jax_default_matmul_precision in ("highest", "float32")
+    if in_full or {a.dtype, b.dtype} != {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
+        return product(a, b)
+
+    def by_halves(a: jax.Array, b: jax.Array) -> jax.Array:
+        products = [product(*pair) for pair in itertools.product(_halves(a), _halves(b))]
+        return functools.reduce(jnp.add, products)
+
+    # An accelerator multiplies bfloat16 several times as fast as float32. A CPU multiplies either as float32.
+    return jax.lax.platform_dependent(a, b, cpu=product, default=by_halves)
+
+
+def _halves(x: jax.Array) -> list[jax.Array]:
+    """Arrays of bfloat16 that add up to `x`; to its 16 leading bits if that is of float32, and all are finite."""
+    if x.dtype == jnp.bfloat16:
+        return [x]
+    most = float(jnp.finfo(jnp.bfloat16).max)
+    rounded = jax.lax.reduce_precision(x, exponent_bits=8, mantissa_bits=7)  # which XLA does not take out
+    high = jnp.where(jnp.isfinite(x), jnp.clip(rounded, -most, most), x)
+    low = jnp.where(jnp.isfinite(x), x - high, 0)
+    return [high.astype(jnp.bfloat16), low.astype(jnp.bfloat16)]
 
 
 def place(

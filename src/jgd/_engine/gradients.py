@@ -340,7 +340,7 @@ class FactoredGradients(HeldGradients):
             masks_rows = part.rules.is_lookup and part.rules.layout is not None and self.num_shards == 1
             arrays = tuple((own if masks_rows else data)[id(use.site)] for use in part.uses)
             axes = tuple(len(use.site.loops) for use in part.uses)
-            batch = Batch(arrays, axes, self.size, self.num_shards)
+            batch = Batch(arrays, axes, self.size, self.num_shards, self.plan.device.tile)
             is_kept = part.leaf in self.plan.kept
             found.append((part, PartGradients(part.rules, batch, is_kept, self.kept.get(k))))
         return found

@@ -3,7 +3,7 @@
 import functools
 import math
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import jax
@@ -53,6 +53,7 @@ class PartRules:
             where they do not.
         swaps: which of the rules have p and q exchanged.
         method: how norms are computed.
+        is_half: whether the operands are in half precision.
     """
 
     axes: tuple[Axis, ...]
@@ -60,6 +61,7 @@ class PartRules:
     layout: Layout | None
     swaps: tuple[bool, ...]
     method: NormMethod
+    is_half: bool = False
 
     @property
     def size(self) -> int:
@@ -186,7 +188,9 @@ class PartRules:
             "block": Cost(2 * self.size + flops, self.size, 2 * self.size + moved)
         }
         if self.has_pairs:
-            open_to["pairs"] = costs.pairs(self._sizes(self.positions), lookups=self._lookups)
+            open_to["pairs"] = costs.pairs(
+                self._sizes(self.positions), lookups=self._lookups, half=self.is_half
+            )
         return open_to
 
     @property
@@ -208,7 +212,7 @@ class PartRules:
         if not all(rule.folds_batch for rule in self.rules):
             return False
         sizes = self._sizes(self.positions * size)
-        pairs = costs.pairs(sizes, lookups=self._lookups * size)
+        pairs = costs.pairs(sizes, lookups=self._lookups * size, half=self.is_half)
         return pairs.seconds(device) < costs.block(sizes).seconds(device)
 
     def may_be_kept(self, device: Device) -> bool:
@@ -222,7 +226,8 @@ class PartRules:
         )
         again = sum(costs.weight_gradient(rule.factor_sizes).seconds(device) for rule in self.rules)
         quicker = device.seconds(moved=self.size) < again
-        return products and self.method == "block" and self.size <= _KEPT * sides and quicker
+        kept = _KEPT / 2 if self.is_half else _KEPT  # a block is in float32
+        return products and self.method == "block" and self.size <= kept * sides and quicker
 
 
 @dataclass(frozen=True, eq=False)
@@ -259,9 +264,8 @@ def part_of(leaf: int, offset: int, axes: tuple[Axis, ...], uses: Sequence[Use],
     """The part of some uses that lie at the same elements; `method` chooses how its norms are computed."""
     rules = tuple(use.rule for use in uses)
     layout, swaps = _common_layout(rules)
-    made = PartRules(axes, rules, layout, swaps, "block")
-    chosen = PartRules(axes, rules, layout, swaps, method(made))
-    return Part(leaf, offset, tuple(uses), chosen)
+    made = PartRules(axes, rules, layout, swaps, "block", not any(use.is_wide for use in uses))
+    return Part(leaf, offset, tuple(uses), replace(made, method=method(made)))
 
 
 def chosen_method(rules: PartRules, device: Device, margin: float = 1) -> NormMethod:

@@ -151,7 +151,8 @@ def _plan(program: TracedLoss, variant: Variant) -> Plan:
     factored = [part for part in parts if part.leaf < leaves and part.leaf not in computed]
     kept = {part.leaf for part in factored}
     kept -= {part.leaf for part in factored if not part.rules.may_be_kept(device)}
-    probes = probes_of(reading.region, factored, lambda rules: replace(rules, method=method(rules)))
+    planned = lambda rules: replace(rules, method=method(rules))
+    probes = probes_of(reading.region, factored, planned, device.tile)
     return Plan(
         program,
         reading,

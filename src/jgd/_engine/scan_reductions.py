@@ -80,11 +80,19 @@ class Together(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Probe:
-    """One step's gradient in a part `of` a leaf. `rules` and `site` are of a single step; the site has two operands."""
+    """One step's gradient in a part `of` a leaf.
+
+    Attributes:
+        of: the part.
+        rules: those of a single step.
+        site: that of a single step; it has two operands.
+        room: the elements that may be built at once.
+    """
 
     of: Part
     rules: PartRules
     site: Site
+    room: int
 
     @property
     def operand(self) -> tuple[int, int]:
@@ -130,7 +138,9 @@ class Probe:
 Probes = dict[int, tuple[Probe, ...]]  # by the identity of the value that is tapped
 
 
-def probes_of(region: Region, parts: Sequence[Part], planned: Callable[[PartRules], PartRules]) -> Probes:
+def probes_of(
+    region: Region, parts: Sequence[Part], planned: Callable[[PartRules], PartRules], room: int
+) -> Probes:
     """The probes of all `parts` that have one; `planned` chooses the method by which a step's norm is computed."""
     by_site = {id(part.uses[0].site): part for part in parts if _is_stepped(part)}
     found: Probes = {}
@@ -139,7 +149,7 @@ def probes_of(region: Region, parts: Sequence[Part], planned: Callable[[PartRule
             part = by_site.get(id(op)) if isinstance(op, Site) else None
             if part is not None:
                 tap = inner.taps[inner.tap_number(op.outputs[0])]
-                found[id(tap)] = (*found.get(id(tap), ()), _probe(part, planned))
+                found[id(tap)] = (*found.get(id(tap), ()), _probe(part, planned, room))
     return found
 
 
@@ -152,14 +162,14 @@ def _is_stepped(part: Part) -> bool:
     return all(axis is not None and axis[1] != 0 for axis in steps)
 
 
-def _probe(part: Part, planned: Callable[[PartRules], PartRules]) -> Probe:
+def _probe(part: Part, planned: Callable[[PartRules], PartRules], room: int) -> Probe:
     use = part.uses[0]
     site = replace(use.site, loops=())
     view = replace(use.view, array=use.view.array[(0,) * len(use.view.loops)], loops=())
     rule = rule_of(site, use.position, view)
     assert rule is not None
     step = replace(part.rules, axes=rule.layout.axes, rules=(rule,), layout=rule.layout)
-    return Probe(part, planned(step), site)
+    return Probe(part, planned(step), site, room)
 
 
 def _unbranched(region: Region) -> list[Region]:
@@ -223,7 +233,8 @@ def _squares(probe: Probe, data: jax.Array, cotangent: jax.Array) -> Buckets:
 def _of_all(probe: Probe, data: jax.Array, cotangent: jax.Array) -> PartGradients:
     """The gradients of all examples in the step, from inside the map over examples."""
     data, cotangent = jax.lax.all_gather(data, EXAMPLES), jax.lax.all_gather(cotangent, EXAMPLES)
-    return PartGradients(probe.rules, Batch(probe.data(data, cotangent), (0,), data.shape[0], 1))
+    batch = Batch(probe.data(data, cotangent), (0,), data.shape[0], 1, probe.room)
+    return PartGradients(probe.rules, batch)
 
 
 def _made_together(

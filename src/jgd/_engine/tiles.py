@@ -7,7 +7,7 @@ every shard, so that no device sends its examples, and sums stay on each device 
 import functools
 import math
 from collections.abc import Callable
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 import jax
@@ -15,7 +15,7 @@ import jax.numpy as jnp
 
 from jgd._mesh import num_shards, varying
 
-TILE = 1 << 20  # elements that are built at once, where it may be done in pieces
+TILE = 1 << 20  # elements that are built at once on a CPU, where it may be done in pieces
 
 Fun = Callable[[Any, int], Any]  # of some examples of a batch, and their number
 
@@ -40,20 +40,22 @@ class Batch:
         axes: where the examples lie in each array, as in `jax.vmap`; hashable.
         size: the number of examples.
         num_shards: how many devices may share them.
+        room: the elements that may be built at once.
     """
 
     arrays: Any
     axes: Any = field(metadata={"static": True})
     size: int = field(metadata={"static": True})
     num_shards: int = field(metadata={"static": True})
+    room: int = field(default=TILE, metadata={"static": True})
 
     def with_each(self, numbers: jax.Array) -> "Batch":
         """Pairs of the examples and a number for each."""
-        return Batch((self.arrays, numbers), (self.axes, 0), self.size, self.num_shards)
+        return replace(self, arrays=(self.arrays, numbers), axes=(self.axes, 0))
 
     def mapped(self, fun: Fun, elements: int) -> Any:
         """`fun` of all examples, a tile at a time; each needs so many `elements`. The results lead with examples."""
-        tile = tile_of(self.size // self.num_shards, elements)
+        tile = tile_of(self.size // self.num_shards, elements, self.room)
         if tile * self.num_shards == self.size:
             return fun(self.arrays, self.size)
         piece = lambda arrays: map_tiles(fun, arrays, self.axes, self.size // self.num_shards, tile)
@@ -73,7 +75,7 @@ class Batch:
 
         Another way to combine may be given: `join` for two results, `join_all` for those along a leading axis.
         """
-        tile = tile_of(self.size // self.num_shards, elements)
+        tile = tile_of(self.size // self.num_shards, elements, self.room)
         if tile * self.num_shards == self.size:
             return fun(self.arrays, self.size)
         piece = lambda arrays: fold_tiles(fun, arrays, self.axes, self.size // self.num_shards, tile, join)

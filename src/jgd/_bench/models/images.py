@@ -67,6 +67,11 @@ def residual_loss(params: Any, image: jax.Array, label: jax.Array, *, groups: in
 def residual(name: str, small: bool) -> Model:
     """Channels 32-32-64-128 on 32×32 images, normalised in groups of an example's own channels; 16 examples."""
     channels, side, size, groups = ((4, 4, 8), 8, 3, 2) if small else ((32, 32, 64, 128), 32, 16, 8)
+    return residual_of(name, channels, side=side, size=size, groups=groups)
+
+
+def residual_of(name: str, channels: tuple[int, ...], *, side: int, size: int, groups: int) -> Model:
+    """A residual net whose stem and blocks have the channels given; a block that changes them halves the sides."""
     keys = new_keys(6)
 
     def block(i: int, o: int) -> dict[str, Any]:
@@ -131,6 +136,11 @@ def vit_loss(params: Any, image: jax.Array, label: jax.Array, *, heads: int) -> 
 def vit(name: str, small: bool) -> Model:
     """Width 128, 4 layers, 4×4 patches of 32×32 images: 65 positions; 16 examples."""
     d, layers, side, patch, size, heads = (8, 1, 8, 4, 3, 2) if small else (128, 4, 32, 4, 16, 4)
+    return vit_of(name, d=d, layers=layers, side=side, patch=patch, size=size, heads=heads)
+
+
+def vit_of(name: str, *, d: int, layers: int, side: int, patch: int, size: int, heads: int) -> Model:
+    """A vision transformer of the sizes given."""
     keys = new_keys(8)
     params = {
         "patch": {"w": matrix(keys(), patch, patch, 3, d), "b": jnp.zeros(d)},

@@ -15,7 +15,7 @@ cross_entropy = optax.softmax_cross_entropy_with_integer_labels
 
 def new_keys(seed: int) -> Keys:
     """A source of keys: each call gives another."""
-    keys = iter(jax.random.split(jax.random.key(seed), 128))
+    keys = iter(jax.random.split(jax.random.key(seed), 512))
     return lambda: next(keys)
 
 

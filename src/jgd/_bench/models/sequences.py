@@ -120,6 +120,11 @@ def gru_loss(params: Any, sequence: jax.Array, label: jax.Array) -> jax.Array:
 def gru(name: str, small: bool) -> Model:
     """Width 128, 32 steps, 128 examples."""
     d, length, size = (8, 5, 4) if small else (128, 32, 128)
+    return gru_of(name, d=d, length=length, size=size)
+
+
+def gru_of(name: str, *, d: int, length: int, size: int) -> Model:
+    """A gated recurrent unit of the sizes given."""
     keys = new_keys(3)
     params = {
         "gates_in": dense(keys, d, 2 * d),
@@ -153,6 +158,11 @@ def adapters_loss(params: Any, base: Any, sequence: jax.Array, label: jax.Array,
 def adapters(name: str, small: bool) -> Model:
     """Adapters of rank 4 on 2 frozen layers of width 256, 64 positions, 16 examples; the base is shared."""
     d, rank, layers, length, size, heads = (8, 2, 1, 5, 4, 2) if small else (256, 4, 2, 64, 16, 4)
+    return adapters_of(name, d=d, rank=rank, layers=layers, length=length, size=size, heads=heads)
+
+
+def adapters_of(name: str, *, d: int, rank: int, layers: int, length: int, size: int, heads: int) -> Model:
+    """Adapters on a frozen encoder of the sizes given."""
     shapes = dict.fromkeys(("query", "key", "value", "out"), (d, d)) | {"up": (d, 4 * d), "down": (4 * d, d)}
     keys = new_keys(5)
     base = {

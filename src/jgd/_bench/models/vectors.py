@@ -38,6 +38,11 @@ def bag_loss(params: Any, tokens: jax.Array, label: jax.Array) -> jax.Array:
 def bag(name: str, small: bool) -> Model:
     """A vocabulary of 50,000, width 64, 40 tokens, 4 classes, 128 examples."""
     vocabulary, d, length, size = (50, 4, 6, 5) if small else (50_000, 64, 40, 128)
+    return bag_of(name, vocabulary=vocabulary, d=d, length=length, size=size)
+
+
+def bag_of(name: str, *, vocabulary: int, d: int, length: int, size: int) -> Model:
+    """A bag of embeddings of the sizes given, and four classes."""
     keys = new_keys(4)
     params = {"embedding": jax.random.normal(keys(), (vocabulary, d)), "head": dense(keys, d, 4)}
     tokens = jax.random.randint(keys(), (size, length), 0, vocabulary)

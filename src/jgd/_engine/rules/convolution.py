@@ -2,7 +2,8 @@
 
 The groups are n, the output's positions t, the window and the channels in a group p, the channels out of a
 group q. `left` is the input's patches; the gradient itself needs none: for each place in the window it is one
-product of the input, shifted to that place, with the cotangent.
+product of the input, shifted to that place, with the cotangent. Where windows do not overlap, patches are the input in
+another order, and the gradient is one product.
 """
 
 import itertools
@@ -72,6 +73,14 @@ class Convolution(Rule):
         return self._param("feature_group_count")
 
     @property
+    def _is_apart(self) -> bool:
+        """Whether no two windows overlap."""
+        each = zip(self._window, self._param("window_strides"), self._param("rhs_dilation"), strict=True)
+        return all(
+            (size - 1) * dilation < stride and (dilation == 1 or size == 1) for size, stride, dilation in each
+        )
+
+    @property
     def _window(self) -> list[int]:
         return [self.kernel[d] for d in self._param("dimension_numbers").rhs_spec[2:]]
 
@@ -81,7 +90,10 @@ class Convolution(Rule):
     def factor(self, data: SiteData) -> Outer:
         """Patches and the cotangent."""
         padded = self._padded(data.values[0])
-        slices = jnp.stack([self._shifted(padded, place) for place in self._places()], axis=-1)
+        if self._is_apart:
+            slices = self._patches(padded)
+        else:
+            slices = jnp.stack([self._shifted(padded, place) for place in self._places()], axis=-1)
         slices = slices.reshape(*slices.shape[:-1], *self._window)  # steps.., groups, t, channels, window..
         depth = len(self.stepping) + 1
         left = slices.transpose(*self.n_order, depth, *(depth + 1 + i for i in self.p_order))
@@ -93,12 +105,21 @@ class Convolution(Rule):
         )
 
     def native(self, data: SiteData) -> jax.Array:
-        """The gradient, one product for each place in the window: (window, steps.., groups, channels, q)."""
-        return self._of_places(self._product(data))
+        """The gradient, one product for each place in the window: (window, steps.., groups, channels, q).
+
+        Where windows do not overlap, it is one product: (steps.., groups, channels, window, q).
+        """
+        if not self._is_apart:
+            return self._of_places(self._product(data))
+        patches, right = self._patches(self._padded(data.values[0])), self._right(data.cotangent)
+        each = patches.shape[-2:]
+        left = patches.reshape(*patches.shape[:-2], math.prod(each))
+        made = contract("...tp,...tq->...pq", left, right, precision=None)
+        return made.reshape(*made.shape[:-2], *each, made.shape[-1])
 
     def to_leaf_order(self, native: jax.Array) -> jax.Array:
         depth = len(self.stepping) + 1
-        stacked = jnp.moveaxis(native, 0, -2)
+        stacked = native if self._is_apart else jnp.moveaxis(native, 0, -2)
         stacked = stacked.reshape(*stacked.shape[: depth + 1], *self._window, stacked.shape[-1])
         made = stacked.transpose(*self.n_order, *(depth + i for i in self.p_order), stacked.ndim - 1)
         return self.layout.flatten(made.reshape(math.prod(made.shape[:depth]), -1, made.shape[-1]))
@@ -147,6 +168,8 @@ class Convolution(Rule):
 
     def of_pieces(self, fun: Callable[[jax.Array], Any], data: SiteData) -> Any:
         """`fun` of the gradient at each place in the window. No more is built than a few places."""
+        if self._is_apart:
+            return super().of_pieces(fun, data)
         product = self._product(data)
         return self._of_places(lambda place: fun(product(place)))
 
@@ -159,13 +182,34 @@ class Convolution(Rule):
         """The gradient at one place in the window, as a function of the place."""
         right = self._right(data.cotangent)
         padded = self._padded(data.values[0])
-        return lambda place: contract("...tc,...tq->...cq", self._shifted(padded, place), right)
+        spec = "...tc,...tq->...cq"
+        return lambda place: contract(spec, self._shifted(padded, place), right, precision=None)
 
     def _of_places(self, fun: Callable[[jax.Array], Any]) -> Any:
         """`fun` of each place in the window, some at a time: all at once would take a copy of the input for each."""
         places = jnp.asarray(self._places())
         step = lambda _, place: (None, fun(place))
         return lax.scan(step, None, places, unroll=min(_AT_ONCE, len(places)))[1]
+
+    def _patches(self, padded: jax.Array) -> jax.Array:
+        """What each window sees, where they do not overlap: (stepping loops.., groups, t, channels, window)."""
+        first, depth = len(self.stepping), self.depth
+        numbers, strides = self._param("dimension_numbers"), self._param("window_strides")
+        out = [self.out[d] for d in numbers.out_spec[2:]]
+        lead, space = padded.shape[: depth + 2], padded.shape[depth + 2 :]
+        each = lead[depth + 1] // self.groups
+        # Up to where the last stride ends, which may be before or behind the end.
+        rest = [(0, o * stride - size, 0) for o, stride, size in zip(out, strides, space, strict=True)]
+        padded = lax.pad(padded, jnp.zeros((), padded.dtype), [(0, 0, 0)] * len(lead) + rest)
+        pairs = [n for pair in zip(out, strides, strict=True) for n in pair]
+        split = padded.reshape(*lead[: depth + 1], self.groups, each, *pairs)
+        for i, size in enumerate(self._window):
+            split = lax.slice_in_dim(split, 0, size, axis=depth + 4 + 2 * i)
+        outside, within = range(depth + 3, split.ndim, 2), range(depth + 4, split.ndim, 2)
+        axes = [*range(first), depth + 1, *range(first, depth + 1), *outside, depth + 2, *within]
+        split = split.transpose(axes)
+        places = math.prod(self._window)
+        return split.reshape(*split.shape[: first + 1], -1, each, places)
 
     def _places(self) -> np.ndarray:
         """Where the places in the window begin in the padded input."""
