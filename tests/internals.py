@@ -40,6 +40,7 @@ from jgd._demo.tour import Stop, Visit
 from jgd._demo.walk import recorded
 from jgd._engine import (
     batch_sums,
+    computed_leaves,
     devices,
     factors,
     jaxprs,

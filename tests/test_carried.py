@@ -6,7 +6,7 @@ import numpy as np
 import oracle
 import pytest
 from cases import B, Draw, Problem
-from internals import form_of
+from internals import computed_leaves, form_of
 from jax import lax
 from questions import WEIGHTS, check_asked, wave
 
@@ -95,7 +95,12 @@ CASES = {  # loss, shapes of the parameters, of an example, and of which kind ea
     ),
     "masked": (lambda p, x: wave(x @ (p * MASK)), (6, 4), (3, 6), "elementwise"),
     "masked, of one position": (lambda p, x: wave(x @ (p * MASK)), (6, 4), (6,), "elementwise"),
-    "masked by a selection": (lambda p, x: wave(x @ jnp.where(MASK, p, 0)), (6, 4), (6,), "computed"),
+    "masked by a selection": (lambda p, x: wave(x @ jnp.where(MASK, p, 0)), (6, 4), (6,), "elementwise"),
+    "soft thresholds": (
+        lambda p, x: wave(x @ (jnp.sign(p) * jnp.maximum(jnp.abs(p) - 0.3, 0))), (6, 4), (6,), "elementwise",
+    ),
+    "two slopes": (lambda p, x: wave(x @ jnp.where(p > 0, 3 * p, jnp.sin(p))), (6, 4), (6,), "elementwise"),
+    "softmax": (lambda p, x: wave(x @ jax.nn.softmax(p, axis=0)), (6, 4), (6,), "computed"),
     "a masked kernel": (
         lambda p, x: wave(lax.conv(x[None], p * jnp.cos(jnp.arange(54.0).reshape(3, 2, 3, 3)), (1, 1), "SAME")),
         (3, 2, 3, 3), (2, 5, 5), "elementwise",
@@ -199,6 +204,41 @@ def test_what_leaves_the_range_on_the_way(case):
         moment = np.mean(blocks**2, axis=0).astype(np.float32)
     np.testing.assert_allclose(jgd.second_moment(grads), moment, rtol=1e-5, atol=1e-37)
     np.testing.assert_allclose(jgd.dot(grads, w), np.sum(blocks * w, axis=(1, 2)), rtol=1e-4)
+
+
+UNDEFINED = {  # gradients that are not finite where the first, but not the second, leaves them out
+    "selected": lambda p: jnp.where(MASK, p, 0),
+    "clipped": lambda p: jnp.abs(jnp.where(MASK, p, 0)),
+    "multiplied": lambda p: p * MASK,
+    "everything left out": lambda p: jnp.where(jnp.zeros((6, 4), bool), p, 1),
+}
+
+
+@pytest.mark.parametrize("kind", UNDEFINED)
+@pytest.mark.parametrize("bad", [np.inf, np.nan])
+def test_what_is_not_finite_where_a_selection_leaves_it_out(kind, bad):
+    w, x = jnp.asarray(Draw(1)(6, 4), np.float32), jnp.asarray(Draw(2)(B, 6), np.float32)
+    scale = jnp.ones((B, 4), np.float32).at[1, 2].set(bad).at[2].set(0)
+    loss = lambda p, x, s: jnp.sum(s * (x @ UNDEFINED[kind](p)))
+    x = x.at[3, 0].set(bad).at[4].set(0)
+    blocks = np.asarray(jax.vmap(jax.grad(loss), (None, 0, 0))(w, x, scale), np.float64)
+    got = jgd.norms(jgd.per_example_grad(loss, strategy="factored")(w, x, scale))
+    np.testing.assert_allclose(got, np.linalg.norm(blocks.reshape(B, -1), axis=1), rtol=1e-5)
+
+
+@pytest.mark.parametrize("scale", [1e-30, 1e-15, 1.0, 1e15, 1e30])
+@pytest.mark.parametrize("case", ["softmax", "adapters and their norm"])
+def test_norms_of_tiles_of_any_size(case, scale, monkeypatch):
+    """Squares out of range in one tile of several; examples of 0 are no reason to look again."""
+    monkeypatch.setattr(computed_leaves, "_QUICK", 1 << 14)  # so that a tile is one example or two
+    problem = of(case, np.float32)
+    sizes = jnp.asarray([1, scale, 0, 1, scale], jnp.float32)
+    loss = lambda p, x, size: size * problem.loss(p, x)
+    blocks = jax.vmap(jax.grad(problem.loss), (None, 0))(problem.params, *problem.batch)
+    want = np.float64(sizes) * np.linalg.norm(np.float64(oracle.matrix(blocks)), axis=1)
+    ask = lambda p, *batch: jgd.norms(jgd.per_example_grad(loss, strategy="factored")(p, *batch))
+    for asked in (ask, jax.jit(ask)):
+        np.testing.assert_allclose(asked(problem.params, *problem.batch, sizes), want, rtol=1e-5)
 
 
 @pytest.mark.parametrize("left", [0.0, 1e-4, 1e-2])

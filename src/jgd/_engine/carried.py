@@ -140,13 +140,19 @@ def _elementwise(
     plan: Plan, model: Model, parts: Parts, leaf: int, gradients: ComputedLeaves
 ) -> ElementwiseLeaf:
     (operand,) = operands_of(plan, [leaf])
-    return ElementwiseLeaf(_as_leaf(plan, parts, leaf), gradients, _derivative(plan, model, leaf, operand))
+    left_out = None
+    if _back(
+        plan, leaf, operand
+    ).selects:  # of what is not a number it makes one only where it leaves that out
+        left_out = ~jnp.isnan(_derivative(plan, model, leaf, operand, of=jnp.nan))
+    derivative = _derivative(plan, model, leaf, operand)
+    return ElementwiseLeaf(_as_leaf(plan, parts, leaf), gradients, derivative, left_out)
 
 
-def _derivative(plan: Plan, model: Model, leaf: int, operand: int) -> jax.Array:
-    """What the way back makes of ones."""
+def _derivative(plan: Plan, model: Model, leaf: int, operand: int, of: float = 1.0) -> jax.Array:
+    """What the way back makes of ones, or of another number."""
     struct = plan.operand_struct(operand)
-    return _back(plan, leaf, operand).of_array(model, jnp.ones(struct.shape, struct.dtype))
+    return _back(plan, leaf, operand).of_array(model, jnp.full(struct.shape, of, struct.dtype))
 
 
 def _factored(plan: Plan, model: Model, parts: Parts, leaf: int, way: Way) -> FactoredLeaf:

@@ -7,7 +7,7 @@ share. Gradients themselves are built a tile of examples at a time.
 import functools
 import math
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import jax
@@ -20,11 +20,14 @@ from jgd._engine.dtypes import accumulation_dtype, add
 from jgd._engine.factored_leaf import placed
 from jgd._engine.leaf_gradients import ByLeaf
 from jgd._engine.moments import Spread
-from jgd._engine.norms import Norm, length
+from jgd._engine.norms import Norm, is_within, length, root
 from jgd._engine.part_gradients import PartGradients, dot, joined
 from jgd._engine.parts import Part
 from jgd._engine.tiles import Batch
 from jgd._mesh import varying
+
+# Of gradients that are stored only where they are out of range, a tile is so many times smaller than others.
+_QUICK = 8
 
 
 @dataclass(frozen=True)
@@ -94,9 +97,27 @@ class ComputedLeaves:
         return {leaf: x.reshape(self._size, *self.likes[leaf].shape) for leaf, x in made.items()}
 
     def norms(self) -> dict[int, list[Norm]]:
-        lengths = self._tiled(lambda made: {leaf: jax.vmap(length)(x) for leaf, x in made.items()})
         bounds = self._sum_bounds()
+        lengths = self._lengths({leaf: x == 0 for leaf, x in bounds.items()})
         return {leaf: [Norm(x).of_sum(bounds[leaf])] for leaf, x in lengths.items()}
+
+    def _lengths(self, are_zero: ByLeaf) -> ByLeaf:
+        """By plain sums of squares, of which XLA makes one program with the gradients and stores none of these."""
+        in_levels = lambda made: {leaf: jax.vmap(length)(x) for leaf, x in made.items()}
+        if self._num_shards > 1:
+            return self._tiled(in_levels)
+        pull = self._pull()
+
+        def of_tile(some: Any, size: int) -> ByLeaf:
+            arrays, are_zero = some
+            blocks = lambda: self._blocks(pull, arrays, size)
+            squares = {leaf: jax.vmap(factors.sum_squares)(x) for leaf, x in blocks().items()}
+            trusted = [jnp.all(are_zero[leaf] | is_within(x, 5 / 8)) for leaf, x in squares.items()]
+            quick = lambda: {leaf: root(x) for leaf, x in squares.items()}
+            return jax.lax.cond(jnp.all(jnp.stack(trusted)), quick, lambda: in_levels(blocks()))
+
+        batch = replace(self._batch.with_each(are_zero), room=self._batch.room // _QUICK)
+        return batch.mapped(of_tile, self._elements)
 
     def _sum_bounds(self) -> ByLeaf:
         """For each leaf and example a size that sums over positions are rounded by, `(B,)`."""

@@ -26,9 +26,11 @@ class ElementwiseLeaf(CarriedLeaf):
 
     Attributes:
         derivative: M, of the leaf's shape.
+        left_out: where the gradient is 0 though G is not finite, as a selection makes it; None for nowhere.
     """
 
     derivative: jax.Array
+    left_out: jax.Array | None = None
 
     def norms(self) -> dict[int, list[Norm]]:
         """By one product where each example has one position; else from the gradients."""
@@ -39,8 +41,9 @@ class ElementwiseLeaf(CarriedLeaf):
     def _norm_of_outer(self, part: Part, gradients: PartGradients) -> jax.Array:
         """‖M ⊙ l rᵀ‖, whose square is (l²)ᵀ M² r²: nothing cancels, but numbers may leave their range."""
         assert gradients.rules.layout is not None
-        flat = factors.pick(self.derivative, part.offset, part.axes)
-        derivative = gradients.rules.layout.unflatten(flat)
+        layout = gradients.rules.layout
+        pick = lambda x: layout.unflatten(factors.pick(x, part.offset, part.axes))
+        derivative = pick(self.derivative)
         (outer,) = gradients.factors()
         of_middle, middle = _in_units(derivative, axes=None)
         of_left, left = _in_units(outer.left[:, :, 0], axes=(1, 2))
@@ -51,14 +54,16 @@ class ElementwiseLeaf(CarriedLeaf):
         is_zero = (jnp.max(jnp.abs(left), (1, 2), initial=0) == 0) | (
             jnp.max(jnp.abs(right), (1, 2), initial=0) == 0
         )
-        trusted = is_zero | ((square >= _LEAST) & (made > 0) & (made < jnp.inf))
-        return with_digits(_norm_again, (gradients, derivative), made, trusted)
+        trusted = (is_zero & (made == 0)) | ((square >= _LEAST) & (made > 0) & (made < jnp.inf))
+        left_out = None if self.left_out is None else pick(self.left_out)
+        return with_digits(_norm_again, (gradients, derivative, left_out), made, trusted)
 
 
-def _norm_again(held: tuple[PartGradients, jax.Array], number: jax.Array) -> jax.Array:
-    gradients, derivative = held
+def _norm_again(held: tuple[PartGradients, jax.Array, jax.Array | None], number: jax.Array) -> jax.Array:
+    gradients, derivative, left_out = held
     (outer,) = gradients.of_example(number).factors()
-    return length(jnp.einsum("inp,inq->npq", outer.left[:, :, 0], outer.right[:, :, 0]) * derivative)
+    made = jnp.einsum("inp,inq->npq", outer.left[:, :, 0], outer.right[:, :, 0]) * derivative
+    return length(made if left_out is None else jnp.where(left_out, 0, made))
 
 
 def _in_units(x: Any, axes: tuple[int, ...] | None) -> tuple[jax.Array, jax.Array]:

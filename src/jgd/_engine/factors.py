@@ -352,7 +352,8 @@ def contract(spec: str, a: jax.Array, b: jax.Array, precision: Any = jax.lax.Pre
     product = lambda a, b: jnp.einsum(
         spec, stored(a), stored(b), precision=precision, preferred_element_type=dtype
     )
-    in_full = precision is not None or jax.config.jax_default_matmul_precision in ("highest", "float32")
+    user = jax.config.jax_default_matmul_precision  # pyright: ignore[reportAttributeAccessIssue]
+    in_full = precision is not None or user in ("highest", "float32")
     if in_full or {a.dtype, b.dtype} != {jnp.dtype(jnp.bfloat16), jnp.dtype(jnp.float32)}:
         return product(a, b)
 

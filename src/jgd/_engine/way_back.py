@@ -9,7 +9,7 @@ import jax
 import jax.numpy as jnp
 
 from jgd._engine.factors import contract
-from jgd._engine.jaxprs import Literal, add_any_p, bind, called, evaluate, prim
+from jgd._engine.jaxprs import Literal, add_any_p, bind, called, evaluate, mentions, prim
 from jgd._engine.residuals import Model
 
 
@@ -46,15 +46,20 @@ class WayBack:
         return _moves(self.jaxpr, {self.jaxpr.invars[-1]}, _ELEMENTWISE) == [True]
 
     @functools.cached_property
+    def selects(self) -> bool:
+        """Whether it may leave elements out, whatever they are: 0 times what is not finite would not be 0."""
+        return any(mentions(eqn, prim.select_n_p) for eqn in self.jaxpr.eqns)
+
+    @functools.cached_property
     def is_identity(self) -> bool:
         """Whether the gradient is left as it is."""
         return _moves(self.jaxpr, {self.jaxpr.invars[-1]}, _IDENTITY) == [True]
 
 
-# What leaves a gradient of the same shape and dtype as it is; and what multiplies each of its elements. Not a
-# selection: where that leaves an element out it may be anything, and 0 times what is not finite is not 0.
+# What leaves a gradient of the same shape and dtype as it is; and what multiplies each of its elements. All is linear
+# in the gradient, so what is added to it, or selected in its place, moves too or is 0.
 _IDENTITY = {prim.convert_element_type_p, prim.copy_p, prim.reshape_p}
-_ELEMENTWISE = _IDENTITY | {prim.neg_p, prim.mul_p, prim.div_p, add_any_p}
+_ELEMENTWISE = _IDENTITY | {prim.neg_p, prim.mul_p, prim.div_p, prim.select_n_p, add_any_p}
 
 
 def _moves(jaxpr: Any, moving: set[Any], allowed: Any) -> list[bool] | None:
@@ -72,7 +77,7 @@ def _moves(jaxpr: Any, moving: set[Any], allowed: Any) -> list[bool] | None:
             moving |= {x for x, moves in zip(eqn.outvars, found, strict=True) if moves}
             continue
         before, out = eqn.invars[at[0]].aval, eqn.outvars[0].aval
-        several = len(at) > 1 and eqn.primitive != add_any_p
+        several = len(at) > 1 and eqn.primitive not in (add_any_p, prim.select_n_p)
         divides = eqn.primitive == prim.div_p and at != [0]
         if eqn.primitive not in allowed or several or divides:
             return None
