@@ -49,8 +49,8 @@ class Batch:
     num_shards: int = field(metadata={"static": True})
     room: int = field(default=TILE, metadata={"static": True})
 
-    def with_each(self, numbers: jax.Array) -> "Batch":
-        """Pairs of the examples and a number for each."""
+    def with_each(self, numbers: Any) -> "Batch":
+        """Pairs of the examples and a number for each, or a tree of such."""
         return replace(self, arrays=(self.arrays, numbers), axes=(self.axes, 0))
 
     def mapped(self, fun: Fun, elements: int) -> Any:

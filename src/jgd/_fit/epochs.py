@@ -12,7 +12,7 @@ from jgd._fit.dispatcher import Dispatcher
 from jgd._fit.history import History, check_history
 from jgd._fit.run_state import RunState
 from jgd._fit.schedule import Pass, Schedule
-from jgd._methods.method import Method, MethodState
+from jgd._methods.method import Method, MethodState, key_of_update
 
 
 def run_epochs(
@@ -32,7 +32,7 @@ def run_epochs(
     ends is data of one compiled loop, so that the numbers are the same however the updates are cut into calls.
     """
     one, at = schedule.epoch, start
-    history, captures = _buffer(method, one, start, examples, schedule.updates)
+    history, captures = _buffer(method, one, start, examples, key, schedule.updates)
     if not all(is_concrete(x) for x in jax.tree.leaves((start.state, examples, key))):
         return _run_all(method, schedule, (start.state, history), examples, key)
     # Where the method itself holds what a transformation maps over, the state changes its shape under it.
@@ -121,7 +121,8 @@ def _epoch(
 
         def update(repeat: jax.Array, carry: Carry) -> Carry:
             state, history = carry
-            state, info = method.step(state, *batch)
+            own = key_of_update(key, state.step) if method.takes_key else None
+            state, info = method.step(state, *batch, key=own)
             saw = History(info.value, info.grad_norm)
             return state, jax.tree.map(lambda all, x: all.at[first + repeat].set(x), history, saw)
 
@@ -150,13 +151,14 @@ def _epoch(
 
 
 def _buffer(
-    method: Method, one: Pass, start: RunState, examples: Examples, updates: int
+    method: Method, one: Pass, start: RunState, examples: Examples, key: jax.Array, updates: int
 ) -> tuple[History, bool]:
     """Room for the history of all updates, those made already filled in; and whether the method holds tracers."""
 
     def saw(state: MethodState, examples: Examples) -> History:
         index = None if one.batch_size == examples.size else jnp.arange(one.batch_size)
-        _, info = method.step(state, *examples.take(index))
+        own = key_of_update(key, state.step) if method.takes_key else None
+        _, info = method.step(state, *examples.take(index), key=own)
         return History(info.value, info.grad_norm)
 
     traced, like = jax.make_jaxpr(saw, return_shape=True)(start.state, examples)

@@ -74,7 +74,8 @@ def fit(
             of them (full batch, in their own order). None for an iterable, whose batches are made.
         epochs: how often to walk the data; or
         steps: how many updates to make; the last epoch may end early.
-        key: a PRNG key for the order of the examples. To go on from a state, give another one.
+        key: a PRNG key for the order of the examples and, where the loss or `reduce` takes a key, for one of its own
+            at each update. To go on from a state, give another one.
         inner_steps: updates made from each batch, in a row, before the next.
         callback: called with `(state, info)` after every update; it ends the training by returning True, and by
             nothing else. Where `fit` filled a batch up, `info.aux` has the rows of its examples alone.
@@ -149,7 +150,7 @@ def fit(
             )
         else:
             trained, history = run_steps(
-                method, start, feed, inner_steps=length.inner_steps, check_finite=check_finite, callback=callback,
+                method, start, feed, key, inner_steps=length.inner_steps, check_finite=check_finite, callback=callback,
                 report=report, keeper=keeper,
             )  # fmt: skip
         result = FitResult(trained.params, trained, history)

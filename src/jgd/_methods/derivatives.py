@@ -1,7 +1,7 @@
 """How the gradient of a batch is computed: the part of a method that can be exchanged.
 
-Every derivative is a function of `(params, *batch, weights=None)` to an `Evaluation`; the step that follows is
-the same. `weights` is `(B,)`, and weight 0 is an absent example.
+Every derivative is a function of `(params, *batch, weights=None, key=None)` to an `Evaluation`; the step that follows
+is the same. `weights` is `(B,)`, and weight 0 is an absent example. `key` is that of one update.
 """
 
 import functools
@@ -48,20 +48,36 @@ Evaluate = Callable[..., Evaluation]
 
 @dataclass(frozen=True)
 class Evaluator:
-    """Evaluates a batch, and says of what: `(params, *batch, weights=None)` to an `Evaluation`.
+    """Evaluates a batch, and says of what: `(params, *batch, weights=None, key=None)` to an `Evaluation`.
 
     Attributes:
         evaluate: the evaluation, by whatever plan.
         reference: the objective and the gradient as functions of `(params, *batch)` that no plan changes, nor the
             device: two methods of the same numbers trace to the same programs.
+        takes_key: which of its functions take a key, in words; "" for none.
     """
 
     evaluate: Evaluate
     reference: dict[str, Callable[..., Any]]
+    takes_key: str = ""
 
-    def __call__(self, params: Any, *batch: Any, weights: Any = None) -> Evaluation:
-        """The evaluation of one batch."""
-        return self.evaluate(params, *batch, weights=weights)
+    def __call__(self, params: Any, *batch: Any, weights: Any = None, key: Any = None) -> Evaluation:
+        """The evaluation of one batch.
+
+        Raises:
+            ValueError: there is a key and nothing that takes it, or the other way round.
+        """
+        if key is None and self.takes_key:
+            raise ValueError(
+                f"`key` is missing: {self.takes_key} takes one. Give another at each update, as "
+                "`method.step(state, *batch, key=jax.random.fold_in(key, number))`; `jgd.fit` does so by itself"
+            )
+        if key is not None and not self.takes_key:
+            raise ValueError(
+                "`key` was given, but neither the loss nor `reduce` takes one: a loss does that is written "
+                "`loss(params, *example, *, key)`, a reduction by a parameter `key`, both without a default"
+            )
+        return self.evaluate(params, *batch, weights=weights, key=key)
 
 
 def evaluation_by(
@@ -113,36 +129,106 @@ def evaluation_by(
             f"derivative={derivative!r}"
         )
     if callable(derivative):
-        return _explained(_by_callable(derivative, has_aux), derivative)
-    objective = _objective(loss, in_axes, has_aux, total)
+        taken = "`derivative`" if takes_key(derivative) else ""
+        return _explained(_by_callable(derivative, has_aux), _without_key(derivative), taken)
+    taken = "the loss" if takes_key(loss, by_name_only=True) else ""
+    batches = Batches(loss, in_axes, has_aux)
+    loss, in_axes = batches.loss, batches.in_axes
+    objective = _objective(loss, in_axes, has_aux, total, batches)
     if derivative == "reverse":
         reduce = _OF_OBJECTIVE[total] if reduce is None else reduce
-        question = Reduced(reduce) if autotune is True else autotune
+        taken = taken or ("`reduce`" if takes_key(reduce) else "")
+        question = Reduced(_without_key(reduce)) if autotune is True else autotune
         per_example = per_example_grad(
             loss, in_axes=in_axes, has_aux=has_aux,
             microbatch_size=microbatch_size, max_memory=max_memory, autotune=question,
         )  # fmt: skip
         plain = per_example_grad(loss, in_axes=in_axes, has_aux=has_aux, strategy="materialized")
+        gradient = lambda params, *batch: _without_key(reduce)(
+            plain(params, *batches(params, batch, _ANY_KEY()))
+        )
         return Evaluator(
-            _by_reverse(per_example, objective, reduce, total),
-            {"loss": objective, "gradient": lambda params, *batch: reduce(plain(params, *batch))},
+            _by_reverse(per_example, objective, reduce, total, batches),
+            {"loss": _with_any_key(objective), "gradient": gradient},
+            taken,
         )
     slopes = _forward if derivative == "forward" else _central_difference
-    return _explained(_by_coordinates(objective, slopes), objective)
+    return _explained(_by_coordinates(objective, slopes), _with_any_key(objective), taken)
 
 
-def _explained(evaluate: Evaluate, objective: Callable[..., Any]) -> Evaluator:
-    reference = lambda params, *batch: evaluate(params, *batch)[:2]
-    return Evaluator(evaluate, {"loss": objective, "gradient": reference})
+def _explained(evaluate: Evaluate, objective: Callable[..., Any], taken: str) -> Evaluator:
+    reference = lambda params, *batch: evaluate(params, *batch, key=_ANY_KEY() if taken else None)[:2]
+    return Evaluator(evaluate, {"loss": objective, "gradient": reference}, taken)
+
+
+# Keys
+
+_ANY_KEY = functools.partial(jax.random.key, 0)  # where only the program counts
+
+
+def takes_key(fun: Callable[..., Any], *, by_name_only: bool = False) -> bool:
+    """Whether a function has a parameter `key` that nobody has bound: without a default, or with that of None.
+
+    Args:
+        fun: the function.
+        by_name_only: whether it must be one that is given by its name alone, as where others are the batch's.
+    """
+    try:
+        key = inspect.signature(fun).parameters.get("key")
+    except (TypeError, ValueError):  # what has no signature
+        return False
+    kinds = [inspect.Parameter.KEYWORD_ONLY]
+    if not by_name_only:
+        kinds.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
+    return key is not None and key.kind in kinds and (key.default is key.empty or key.default is None)
+
+
+def _keyed(fun: Callable[..., Any], key: Any) -> Callable[..., Any]:
+    """The function with its key bound, where it takes one."""
+    return functools.partial(fun, key=key) if takes_key(fun) else fun
+
+
+def _without_key(fun: Callable[..., Any]) -> Callable[..., Any]:
+    return _keyed(fun, _ANY_KEY()) if takes_key(fun) else fun
+
+
+def _with_any_key(objective: Callable[..., Any]) -> Callable[..., Any]:
+    return lambda params, *batch: objective(params, *batch, key=_ANY_KEY())
+
+
+class Batches:
+    """Batches for a loss that may take a key: each example then has one of its own, as its last argument.
+
+    Attributes:
+        loss: the loss of such examples.
+        in_axes: its axes.
+    """
+
+    def __init__(self, loss: Loss, in_axes: Any, has_aux: bool) -> None:
+        self._given, self._in_axes, self._has_aux = loss, in_axes, has_aux
+        self._takes_key = takes_key(loss, by_name_only=True)
+        self.loss: Loss = loss
+        self.in_axes = in_axes
+        if self._takes_key:
+            self.loss = functools.wraps(loss)(lambda params, *args: loss(params, *args[:-1], key=args[-1]))
+            self.in_axes = None if in_axes is None else (*in_axes, 0)
+
+    def __call__(self, params: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, ...]:
+        """The batch, its keys included."""
+        if not self._takes_key:
+            return batch
+        axes = {"argnums": 0, "in_axes": self._in_axes, "has_aux": self._has_aux}
+        return (*batch, jax.random.split(key, bind(self._given, (params, *batch), **axes).size))
 
 
 Objective = Callable[..., tuple[jax.Array, Any]]
 
 
-def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total) -> Objective:
+def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total, batches: Batches) -> Objective:
     """The objective of a batch: the mean of its losses, or their sum, and the examples' aux."""
 
-    def objective(params: Any, *batch: Any, weights: Any = None) -> tuple[jax.Array, Any]:
+    def objective(params: Any, *batch: Any, weights: Any = None, key: Any = None) -> tuple[jax.Array, Any]:
+        batch = batches(params, batch, key)
         call = bind(loss, (params, *batch), argnums=0, in_axes=in_axes, has_aux=has_aux)
         if call.size == 0 and total == "mean":
             raise ValueError(
@@ -166,15 +252,19 @@ def _objective_value(values: jax.Array, weights: jax.Array | None, total: Total)
     return weighted / jnp.sum(weights) if total == "mean" else weighted
 
 
-def _by_reverse(per_example: Callable[..., Any], objective: Objective, reduce: Any, total: Total) -> Evaluate:
-    def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:
-        grads = per_example(params, *batch)
-        gradient = reduce(grads) if weights is None else _reduced(reduce, grads, weights)
+def _by_reverse(
+    per_example: Callable[..., Any], objective: Objective, reduce: Any, total: Total, batches: Batches
+) -> Evaluate:
+    def evaluate(params: Any, *batch: Any, weights: Any = None, key: Any = None) -> Evaluation:
+        own, of_reduce = (None, None) if key is None else jax.random.split(key)
+        grads = per_example(params, *batches(params, batch, own))
+        reduced = _keyed(reduce, of_reduce)
+        gradient = reduced(grads) if weights is None else _reduced(reduced, grads, weights)
         return Evaluation(
             _objective_value(_wide(grads.values), weights, total),
             gradient,
             grads.aux,
-            lambda p: objective(p, *batch, weights=weights)[0],
+            lambda p: objective(p, *batch, weights=weights, key=own)[0],
         )
 
     return evaluate
@@ -192,8 +282,8 @@ def _reduced(reduce: Any, grads: Any, weights: jax.Array) -> Any:
 
 
 def _by_callable(derivative: Callable[..., Any], has_aux: bool) -> Evaluate:
-    def value_and_aux(params: Any, *batch: Any) -> tuple[Any, Any, Any]:
-        out = derivative(params, *batch)
+    def value_and_aux(params: Any, *batch: Any, key: Any) -> tuple[Any, Any, Any]:
+        out = _keyed(derivative, key)(params, *batch)
         if not _is_pair(out) or (has_aux and not _is_pair(out[0])):
             pair = "((value, aux), gradient)" if has_aux else "(value, gradient)"
             raise TypeError(
@@ -204,14 +294,14 @@ def _by_callable(derivative: Callable[..., Any], has_aux: bool) -> Evaluate:
             raise TypeError(f"`derivative` must return a scalar value, got one of shape {jnp.shape(value)}")
         return jnp.asarray(value), out[1], aux
 
-    def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:
+    def evaluate(params: Any, *batch: Any, weights: Any = None, key: Any = None) -> Evaluation:
         if weights is not None:
             raise ValueError(
                 "some examples of this batch are absent, and a `derivative` that is a function cannot be told "
                 "which: use derivative='reverse', or batches without absent examples"
             )
-        value, gradient, aux = value_and_aux(params, *batch)
-        return Evaluation(_wide(value), gradient, aux, lambda p: _wide(value_and_aux(p, *batch)[0]))
+        value, gradient, aux = value_and_aux(params, *batch, key=key)
+        return Evaluation(_wide(value), gradient, aux, lambda p: _wide(value_and_aux(p, *batch, key=key)[0]))
 
     return evaluate
 
@@ -224,11 +314,11 @@ Slopes = Callable[[Callable[[Any], jax.Array], Any], Any]
 
 
 def _by_coordinates(objective: Objective, slopes: Slopes) -> Evaluate:
-    def evaluate(params: Any, *batch: Any, weights: Any = None) -> Evaluation:
+    def evaluate(params: Any, *batch: Any, weights: Any = None, key: Any = None) -> Evaluation:
         def value_fn(params: Any) -> jax.Array:
-            return objective(params, *batch, weights=weights)[0]
+            return objective(params, *batch, weights=weights, key=key)[0]
 
-        value, aux = objective(params, *batch, weights=weights)
+        value, aux = objective(params, *batch, weights=weights, key=key)
         return Evaluation(value, slopes(value_fn, params), aux, value_fn)
 
     return evaluate

@@ -27,12 +27,16 @@ def descent(
     """A method that minimises the mean of `loss` over the examples, or the sum of it.
 
     Args:
-        loss: `loss(params, *example)`, a scalar for ONE example, or `(scalar, aux)` with `has_aux`.
+        loss: `loss(params, *example)`, a scalar for ONE example, or `(scalar, aux)` with `has_aux`. Written
+            `loss(params, *example, *, key)`, it is given a PRNG key by that name, another for each example at each
+            update: for dropout, noise, samples.
         optimizer: any optax transformation. It is passed `value`, `grad` and `value_fn` (the objective of
             the batch as a function of the parameters), as `optax.lbfgs` and `reduce_on_plateau` need.
         reduce: from the per-example gradients to a pytree like the parameters, for instance
             `functools.partial(jgd.clipped_sum, max_norm=1.0)`, or your own. By default the gradient is that of
-            the objective: `jgd.mean` for `total="mean"`, `jgd.sum` for `total="sum"`.
+            the objective: `jgd.mean` for `total="mean"`, `jgd.sum` for `total="sum"`. One that has a parameter `key`,
+            `reduce(grads, *, key)`, is given another PRNG key at each update, as the noise of a private gradient needs:
+            a key that it holds itself would draw the same noise at every update.
         total: how the losses of a batch make the objective, `"mean"` or `"sum"`. It decides `info.value`, and the
             `value` and `value_fn` that the optimizer is passed, whatever `reduce` is. A line search compares the
             slope along the gradient with differences of `value_fn`, so it needs both on one scale: with a `reduce`

@@ -60,6 +60,11 @@ class Method:
     in_axes: Any = None
     kind: str = "descent"
 
+    @property
+    def takes_key(self) -> bool:
+        """Whether each update needs a key."""
+        return bool(self.evaluate.takes_key)
+
     def init(self, params: Any) -> MethodState:
         """The state to start from.
 
@@ -81,7 +86,7 @@ class Method:
         return MethodState(params, _strongly_typed(self.optimizer.init(params)), jnp.zeros((), jnp.int32))
 
     def step(
-        self, state: MethodState, *batch: Any, weights: Weights | None = None
+        self, state: MethodState, *batch: Any, weights: Weights | None = None, key: jax.Array | None = None
     ) -> tuple[MethodState, StepInfo]:
         """One update from one batch; compiled at the first call with its shapes.
 
@@ -92,27 +97,33 @@ class Method:
                 they may be written to as soon as this returns.
             weights: `(B,)`, handed to `reduce`, and weighing the losses in `info.value`. Weight 0 is an absent
                 example, which fills a batch up to a common size and counts for nothing.
+            key: a PRNG key, another at each update, for a loss or a `reduce` that takes one (see `jgd.descent`).
 
         Returns:
             The new state, and what this update saw at the old one.
 
         Raises:
             TypeError: `state` is not a `MethodState`, or `reduce` takes no `weights` and some are given.
-            ValueError: `state` is not this method's optimizer's, or the batch does not fit the loss.
+            ValueError: `state` is not this method's optimizer's, or the batch does not fit the loss; a key is given and
+                nothing takes it, or the other way round.
         """
         if not isinstance(state, MethodState):
             raise TypeError(
                 "`state` must be the MethodState that `method.init(params)` returned, got "
                 f"{type(state).__name__}"
             )
-        return update(self, *owned((state, batch, weights)))
+        return update(self, *owned((state, batch, weights, key)))
 
 
 def _update(
-    method: Method, state: MethodState, batch: tuple[Any, ...], weights: jax.Array | None
+    method: Method,
+    state: MethodState,
+    batch: tuple[Any, ...],
+    weights: jax.Array | None,
+    key: jax.Array | None,
 ) -> tuple[MethodState, StepInfo]:
     _check_state(method, state)
-    at = method.evaluate(state.params, *batch, weights=weights)
+    at = method.evaluate(state.params, *batch, weights=weights, key=key)
     _check_gradient(at.gradient, state.params)
     updates, opt_state = method.optimizer.update(
         at.gradient, state.opt_state, state.params, value=at.value, grad=at.gradient, value_fn=at.value_fn
@@ -131,6 +142,7 @@ def update(
     state: MethodState,
     batch: tuple[Any, ...],
     weights: jax.Array | None,
+    key: jax.Array | None = None,
     *,
     in_place: bool = False,
 ) -> tuple[MethodState, StepInfo]:
@@ -138,7 +150,15 @@ def update(
 
     With `in_place` the state's memory goes to the next one.
     """
-    return (_step_in_place if in_place else _step)(method, state, batch, weights)
+    return (_step_in_place if in_place else _step)(method, state, batch, weights, key)
+
+
+def key_of_update(key: jax.Array, step: Int[Array, ""]) -> jax.Array:
+    """The key of the update after `step` others; none that orders an epoch, which are numbered from 0."""
+    return jax.random.fold_in(jax.random.fold_in(key, _UPDATES), step)
+
+
+_UPDATES = 0xFFFFFFFF
 
 
 def _strongly_typed(tree: Any) -> Any:

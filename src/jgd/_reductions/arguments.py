@@ -144,13 +144,23 @@ def max_norms_of(max_norm: Any, treedef: Any) -> tuple[list[Any], Grouping]:
     return [as_float(entry) for _, entry in grouping.entries], grouping
 
 
-def shares_of(weights: jax.Array) -> jax.Array:
-    """w_i / Σ w_i, whose sum neither overflows nor vanishes."""
+def shares_of(weights: jax.Array, form: Gradients) -> jax.Array:
+    """w_i / Σ w_i, whose sum neither overflows nor vanishes, with as many digits as the gradients have."""
+    weights = weights.astype(accumulation_dtype(weights, *form.leaf_structs))
     largest = jax.lax.stop_gradient(jnp.max(jnp.abs(weights)))
     # By powers of two, which round nothing. A division by the largest would need its inverse, which may be denormal.
     step = jnp.where(largest > 2.0**64, 2.0**-64, jnp.where(largest < 2.0**-64, 2.0**64, 1.0))
     scaled = weights * step.astype(weights.dtype)
     return scaled / jnp.sum(scaled)
+
+
+def one_less(share: jax.Array) -> jax.Array:
+    """1 − Σ s_i² of shares, by which a weighted variance is divided; nan where they leave one example alone."""
+    # By the shares of all others: where one dominates, the difference would have no digits left.
+    before = jnp.cumsum(share)[:-1]
+    behind = jnp.cumsum(share[::-1])[:-1][::-1]
+    made = jnp.sum(share[1:] * before) + jnp.sum(share[:-1] * behind)
+    return jnp.where(made == 0, jnp.nan, made)  # not defined, and not inf
 
 
 def at_least_two(size: int, what: str) -> None:

@@ -69,7 +69,8 @@ def dot(
             parameters' dtype.
 
     Returns:
-        `(B,)`, accumulated in at least float32, or in the direction's dtype where that is wider.
+        `(B,)`, accumulated in at least float32, or in the direction's dtype where that is wider. Examples that fill a
+        batch up have products like the others.
 
     Raises:
         ValueError: `direction` is of another structure or shape.
@@ -104,7 +105,7 @@ def _weighted_mean(form, weights):
         # Not by weights of 1/B: the sum may be asked for beside the mean, and is then shared.
         made = [x / form.size for x in sums(form, None)]
     else:
-        made = linear_in_weights(sums, form, shares_of(weights))
+        made = linear_in_weights(sums, form, shares_of(weights, form))
     return [x.astype(like.dtype) for x, like in zip(made, form.leaf_structs, strict=True)]
 
 

@@ -3,13 +3,12 @@
 import functools
 
 import jax
-import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_leaves, placed_by
-from jgd._reductions.arguments import Weights, at_least_two, form_of, shares_of, weights_of
+from jgd._reductions.arguments import Weights, at_least_two, form_of, one_less, shares_of, weights_of
 from jgd._weights import linear_in_weights, second_moments, spreads
 
 
@@ -63,7 +62,7 @@ def _weights_of(weights, size):
 @jax.jit
 @placed_by(like_leaves)
 def _second_moment(form, weights):
-    total, share = (form.size, None) if weights is None else (1, shares_of(weights))
+    total, share = (form.size, None) if weights is None else (1, shares_of(weights, form))
     return _wide(linear_in_weights(functools.partial(second_moments, scale=1 / total), form, share), form)
 
 
@@ -73,13 +72,8 @@ def _variance(form, weights):
     if weights is None:
         share, unbiased = None, form.size - 1
     else:
-        share = shares_of(weights)
-        # 1 − Σ share², by the shares of all others: where one dominates, the difference would have no digits left.
-        before = jnp.cumsum(share)[:-1]
-        behind = jnp.cumsum(share[::-1])[:-1][::-1]
-        unbiased = jnp.sum(share[1:] * before) + jnp.sum(share[:-1] * behind)
-        # Weights that leave one example alone leave no variance: not defined is nan, not inf.
-        unbiased = jnp.where(unbiased == 0, jnp.nan, unbiased)
+        share = shares_of(weights, form)
+        unbiased = one_less(share)
     return _wide(spreads(form, share, 1 / unbiased), form)
 
 

@@ -3,9 +3,13 @@
 from typing import Any, Literal, NamedTuple, overload
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jgd import _clipping
+from jgd._engine.factors import sum_squares
+from jgd._engine.moments import deviation_of
+from jgd._engine.norms import all_together
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_examples, like_leaves, like_scalars, placed_by
 from jgd._reductions.arguments import (
@@ -14,8 +18,11 @@ from jgd._reductions.arguments import (
     form_of,
     grouping_of,
     max_norms_of,
+    one_less,
+    shares_of,
     weights_of,
 )
+from jgd._weights import linear_in_weights, spreads
 from jgd._weights import norms as norms_of_groups
 
 
@@ -65,7 +72,7 @@ def norms(grads: Grads, *, per_leaf: bool = False, groups: Any = None) -> Any:
     Returns:
         `(B,)`; with `per_leaf`, a pytree like the parameters of `(B,)`, with `groups` one like `groups`. At least
         float32. A gradient that is not finite has a norm that is not finite. Squares may leave the range of that dtype:
-        the norms do not.
+        the norms do not. Examples that fill a batch up have norms like the others: leave theirs out.
 
     Raises:
         ValueError: `groups` is no prefix of the parameters, or is given beside `per_leaf`.
@@ -177,14 +184,25 @@ def clipped_sum(
     return (clipped, jax.tree.unflatten(grouping.treedef, norms)) if return_norms else clipped
 
 
-def noise_scale(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> NoiseScale:
+def noise_scale(
+    grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], weights: Weights | None = None
+) -> NoiseScale:
     """Estimates how noisy the gradient is: tr Σ, ‖G‖² and their ratio, the simple noise scale.
 
     tr Σ = Σ ‖g_i − ḡ‖²/(B − 1) and ‖G‖² = ‖ḡ‖² − tr Σ/B, both unbiased.
     Their ratio is not; average the two parts over steps before dividing.
 
+    Args:
+        grads: the gradients.
+        weights: `(B,)`, of which s_i are the shares w_i/Σ w_j: then ḡ = Σ s_i g_i, tr Σ = Σ s_i ‖g_i − ḡ‖²/(1 − Σ s_i²)
+            and ‖G‖² = ‖ḡ‖² − tr Σ · Σ s_i². Weight 0 means absent, as in a batch that is filled up: weights of 0 and 1
+            give what the examples present would give.
+
+    Returns:
+        Three scalars, nan where weights leave one example.
+
     Raises:
-        ValueError: there are fewer than two examples.
+        ValueError: there are fewer than two examples, or `weights` is not `(B,)`, is all 0, or is negative somewhere.
 
     Cost: norms and one sum; where the gradients are so alike that Σ ‖g_i‖² and ‖ḡ‖² nearly cancel, also the deviations
     from the mean, a few columns of all gradients at a time.
@@ -192,7 +210,9 @@ def noise_scale(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]]) -> Noise
     """
     form, _ = form_of(grads)
     at_least_two(form.size, "the noise scale")
-    return _noise_scale(form)
+    if weights is None:
+        return _noise_scale(form)
+    return _noise_scale_of_weighted(form, weights_of(weights, form.size, divides=True, may_be_negative=False))
 
 
 @placed_by(like_examples)
@@ -218,4 +238,23 @@ def _noise_scale(form):
     deviation, of_sum = form.deviation_and_squared_sum()
     trace = deviation / (size - 1)
     signal = of_sum / float(size) ** 2 - trace / size
+    return NoiseScale(trace / signal, trace, signal)
+
+
+@jax.jit
+@placed_by(like_scalars)
+def _noise_scale_of_weighted(form, weights):
+    share, whole = shares_of(weights, form), all_together(form.leaf_structs)
+
+    def sums_and_squares(form, w):
+        (norm,) = form.norms(whole)
+        squares = jnp.where(w != 0, jnp.square(norm.length), 0)
+        return [*form.weighted_sum(w), jnp.sum(w * squares)], ()
+
+    walk = lambda form, w: form.map_microbatches(sums_and_squares, w)[0]
+    *mean, squares = linear_in_weights(walk, form, share)
+    of_mean = jnp.sum(jnp.stack([sum_squares(x) for x in mean]))
+    itself = lambda: jnp.sum(jnp.stack([jnp.sum(x) for x in spreads(form, share, 1)]))
+    trace = deviation_of(squares, of_mean, 1, itself) / one_less(share)
+    signal = of_mean - trace * jnp.sum(jnp.square(share))
     return NoiseScale(trace / signal, trace, signal)

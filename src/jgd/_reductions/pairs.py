@@ -19,7 +19,7 @@ def gram(grads: PerExampleGrads | PyTree[Float[Array, "B ..."]], other: Any = No
         other: gradients of the same loss and parameters' shapes at another batch; None for `grads` itself.
 
     Returns:
-        `(B, B')`, accumulated in at least float32.
+        `(B, B')`, accumulated in at least float32. Examples that fill a batch up have rows and columns like the others.
 
     Raises:
         ValueError: `other` is shaped like other parameters.
@@ -52,7 +52,7 @@ def project(
         dim: the number of dimensions, at least 1. The error of an inner product falls as 1/√dim.
 
     Returns:
-        `(B, dim)`, at least float32.
+        `(B, dim)`, at least float32. Examples that fill a batch up have rows like the others.
 
     Raises:
         ValueError: `dim` is below 1.
