@@ -69,6 +69,7 @@ from jgd._engine.trace import trace
 from jgd._engine.views import View, overlap
 from jgd._errors import require
 from jgd._execution import Execution
+from jgd._fit import fit as fit_module
 from jgd._fit import manifest
 from jgd._fit.dispatcher import Dispatcher
 from jgd._fit.lock import Lock

@@ -1,5 +1,6 @@
 """Training: the three regimes, what each epoch sees, and what can be watched."""
 
+import functools
 import sys
 from typing import NamedTuple
 
@@ -9,6 +10,10 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from internals import fit_module
+from jax.sharding import AxisType, NamedSharding
+from jax.sharding import PartitionSpec as P
+from meshes import mesh_of
 from regressions import PARAMS, counting, method, regression, squared
 
 import jgd
@@ -326,3 +331,65 @@ class TestWatching:
             jgd.fit(method(), PARAMS, regression(), **run, check_finite=True),
             jgd.fit(method(), PARAMS, regression(), **run), rtol=1e-5, atol=1e-6,
         )  # fmt: skip
+
+
+# Convolutions on a CPU, which crawl in compiled loops
+
+
+def convolved(side):
+    def loss(w, x):
+        return jnp.sum(jnp.tanh(jax.lax.conv(x[None], w, (1, 1), "SAME")))
+
+    draw = np.random.default_rng(0)
+    w = jnp.asarray(draw.normal(size=(8, 3, 3, 3)), jnp.float32)
+    return (
+        jgd.descent(loss, optax.sgd(1e-4)),
+        w,
+        jnp.asarray(draw.normal(size=(9, 3, side, side)), jnp.float32),
+    )
+
+
+@pytest.mark.parametrize(("side", "loops"), [(4, 1), (64, 0)])
+def test_large_convolutions_are_not_put_into_a_loop(side, loops, monkeypatch):
+    calls, original = [], fit_module.run_epochs
+    monkeypatch.setattr(fit_module, "run_epochs", lambda *a, **k: calls.append(0) or original(*a, **k))
+    method, w, x = convolved(side)
+    options = {"batch_size": 4, "epochs": 2, "key": jax.random.key(0)}
+    result = jgd.fit(method, w, x, **options)
+    assert len(calls) == loops and result.history.value.shape == (6,)
+    watched = jgd.fit(method, w, x, **options, callback=lambda *_: None)
+    np.testing.assert_allclose(watched.params, result.params, rtol=1e-5)
+    if not loops:
+        np.testing.assert_array_equal(watched.params, result.params)
+        inside = jax.jit(lambda x: jgd.fit(method, w, x, **options).params)(x)
+        np.testing.assert_allclose(inside, result.params, rtol=1e-4)
+
+
+# Meshes whose axes are explicit, as `jax.make_mesh` makes them
+
+
+@functools.cache
+def alone(batch_size):
+    x, y = regression()
+    return jgd.fit(
+        jgd.descent(squared, optax.adam(0.1)), PARAMS, (x[:16], y[:16]), batch_size=batch_size, epochs=2,
+        key=jax.random.key(0),
+    ).params  # fmt: skip
+
+
+@pytest.mark.parametrize("callback", [None, lambda *_: None], ids=["compiled", "watched"])
+@pytest.mark.parametrize("batch_size", [4, None, 6])
+@pytest.mark.parametrize("where", ["host", "replicated", "sharded", "another axis"])
+def test_explicit_meshes(where, batch_size, callback):
+    mesh = mesh_of(*((2, 2) if where == "another axis" else (4,)), kind=AxisType.Explicit)
+    put = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, P(*spec)))
+    data = tuple(np.asarray(x)[:16] for x in regression())
+    if where != "host":
+        data = put(data) if where == "replicated" else put(data, "data")
+    method = jgd.descent(squared, optax.adam(0.1))
+    result = jgd.fit(
+        method, put(PARAMS), data, batch_size=batch_size, epochs=2, key=jax.random.key(0), callback=callback
+    )
+    for got, want in zip(jax.tree.leaves(result.params), jax.tree.leaves(alone(batch_size)), strict=True):
+        assert got.sharding.mesh == mesh
+        np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)

@@ -3,7 +3,7 @@
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
-from jgd._engine.jaxprs import Literal, aval_of, inner_jaxprs, prim, scan_of
+from jgd._engine.jaxprs import Literal, all_within, aval_of, inner_jaxprs, prim, scan_of
 from jgd._engine.trace import TracedLoss
 
 
@@ -83,6 +83,12 @@ def _of_convolution(eqn: Any) -> int:
     kernel = aval_of(eqn.invars[1])
     channels = kernel.shape[eqn.params["dimension_numbers"].rhs_spec[0]]
     return 2 * aval_of(eqn.outvars[0]).size * kernel.size // max(channels, 1)
+
+
+def convolution_flops(jaxpr: Any) -> int:
+    """The operations of all convolutions in a jaxpr; those in a loop count once."""
+    each = (inner for eqn in jaxpr.eqns for inner in all_within(eqn))
+    return sum(_of_convolution(eqn) for eqn in each if eqn.primitive is prim.conv_general_dilated_p)
 
 
 _FLOPS = {prim.dot_general_p: _of_dot, prim.conv_general_dilated_p: _of_convolution}

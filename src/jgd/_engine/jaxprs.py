@@ -150,7 +150,7 @@ def aval_of(atom: Any) -> jax.ShapeDtypeStruct:
 
 def mentions(eqn: Any, *primitives: Any) -> bool:
     """Whether an equation, or one inside it, applies one of the `primitives`."""
-    return any(inner.primitive in primitives for inner in _all_within(eqn))
+    return any(inner.primitive in primitives for inner in all_within(eqn))
 
 
 def asks_what_moves(eqn: Any) -> bool:
@@ -159,7 +159,7 @@ def asks_what_moves(eqn: Any) -> bool:
     A custom derivative with symbolic zeros can see that, and so can the rule of a primitive that is not JAX's own.
     """
     return any(
-        inner.params.get("symbolic_zeros") or _is_foreign(inner.primitive) for inner in _all_within(eqn)
+        inner.params.get("symbolic_zeros") or _is_foreign(inner.primitive) for inner in all_within(eqn)
     )
 
 
@@ -183,7 +183,7 @@ _CALLS = {prim.jit_p, prim.closed_call_p, prim.call_p}
 
 def touches_references(jaxpr: Any) -> bool:
     """Whether a jaxpr reads or writes array references, at any depth."""
-    atoms = [x for eqn in jaxpr.eqns for inner in _all_within(eqn) for x in (*inner.invars, *inner.outvars)]
+    atoms = [x for eqn in jaxpr.eqns for inner in all_within(eqn) for x in (*inner.invars, *inner.outvars)]
     return any(map(is_reference, (*jaxpr.constvars, *atoms)))
 
 
@@ -192,12 +192,12 @@ def is_reference(x: Any) -> bool:
     return hasattr(getattr(x, "aval", None), "inner_aval")
 
 
-def _all_within(eqn: Any) -> Iterator[Any]:
+def all_within(eqn: Any) -> Iterator[Any]:
     """An equation, and all those inside of it."""
     yield eqn
     for jaxpr in inner_jaxprs(eqn):
         for inner in jaxpr.eqns:
-            yield from _all_within(inner)
+            yield from all_within(inner)
 
 
 def inner_jaxprs(eqn: Any) -> list[Any]:

@@ -1,5 +1,6 @@
 """What `fit` trains on: arrays that hold all the examples, or batches that someone else makes."""
 
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -7,10 +8,11 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from jax.sharding import NamedSharding, PartitionSpec
+from jax.sharding import AxisType, NamedSharding, PartitionSpec
 from jax.tree_util import tree_flatten_with_path
 
 from jgd._errors import common_length, describe, leaf_name
+from jgd._fit.placement import axes_of
 
 
 @jax.tree_util.register_dataclass
@@ -32,12 +34,34 @@ class Examples:
     def _chosen(self, leaf: jax.Array, axis: int | None, index: Any) -> jax.Array:
         if axis is None:
             return leaf
+        if self.is_typed:
+            return self._placed(leaf, axis % leaf.ndim, index)
         if index is not None:
             leaf = jnp.take(leaf, index, axis=axis, mode="clip")
         if self.sharding is None:
             return leaf
         spec = PartitionSpec(*[None] * (axis % leaf.ndim), *self.sharding.spec)
         return jax.lax.with_sharding_constraint(leaf, NamedSharding(self.sharding.mesh, spec))
+
+    @property
+    def is_typed(self) -> bool:
+        """Whether where a batch lies is part of its type: on explicit axes of a mesh."""
+        if self.sharding is None:
+            return False
+        of = dict(zip(self.sharding.mesh.axis_names, self.sharding.mesh.axis_types, strict=True))
+        return any(of[axis] == AxisType.Explicit for axis in axes_of(self.sharding.spec[0]))
+
+    def _placed(self, leaf: jax.Array, axis: int, index: Any) -> jax.Array:
+        """The same on explicit axes. Where their devices do not divide the batch, each has all of it."""
+        assert self.sharding is not None
+        mesh, size = self.sharding.mesh, leaf.shape[axis] if index is None else index.shape[0]
+        axes = axes_of(self.sharding.spec[0])
+        divides = size % math.prod(mesh.shape[name] for name in axes) == 0
+        spec = PartitionSpec(*[None] * axis, axes if divides else None)
+        if index is None:
+            return jax.sharding.reshard(leaf, NamedSharding(mesh, spec))
+        place = (*[slice(None)] * axis, index)
+        return leaf.at[place].get(mode="clip", out_sharding=NamedSharding(mesh, spec))
 
 
 def splat(element: Any) -> tuple[Any, ...]:

@@ -12,6 +12,7 @@ from jax.sharding import Mesh
 from jgd._errors import is_concrete
 from jgd._fit.checkpoint import Checkpoint, checkpoint_of
 from jgd._fit.checkpointer import Checkpointer
+from jgd._fit.crawling import crawls_in_a_loop
 from jgd._fit.data import is_batches
 from jgd._fit.dispatcher import Dispatcher
 from jgd._fit.epochs import run_epochs
@@ -113,7 +114,8 @@ def fit(
         (3.0, (160,))
 
     Cost: one dispatch for all epochs, or with `progress` or `checkpoint` one for each tenth of a second. With
-    `callback`, or for an iterable, one for each update, about 0.1 ms.
+    `callback`, for an iterable, and on a CPU for a loss with convolutions, which crawl in XLA's loops there, one for
+    each update, about 0.1 ms.
     """
     if not isinstance(method, Method):
         raise TypeError(f"`method` must come from `jgd.descent` or its kin, got {type(method).__name__}")
@@ -143,7 +145,10 @@ def fit(
         stack.callback(feed.close)
         if keeper and (like := feed.like()) is not None:
             keeper.check_batches(method, state.params, like)
-        if isinstance(source, Arrays) and callback is None and not start.repeats:
+        in_loops = isinstance(source, Arrays) and callback is None and not start.repeats
+        if in_loops and is_concrete(state.step):
+            in_loops = not crawls_in_a_loop(method, state, feed.like(), key)
+        if isinstance(source, Arrays) and in_loops:
             chunks = Dispatcher(keeper, report, length.inner_steps) if keeper or report else None
             trained, history = run_epochs(
                 method, start, source.examples, key, source.schedule, check_finite=check_finite, chunks=chunks

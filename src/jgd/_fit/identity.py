@@ -15,6 +15,7 @@ from jgd._fit.position import add_to_digest
 from jgd._fit.processes import gathered_text
 from jgd._fit.traced import digest_of
 from jgd._methods.method import Method, MethodState
+from jgd._methods.optimizers import told
 
 Identity = dict[str, Any]
 
@@ -56,7 +57,7 @@ def optimizer_identity(method: Method, state: MethodState) -> str:
         return sum((jnp.sum(x.astype(jnp.float32) ** 2) for x in jax.tree.leaves(params)), jnp.float32(0))
 
     def optimize(params: Any, opt_state: Any, gradient: Any, value: jax.Array) -> Any:
-        extra = {"value": value, "grad": gradient, "value_fn": value_fn}
+        extra = told(value, gradient, value_fn, lambda params, *_: params)
         return method.optimizer.init(params), method.optimizer.update(gradient, opt_state, params, **extra)
 
     return digest_of(optimize, state.params, state.opt_state, state.params, jnp.float32(0))

@@ -12,7 +12,7 @@ from jgd._fit.data import Examples, examples_of, is_batches
 from jgd._fit.feed import LoaderFeed
 from jgd._fit.fingerprint import fingerprints
 from jgd._fit.identity import list_identity
-from jgd._fit.placement import batch_axes
+from jgd._fit.placement import batch_axes, on_mesh
 from jgd._fit.run_state import RunState
 from jgd._fit.schedule import Length, Schedule, schedule_of
 from jgd._fit.stepwise import ArrayFeed
@@ -113,6 +113,8 @@ def source_of(
     examples = examples_of(data, in_axes)
     if mesh is not None and (axes := batch_axes(mesh, params, data)):
         examples = replace(examples, sharding=_over(mesh, axes))
+        if examples.is_typed:  # what is taken from arrays elsewhere has no such type
+            examples = replace(examples, args=on_mesh(examples.args, mesh))
     return Arrays(examples, key, schedule_of(length, examples.size, batch_size))
 
 

@@ -30,8 +30,9 @@ def descent(
         loss: `loss(params, *example)`, a scalar for ONE example, or `(scalar, aux)` with `has_aux`. Written
             `loss(params, *example, *, key)`, it is given a PRNG key by that name, another for each example at each
             update: for dropout, noise, samples.
-        optimizer: any optax transformation. It is passed `value`, `grad` and `value_fn` (the objective of
-            the batch as a function of the parameters), as `optax.lbfgs` and `reduce_on_plateau` need.
+        optimizer: any optax transformation. It is passed what it takes of `value`, `grad`, `value_fn` (the objective of
+            the batch as a function of the parameters; also as `obj_fn`) and `grad_fn` (the gradient there, as `reduce`
+            makes it), as `optax.lbfgs`, `reduce_on_plateau`, `optax.contrib.sophia` and `sam` need.
         reduce: from the per-example gradients to a pytree like the parameters, for instance
             `functools.partial(jgd.clipped_sum, max_norm=1.0)`, or your own. By default the gradient is that of
             the objective: `jgd.mean` for `total="mean"`, `jgd.sum` for `total="sum"`. One that has a parameter `key`,

@@ -13,6 +13,7 @@ from jgd._engine.dtypes import accumulation_dtype
 from jgd._errors import describe, leaf_name
 from jgd._methods.derivatives import Evaluator
 from jgd._methods.host import owned
+from jgd._methods.optimizers import told
 from jgd._reductions.arguments import Weights
 
 
@@ -125,9 +126,9 @@ def _update(
     _check_state(method, state)
     at = method.evaluate(state.params, *batch, weights=weights, key=key)
     _check_gradient(at.gradient, state.params)
-    updates, opt_state = method.optimizer.update(
-        at.gradient, state.opt_state, state.params, value=at.value, grad=at.gradient, value_fn=at.value_fn
-    )
+    grad_fn = lambda params, *_: method.evaluate(params, *batch, weights=weights, key=key).gradient
+    extra = told(at.value, at.gradient, at.value_fn, grad_fn)
+    updates, opt_state = method.optimizer.update(at.gradient, state.opt_state, state.params, **extra)
     params = optax.apply_updates(state.params, updates)
     info = StepInfo(at.value, _norm(at.gradient), at.aux)
     return MethodState(params, _typed_like(opt_state, state.opt_state), state.step + 1), info
@@ -151,6 +152,11 @@ def update(
     With `in_place` the state's memory goes to the next one.
     """
     return (_step_in_place if in_place else _step)(method, state, batch, weights, key)
+
+
+def traced_step(method: Method, state: MethodState, batch: tuple[Any, ...], key: jax.Array) -> Any:
+    """The jaxpr of `method.step` for such a batch, arrays or their shapes. The step itself is not traced again."""
+    return _step.trace(method, state, batch, None, key if method.takes_key else None).jaxpr
 
 
 def key_of_update(key: jax.Array, step: Int[Array, ""]) -> jax.Array:
