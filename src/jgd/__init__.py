@@ -30,3 +30,34 @@ from jgd._reductions.pairs import gram as gram
 from jgd._reductions.pairs import project as project
 
 __version__ = "0.1.0"
+
+# Not `sum`, which would hide the builtin from whoever writes `from jgd import *`.
+__all__ = [
+    "Checkpoint",
+    "ExplainRow",
+    "Explanation",
+    "FitResult",
+    "History",
+    "Method",
+    "MethodState",
+    "NoiseScale",
+    "PerExampleGrads",
+    "StepInfo",
+    "ascent",
+    "clipped_sum",
+    "descent",
+    "descent_ascent",
+    "dot",
+    "explain",
+    "fit",
+    "gram",
+    "materialize",
+    "mean",
+    "noise_scale",
+    "norms",
+    "per_example_grad",
+    "project",
+    "second_moment",
+    "shard_batch",
+    "variance",
+]

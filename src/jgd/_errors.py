@@ -63,5 +63,6 @@ def require(module: str, extra: str) -> ModuleType:
         return importlib.import_module(module)
     except ImportError as error:
         raise ImportError(
-            f"this needs `{module.split('.')[0]}`, which the extra `{extra}` brings: pip install 'jgd[{extra}]'"
+            f"this needs `{module.split('.')[0]}`, which the extra `{extra}` brings: pip install 'jgd[{extra}]', or "
+            f"in a checkout pip install -e '.[{extra}]'"
         ) from error

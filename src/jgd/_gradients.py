@@ -11,7 +11,7 @@ import numpy as np
 from jax.core import Tracer
 
 from jgd._autotune import Question, autotuned, clipped_sum_with_norms
-from jgd._engine.calls import Loss, bind
+from jgd._engine.calls import Loss, bind_named
 from jgd._engine.gradients import DenseGradients, FactoredGradients, Gradients
 from jgd._engine.plan import SECOND_PASS, Variant
 from jgd._engine.residuals import Model
@@ -167,8 +167,8 @@ def per_example_grad(
     checked_sizes(microbatch_size, max_memory)
     question = clipped_sum_with_norms if autotune is True else autotune
 
-    def gradients(*args: Any) -> PerExampleGrads:
-        call = bind(loss, args, argnums=argnums, in_axes=in_axes, has_aux=has_aux)
+    def gradients(*args: Any, **named: Any) -> PerExampleGrads:
+        call = bind_named(loss, args, named, argnums=argnums, in_axes=in_axes, has_aux=has_aux)
         try:
             program, constants = trace(call)
         except (TypeError, jax.errors.NonConcreteBooleanIndexError) as refused:

@@ -179,11 +179,20 @@ def _vary(x: Any, axes: set[str]) -> Any:
 
 
 def check_one_place(arrays: list[tuple[str, Any, Any]]) -> None:
-    """Raises ValueError where arrays were spread over meshes of different devices."""
-    first = None
+    """Raises ValueError where arrays were spread over meshes of different devices, or put on different ones."""
+    first = alone = None
     for argument, path, x in arrays:
         sharding = x.sharding if isinstance(x, jax.Array) and is_concrete(x) else None
         if not isinstance(sharding, NamedSharding):
+            if sharding is None or not x.committed or len(sharding.device_set) != 1:
+                continue
+            (device,) = sharding.device_set
+            alone = alone or (argument, path, device)
+            if device != alone[2]:
+                raise ValueError(
+                    f"arrays lie on different devices: {leaf_name(*alone[:2])} on {alone[2]}, "
+                    f"{leaf_name(argument, path)} on {device}; `jax.device_put` them on one"
+                )
             continue
         first = first or (argument, path, sharding)
         if sharding is not first[2] and sharding.device_set != first[2].device_set:

@@ -3,8 +3,9 @@
 Everything behind this module sees flat lists of leaves, and the batch on axis 0.
 """
 
+import functools
 import itertools
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Hashable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 from jax.tree_util import tree_flatten_with_path
 
-from jgd._errors import common_length, describe, leaf_name
+from jgd._errors import common_length, describe, is_concrete, leaf_name
 from jgd._mesh import check_one_place, shape_like, varying
 
 Loss = Callable[..., Any]
@@ -87,6 +88,7 @@ def bind(
     # The parameters' leaves in the order of `argnums`, which is that of the gradients.
     for number in (*chosen, *(i for i in range(len(args)) if i not in chosen)):
         argument = _argument_name(number, chosen, argnums)
+        check_alive(args[number], argument)
         leaves = tree_flatten_with_path(args[number])[0]
         for (path, leaf), axis in zip(leaves, _leaf_axes(axes[number], args[number], number), strict=True):
             if number in chosen:
@@ -117,6 +119,32 @@ def bind(
     hint = "; a leaf that every example shares gets None in `in_axes`"
     size = common_length(lengths, "the batch", hint=hint, may_be_empty=True)
     return Call(signature, params, by_role["params"], by_role["shared"], by_role["batch"], size)
+
+
+def bind_named(
+    loss: Loss,
+    args: Sequence[Any],
+    named: Mapping[str, Any],
+    *,
+    argnums: int | Sequence[int],
+    in_axes: Any,
+    has_aux: bool,
+) -> Call:
+    """The same where some of the batch's arguments are given by name: mapped over axis 0, as by `jax.vmap`."""
+    if not named:
+        return bind(loss, args, argnums=argnums, in_axes=in_axes, has_aux=has_aux)
+    count, names = len(args), tuple(named)
+
+    def by_place(*args: Any) -> Any:
+        return loss(*args[:count], **dict(zip(names, args[count:], strict=True)))
+
+    # From the end they would be counted among those given by name.
+    first = lambda number: number % max(count, 1)
+    chosen = first(argnums) if isinstance(argnums, int) else tuple(map(first, argnums))
+    own = _axes_by_argument(args, (chosen,) if isinstance(chosen, int) else chosen, in_axes)
+    axes = (*own, *[0] * len(names))
+    whole = functools.wraps(loss)(by_place)
+    return bind(whole, [*args, *named.values()], argnums=chosen, in_axes=axes, has_aux=has_aux)
 
 
 def example_of(batch_leaves: Sequence[Any]) -> list[jax.ShapeDtypeStruct]:
@@ -213,6 +241,16 @@ def _batch_first(leaf: Any, axis: int, name: str) -> Any:
         )
     leaf = on_device(leaf)
     return leaf if axis % leaf.ndim == 0 else jnp.moveaxis(leaf, axis, 0)
+
+
+def check_alive(tree: Any, argument: str) -> None:
+    """Raises ValueError where an array's memory was given away."""
+    for path, leaf in tree_flatten_with_path(tree)[0]:
+        if isinstance(leaf, jax.Array) and is_concrete(leaf) and leaf.is_deleted():
+            raise ValueError(
+                f"{leaf_name(argument, path)} is there no more: it was deleted, or given to a function that "
+                "`jax.jit(..., donate_argnums=...)` lets use its memory. Give what that function returned"
+            )
 
 
 def on_device(leaf: Any) -> Any:

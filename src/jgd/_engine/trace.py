@@ -1,5 +1,6 @@
 """A traced loss: the jaxpr of ONE example, traced at each call, and what keeps a second call from compiling."""
 
+import warnings
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
@@ -12,6 +13,7 @@ from jgd._engine import jaxprs
 from jgd._engine.calls import Call, example_of
 from jgd._engine.devices import platform_of
 from jgd._engine.fingerprint import fingerprint
+from jgd._engine.one_example import BATCH_STATISTIC, note, takes_batch_statistic
 from jgd._engine.rules import registered
 from jgd._errors import describe
 from jgd._mesh import compiler_places, explicit_mesh, manual_type, unplaced
@@ -90,12 +92,22 @@ def trace(call: Call) -> Traced:
         )
     constants = [*call.shared_leaves, *map(_as_now, captured)]
     if said is None:
+        _warn(program)
         return Traced(program, constants)
     key = (
         said, len(program.param_avals), program.num_shared, program.aux_treedef, program.param_paths, platform,
         explicit_mesh((call.param_leaves, call.batch_leaves)), manual_type(call.batch_leaves[0]), registered(),
     )  # fmt: skip
-    return Traced(_programs.eval_shape().once(key, program), constants)
+    kept = _programs.eval_shape().once(key, program)
+    if kept is program:
+        _warn(program)
+    return Traced(kept, constants)
+
+
+def _warn(program: TracedLoss) -> None:
+    """Says what a new program shows of a loss that was meant otherwise."""
+    if takes_batch_statistic(program.jaxpr):
+        warnings.warn(BATCH_STATISTIC, UserWarning, stacklevel=5)
 
 
 def _as_now(x: Any) -> Any:
@@ -138,6 +150,10 @@ def _trace(call: Call, platform: str) -> tuple[TracedLoss, list[Any]]:
     except ValueError as error:
         if signature.has_aux and "unpack" in str(error):
             raise TypeError("with `has_aux=True` the loss must return a pair `(scalar, aux)`") from error
+        error.add_note(note(call, error))
+        raise
+    except Exception as error:
+        error.add_note(note(call, error))
         raise
     paths = jax.tree_util.tree_flatten_with_path(call.params)[0]
     program = TracedLoss(

@@ -8,8 +8,10 @@ from typing import Any, NamedTuple
 import jax
 import jax.numpy as jnp
 from jax.sharding import Mesh
+from jax.tree_util import tree_flatten_with_path
 
-from jgd._errors import is_concrete
+from jgd._engine.calls import check_alive
+from jgd._errors import describe, is_concrete
 from jgd._fit.checkpoint import Checkpoint, checkpoint_of
 from jgd._fit.checkpointer import Checkpointer
 from jgd._fit.crawling import crawls_in_a_loop
@@ -25,6 +27,7 @@ from jgd._fit.run_state import RunState
 from jgd._fit.schedule import Length, length_of
 from jgd._fit.source import Arrays, Source, source_of
 from jgd._fit.stepwise import run_steps
+from jgd._mesh import check_one_place
 from jgd._methods.method import Method, MethodState, StepInfo
 
 
@@ -119,8 +122,15 @@ def fit(
     """
     if not isinstance(method, Method):
         raise TypeError(f"`method` must come from `jgd.descent` or its kin, got {type(method).__name__}")
+    _check_key(key)
     length = length_of(epochs, steps, inner_steps)
-    mesh = mesh_of(params, () if is_batches(data) else data)
+    arrays = {"params": params} if is_batches(data) else {"params": params, "data": data}
+    for argument, tree in arrays.items():
+        check_alive(tree, argument)
+    check_one_place(
+        [(name, *leaf) for name, tree in arrays.items() for leaf in tree_flatten_with_path(tree)[0]]
+    )
+    mesh = mesh_of(params, arrays.get("data", ()))
     state = _own(method, params, mesh)
     source = source_of(data, params, method.in_axes, batch_size=batch_size, length=length, key=key, mesh=mesh)
     watches = {
@@ -162,6 +172,15 @@ def fit(
         # The device may still read the data where the host holds them, and the host may write there next.
         jax.block_until_ready([x for x in jax.tree.leaves(result) if is_concrete(x)])
     return result
+
+
+def _check_key(key: Any) -> None:
+    """Raises TypeError for what is not one PRNG key, new-style or old."""
+    dtype = getattr(key, "dtype", None)
+    typed = dtype is not None and jnp.issubdtype(dtype, jax.dtypes.prng_key)
+    if (typed and key.shape == ()) or (dtype == jnp.uint32 and len(key.shape) == 1):
+        return
+    raise TypeError(f"`key` must be one PRNG key, as `jax.random.key(0)` is, got {describe(key)}")
 
 
 def _own(method: Method, params: Any, mesh: Mesh | None) -> MethodState:

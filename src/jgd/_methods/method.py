@@ -9,6 +9,7 @@ import optax
 from jax.tree_util import tree_flatten_with_path
 from jaxtyping import Array, Float, Int
 
+from jgd._engine.calls import check_alive
 from jgd._engine.dtypes import accumulation_dtype
 from jgd._errors import describe, leaf_name
 from jgd._methods.derivatives import Evaluator
@@ -83,6 +84,7 @@ class Method:
                     "eqx.is_inexact_array)` or `nnx.split(model, nnx.Param, ...)`, and let the loss join the "
                     "parts"
                 )
+        check_alive(params, "params")
         params = _strongly_typed(owned(params))
         return MethodState(params, _strongly_typed(self.optimizer.init(params)), jnp.zeros((), jnp.int32))
 
@@ -128,8 +130,9 @@ def _update(
     _check_gradient(at.gradient, state.params)
     grad_fn = lambda params, *_: method.evaluate(params, *batch, weights=weights, key=key).gradient
     extra = told(at.value, at.gradient, at.value_fn, grad_fn)
-    updates, opt_state = method.optimizer.update(at.gradient, state.opt_state, state.params, **extra)
-    params = optax.apply_updates(state.params, updates)
+    with jax.numpy_dtype_promotion("standard"):  # which optax counts on
+        updates, opt_state = method.optimizer.update(at.gradient, state.opt_state, state.params, **extra)
+        params = optax.apply_updates(state.params, updates)
     info = StepInfo(at.value, _norm(at.gradient), at.aux)
     return MethodState(params, _typed_like(opt_state, state.opt_state), state.step + 1), info
 

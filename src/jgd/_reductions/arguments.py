@@ -1,6 +1,7 @@
 """The checks that the reductions share, made before anything runs."""
 
 import contextlib
+import functools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -142,6 +143,25 @@ def max_norms_of(max_norm: Any, treedef: Any) -> tuple[list[Any], Grouping]:
     # JAX has no integers for large ones.
     as_float = lambda x: float(x) if isinstance(x, int) else x
     return [as_float(entry) for _, entry in grouping.entries], grouping
+
+
+def at_hand(number: Any, form: Gradients) -> Any:
+    """A Python float as an array that is on the device already where the same was there before.
+
+    Where gradients are traced it stays what it is, for the program to hold.
+    """
+    traced = not all(is_concrete(x) for x in jax.tree.leaves(form))
+    return (
+        number
+        if traced or not isinstance(number, float)
+        else _constant(number, jax.dtypes.canonicalize_dtype(float))
+    )
+
+
+@functools.lru_cache(maxsize=64)
+def _constant(number: float, dtype: Any) -> jax.Array:
+    del dtype  # which JAX chooses as long as its configuration is the same
+    return jnp.asarray(number)
 
 
 def shares_of(weights: jax.Array, form: Gradients) -> jax.Array:

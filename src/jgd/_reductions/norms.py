@@ -14,6 +14,7 @@ from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_examples, like_leaves, like_scalars, placed_by
 from jgd._reductions.arguments import (
     Weights,
+    at_hand,
     at_least_two,
     form_of,
     grouping_of,
@@ -179,6 +180,7 @@ def clipped_sum(
     """
     form, treedef = form_of(grads)
     max_norms, grouping = max_norms_of(max_norm, treedef)
+    max_norms = [at_hand(x, form) for x in max_norms]
     sums, norms = _clipped_sum(form, max_norms, grouping.groups, weights_of(weights, form.size))
     clipped = jax.tree.unflatten(treedef, sums)
     return (clipped, jax.tree.unflatten(grouping.treedef, norms)) if return_norms else clipped
