@@ -10,6 +10,7 @@ import jax.numpy as jnp
 import numpy as np
 import optax
 import pytest
+from compilations import compilations
 from internals import fit_module
 from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -393,3 +394,16 @@ def test_explicit_meshes(where, batch_size, callback):
     for got, want in zip(jax.tree.leaves(result.params), jax.tree.leaves(alone(batch_size)), strict=True):
         assert got.sharding.mesh == mesh
         np.testing.assert_allclose(got, want, rtol=1e-4, atol=1e-6)
+
+
+def test_another_length_compiles_nothing():
+    x, y = regression()
+    train = jgd.descent(squared, optax.adam(0.1))
+    run = lambda **length: jgd.fit(train, PARAMS, (x, y), batch_size=8, key=jax.random.key(0), **length)
+    first = run(steps=40)
+    with compilations() as made:
+        longer, epochs, none = run(steps=90), run(epochs=7), run(steps=0)
+    assert not made
+    np.testing.assert_array_equal(longer.history.value[:40], first.history.value)
+    assert epochs.history.grad_norm.shape == epochs.history.value.shape != (0,)
+    assert none.history.value.shape == (0,)

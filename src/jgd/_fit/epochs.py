@@ -5,6 +5,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
 
 from jgd._errors import is_concrete
 from jgd._fit.data import Examples
@@ -32,9 +33,13 @@ def run_epochs(
     ends is data of one compiled loop, so that the numbers are the same however the updates are cut into calls.
     """
     one, at = schedule.epoch, start
-    history, captures = _buffer(method, one, start, examples, key, schedule.updates)
     if not all(is_concrete(x) for x in jax.tree.leaves((start.state, examples, key))):
+        history, _ = _buffer(method, one, start, examples, key, schedule.updates)
         return _run_all(method, schedule, (start.state, history), examples, key)
+    # Room for more than is asked for, so that runs of other lengths are the same program.
+    room = max(_ROOM, 1 << (schedule.updates - 1).bit_length())
+    history, captures = _buffer(method, one, start, examples, key, room)
+    so_far = functools.partial(_first, schedule.updates)
     # Where the method itself holds what a transformation maps over, the state changes its shape under it.
     run = _run if check_finite or captures else _run_in_place
     while at.batches < schedule.batches:
@@ -44,7 +49,7 @@ def run_epochs(
         if chunks:
             stop = chunks.stop(at.batches, stop)
         (state, history), value = run(method, one, (at.state, history), examples, key, at.batches, stop)
-        before, at = at, RunState(state, functools.partial(_same, history), stop)
+        before, at = at, RunState(state, functools.partial(so_far, history), stop)
         if check_finite:
             made = [batches * one.inner_steps for batches in (before.batches, stop)]
             check_history(before.state, state, history, *made)
@@ -52,7 +57,7 @@ def run_epochs(
             chunks.passed(at, value)
     if chunks:
         chunks.finish()
-    return at.state, history
+    return at.state, jax.device_put(so_far(history))
 
 
 def order_of(key: jax.Array, epoch: jax.Array | int, size: int) -> jax.Array:
@@ -60,8 +65,12 @@ def order_of(key: jax.Array, epoch: jax.Array | int, size: int) -> jax.Array:
     return jax.random.permutation(jax.random.fold_in(key, epoch), size)
 
 
-def _same(history: History) -> History:
-    return history
+_ROOM = 1024  # updates
+
+
+def _first(updates: int, history: History) -> History:
+    """What the first updates saw; on the host, or to cut it out would be one more program for each length."""
+    return jax.tree.map(lambda x: np.asarray(x)[:updates] if is_concrete(x) else x[:updates], history)
 
 
 Carry = tuple[MethodState, History]
