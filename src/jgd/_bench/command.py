@@ -5,6 +5,7 @@ import importlib
 import importlib.util
 import statistics
 import sys
+import time
 from collections.abc import Sequence
 from pathlib import Path
 
@@ -58,12 +59,15 @@ def run(args: argparse.Namespace) -> int:
     found: list[Measurement] = []
     missing: list[Missing] = []
     for name in args.models:
+        started = time.perf_counter()
         measured = measure(
             build(name, small=args.small), args.quantities, args.methods,
-            repeats=args.repeats, seconds=args.seconds, from_scratch=True, builds=args.builds, say=_say,
+            repeats=args.repeats, seconds=args.seconds, from_scratch=not args.small, builds=args.builds, say=_say,
         )  # fmt: skip
         found += measured[0]
         missing += measured[1]
+        if not sys.stderr.isatty():
+            print(f"{name}: {time.perf_counter() - started:.0f} s", file=sys.stderr, flush=True)
     _say("")
     if args.json:
         asked = ("repeats", "seconds", "builds", "small")
@@ -71,7 +75,9 @@ def run(args: argparse.Namespace) -> int:
         args.json.write_text(to_json(found, missing, **settings))
     rows = table(found)
     _print_table(rows, markdown=args.markdown)
-    print(f"\nTime (fastest run), temporary memory; both relative to the plain gradient's. {_where()}")
+    print(f"\nTime (fastest run), temporary memory; both relative to the plain gradient's.\n{_where()}")
+    if any(m.method == BASELINE and m.minimum_seconds < _SHORT for m in found):
+        print("~ is for a plain gradient of less than a millisecond: such ratios say little.")
     for line in absences(missing):
         print(line)
     return 0
@@ -117,11 +123,19 @@ def table(found: Sequence[Measurement]) -> list[list[str]]:
     rows.append(["", BASELINE, *absolute, ""])
     for quantity, method in dict.fromkeys((m.quantity, m.method) for m in found if m.method != BASELINE):
         row = [cells.get((quantity, method, model)) for model in models]
-        body = ["—" if m is None else ratios(m.time_ratio, m.memory_ratio) for m in row]
+        body = ["—" if m is None else _cell(m) for m in row]
         there = [m for m in row if m is not None]
         means = (geometric_mean([getattr(m, of) for m in there]) for of in ("time_ratio", "memory_ratio"))
         rows.append([quantity, method, *body, ratios(*means)])
     return rows
+
+
+_SHORT = 1e-3  # seconds
+
+
+def _cell(m: Measurement) -> str:
+    is_short = m.minimum_seconds < _SHORT * m.time_ratio
+    return f"{'~' if is_short else ''}{ratios(m.time_ratio, m.memory_ratio)}"
 
 
 def geometric_mean(ratios: Sequence[float]) -> float:
@@ -145,24 +159,35 @@ def _print_table(rows: list[list[str]], *, markdown: bool) -> None:
         print(_markdown(rows))
     elif sys.stdout.isatty() and importlib.util.find_spec("rich"):
         console, tables = importlib.import_module("rich.console"), importlib.import_module("rich.table")
-        drawn = tables.Table()
-        for k, name in enumerate(rows[0]):
-            drawn.add_column(name, justify="left" if k < 2 else "right")
-        for row in rows[1:]:
-            drawn.add_row(*row)
-        console.Console().print(drawn)
+        for quantity, turned in _by_quantity(rows):
+            drawn = tables.Table(title=quantity, title_justify="left")
+            for k, name in enumerate(turned[0]):
+                drawn.add_column(name, justify="left" if k == 0 else "right")
+            for row in turned[1:]:
+                drawn.add_row(*row)
+            console.Console().print(drawn)
     else:
-        print(_columns(rows))
+        print("\n\n".join(_columns(turned) for _, turned in _by_quantity(rows)))
+
+
+def _by_quantity(rows: list[list[str]]) -> list[tuple[str, list[list[str]]]]:
+    """A table for each quantity, narrow enough for 80 columns: a row for each model, a column for each method."""
+    header, base, *others = rows
+    made = []
+    for quantity in dict.fromkeys(row[0] for row in others):
+        columns = [[quantity, *header[2:]], [base[1], *base[2:]]]
+        columns += [[row[1], *row[2:]] for row in others if row[0] == quantity]
+        made.append((quantity, [list(row) for row in zip(*columns, strict=True)]))
+    return made
 
 
 def _columns(rows: list[list[str]]) -> str:
-    """The rows as text in columns, the first two to the left, the others to the right."""
+    """The rows as text in columns, the first to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
     lines = []
     for row in rows:
-        named = [cell.ljust(width) for cell, width in zip(row[:2], widths, strict=False)]
-        measured = [cell.rjust(width) for cell, width in zip(row[2:], widths[2:], strict=True)]
-        lines.append("  ".join([*named, *measured]).rstrip())
+        measured = [cell.rjust(width) for cell, width in zip(row[1:], widths[1:], strict=True)]
+        lines.append("  ".join([row[0].ljust(widths[0]), *measured]).rstrip())
     return "\n".join(lines)
 
 
