@@ -24,6 +24,9 @@ NormMethod = Literal["pairs", "block"]
 # How many times larger than its factors a block may be and still be kept for the clipped sum.
 _KEPT = 2
 
+# From so many uses on their factors are joined: one product in the place of many.
+_MANY = 8
+
 
 @dataclass(frozen=True, eq=False)
 class Use:
@@ -88,6 +91,11 @@ class PartRules:
         """Whether each gradient is one outer product, of which moments are products."""
         return len(self.rules) == 1 and self.rules[0].is_outer
 
+    @property
+    def is_stacked(self) -> bool:
+        """Whether there are so many uses, as of a weight in an unrolled loop, that their factors are joined to one."""
+        return self.has_pairs and len(self.rules) >= _MANY and all(rule.folds_batch for rule in self.rules)
+
     # One example: `data` has its `SiteData` of each use.
 
     def factors(self, data: Sequence[SiteData]) -> list[Factor]:
@@ -115,6 +123,8 @@ class PartRules:
 
     def gradient(self, data: Sequence[SiteData]) -> jax.Array:
         """One example's gradient, flat in the order of the leaf's memory."""
+        if self.is_stacked:
+            return self._block(self.factors(data))
         return factors.add([rule.gradient(one) for rule, one in zip(self.rules, data, strict=True)])
 
     def norm(self, data: Sequence[SiteData]) -> Norm:
@@ -128,6 +138,8 @@ class PartRules:
 
     def sum_bound(self, data: Sequence[SiteData]) -> jax.Array:
         """A number that the norms of the terms at all positions do not add up to more than."""
+        if self.is_stacked:
+            return functools.reduce(add, map(factors.sum_bound, self.factors(data)))
         each = zip(self.rules, data, strict=True)
         return functools.reduce(add, [rule.sum_bound(one) for rule, one in each])
 
@@ -166,7 +178,14 @@ class PartRules:
     def batch_gradient(self, data: Sequence[SiteData], weights: jax.Array | None) -> jax.Array:
         """Σ w_i G_i, flat in the order of the leaf's memory."""
         each = zip(self.rules, data, strict=True)
+        if self.is_stacked:
+            return self._block(self._joined([rule.batch_factor(one, weights) for rule, one in each]))
         return factors.add([rule.batch_gradient(one, weights) for rule, one in each])
+
+    def _block(self, made: Sequence[Factor]) -> jax.Array:
+        assert self.layout is not None
+        layout = self.layout
+        return factors.add([layout.flatten(factors.block(one, layout)) for one in made])
 
     def batch_factors(self, data: Sequence[SiteData]) -> list[Factor]:
         """The factors of Σ G_i."""
