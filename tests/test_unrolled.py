@@ -7,6 +7,7 @@ import oracle
 import pytest
 from cases import Draw, Problem
 from internals import forced, form_of
+from jax import lax
 from questions import WEIGHTS, check_asked, wave
 
 import jgd
