@@ -73,5 +73,4 @@ def _keeps_numbers(eqn: Any) -> bool:
     if eqn.primitive in (prim.div_p, prim.mul_p):
         by = eqn.invars[1]
         return isinstance(by, Literal) and jnp.ndim(by.val) == 0 and by.val == 1
-    first, out = eqn.invars[:1], eqn.outvars[0].aval
-    return eqn.primitive in _SAME and 0 < first[0].aval.size == out.size
+    return eqn.primitive in _SAME and 0 < eqn.invars[0].aval.size == eqn.outvars[0].aval.size
