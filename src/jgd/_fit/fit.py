@@ -127,10 +127,10 @@ def fit(
     arrays = {"params": params} if is_batches(data) else {"params": params, "data": data}
     for argument, tree in arrays.items():
         check_alive(tree, argument)
+    mesh = mesh_of(params, arrays.get("data", ()))
     check_one_place(
         [(name, *leaf) for name, tree in arrays.items() for leaf in tree_flatten_with_path(tree)[0]]
     )
-    mesh = mesh_of(params, arrays.get("data", ()))
     state = _own(method, params, mesh)
     source = source_of(data, params, method.in_axes, batch_size=batch_size, length=length, key=key, mesh=mesh)
     watches = {
