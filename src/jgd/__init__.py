@@ -22,17 +22,22 @@ from jgd._reductions.linear import mean as mean
 from jgd._reductions.linear import sum as sum
 from jgd._reductions.moments import second_moment as second_moment
 from jgd._reductions.moments import variance as variance
+from jgd._reductions.natural import natural_gradient as natural_gradient
 from jgd._reductions.norms import NoiseScale as NoiseScale
 from jgd._reductions.norms import clipped_sum as clipped_sum
 from jgd._reductions.norms import noise_scale as noise_scale
 from jgd._reductions.norms import norms as norms
 from jgd._reductions.pairs import gram as gram
 from jgd._reductions.pairs import project as project
+from jgd._reductions.statistics import BatchStatistics as BatchStatistics
+from jgd._reductions.statistics import batch_statistics as batch_statistics
+from jgd._reductions.statistics import smoothed as smoothed
 
 __version__ = "0.1.0"
 
 # Not `sum`, which would hide the builtin from whoever writes `from jgd import *`.
 __all__ = [
+    "BatchStatistics",
     "Checkpoint",
     "ExplainRow",
     "Explanation",
@@ -44,6 +49,7 @@ __all__ = [
     "PerExampleGrads",
     "StepInfo",
     "ascent",
+    "batch_statistics",
     "clipped_sum",
     "descent",
     "descent_ascent",
@@ -53,11 +59,13 @@ __all__ = [
     "gram",
     "materialize",
     "mean",
+    "natural_gradient",
     "noise_scale",
     "norms",
     "per_example_grad",
     "project",
     "second_moment",
     "shard_batch",
+    "smoothed",
     "variance",
 ]
