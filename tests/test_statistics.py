@@ -196,9 +196,9 @@ def test_gauss_newton_solves_least_squares_in_one_step(x64):
 
 def test_as_the_reduction_of_a_method():
     x, y = jnp.asarray(Draw(3)(20, 3), jnp.float32), jnp.asarray(Draw(4)(20), jnp.float32)
-    natural = functools.partial(jgd.natural_gradient, damping=1.0)
+    natural = functools.partial(jgd.natural_gradient, damping=10.0)
     method = jgd.descent(lambda w, x, y: 0.5 * (x @ w - y) ** 2, optax.sgd(0.5), reduce=natural)
-    result = jgd.fit(method, jnp.zeros(3), (x, y), batch_size=10, epochs=30, key=jax.random.key(0))
+    result = jgd.fit(method, jnp.zeros(3), (x, y), batch_size=None, epochs=100, key=jax.random.key(0))
     total = lambda w: float(jnp.sum((x @ w - y) ** 2))
     least = total(jnp.linalg.lstsq(x, y)[0])
     assert total(result.params) - least < 0.2 * (total(jnp.zeros(3)) - least)
