@@ -90,6 +90,9 @@ CASES = {  # loss, shapes of the parameters, of an example, and of which kind ea
     "a constant on the way back": (
         lambda p, x: wave(x @ of_vjp(jnp.sign, jnp.ones_like)(p)), (6, 4), (3, 6), "computed",
     ),
+    "another constant where it is masked, on the way back": (
+        lambda p, x: wave(x @ of_vjp(jnp.sign, lambda g: jnp.where(MASK, g, 0.5))(p)), (6, 4), (6,), "computed",
+    ),
     "padded": (
         lambda p, x: wave(x @ lax.pad(p["a"], p["b"], [(1, 1, 0), (1, 2, 0)])), {"a": (4, 3), "b": ()}, (3, 6), None,
     ),

@@ -87,7 +87,11 @@ def _way_of(plan: Plan, leaf: int) -> Way | None:
         return "identity"
     if all(_takes_factors(plan, leaf, k) for k in operands):
         return "factors"
-    return "elementwise" if is_alone and _back(plan, leaf, operands[0]).is_elementwise else None
+    if not is_alone or not _back(plan, leaf, operands[0]).is_elementwise:
+        return None
+    # The rule of a `custom_vjp` may select something that is not 0.
+    is_linear = leaf not in plan.nonlinear or not _back(plan, leaf, operands[0]).selects
+    return "elementwise" if is_linear else None
 
 
 def _takes_factors(plan: Plan, leaf: int, operand: int) -> bool:
