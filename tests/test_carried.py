@@ -244,6 +244,17 @@ def test_norms_of_tiles_of_any_size(case, scale, monkeypatch):
         np.testing.assert_allclose(asked(problem.params, *problem.batch, sizes), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize("scale", [1e-30, 1e30])
+def test_a_way_back_that_leaves_nothing_of_one_direction(scale):
+    """Signs that the engine tries a way back on may cancel in it: that says nothing of the gradients."""
+    w = jnp.asarray([2.0, 3.0], jnp.float32)
+    loss = lambda p, x: scale * wave(x @ (jax.nn.softmax(p)[0] * jnp.ones((8, 8))))
+    x = jnp.asarray(Draw(1)(B, 8), jnp.float32)
+    blocks = np.float64(jax.vmap(jax.grad(lambda p, x: loss(p, x) / scale), (None, 0))(w, x))
+    got = np.float64(jgd.norms(jgd.per_example_grad(loss, strategy="factored")(w, x)))
+    np.testing.assert_allclose(got / scale, np.linalg.norm(blocks, axis=1), rtol=1e-4)
+
+
 @pytest.mark.parametrize("left", [0.0, 1e-4, 1e-2])
 def test_a_penalty_that_cancels_the_rest(left):
     """The norm of a difference, to float32's digits of the difference."""

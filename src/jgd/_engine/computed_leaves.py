@@ -98,11 +98,16 @@ class ComputedLeaves:
 
     def norms(self) -> dict[int, list[Norm]]:
         bounds = self._sum_bounds()
-        lengths = self._lengths({leaf: x == 0 for leaf, x in bounds.items()})
+        # Not by the bounds: of some direction the way back may leave nothing.
+        are_zero = [gradients.sum_bounds() == 0 for _, gradients in self.parts]
+        lengths = self._lengths(functools.reduce(jnp.logical_and, are_zero))
         return {leaf: [Norm(x).of_sum(bounds[leaf])] for leaf, x in lengths.items()}
 
-    def _lengths(self, are_zero: ByLeaf) -> ByLeaf:
-        """By plain sums of squares, of which XLA makes one program with the gradients and stores none of these."""
+    def _lengths(self, are_zero: jax.Array) -> ByLeaf:
+        """By plain sums of squares, of which XLA makes one program with the gradients and stores none of these.
+
+        `are_zero` says of which examples nothing is left at any operand.
+        """
         in_levels = lambda made: {leaf: jax.vmap(length)(x) for leaf, x in made.items()}
         if self._num_shards > 1:
             return self._tiled(in_levels)
@@ -112,7 +117,7 @@ class ComputedLeaves:
             arrays, are_zero = some
             blocks = lambda: self._blocks(pull, arrays, size)
             squares = {leaf: jax.vmap(factors.sum_squares)(x) for leaf, x in blocks().items()}
-            trusted = [jnp.all(are_zero[leaf] | is_within(x, 5 / 8)) for leaf, x in squares.items()]
+            trusted = [jnp.all(are_zero | is_within(x, 5 / 8)) for x in squares.values()]
             quick = lambda: {leaf: root(x) for leaf, x in squares.items()}
             return jax.lax.cond(jnp.all(jnp.stack(trusted)), quick, lambda: in_levels(blocks()))
 
