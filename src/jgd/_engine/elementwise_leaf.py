@@ -12,6 +12,7 @@ import jax.numpy as jnp
 from jgd._engine import factors
 from jgd._engine.carried_leaf import CarriedLeaf
 from jgd._engine.dtypes import accumulation_dtype
+from jgd._engine.leaf_gradients import ByLeaf
 from jgd._engine.norms import Norm, length, root, with_digits
 from jgd._engine.part_gradients import PartGradients
 from jgd._engine.parts import Part
@@ -57,6 +58,28 @@ class ElementwiseLeaf(CarriedLeaf):
         trusted = (is_zero & (made == 0)) | ((square >= _LEAST) & (made > 0) & (made < jnp.inf))
         left_out = None if self.left_out is None else pick(self.left_out)
         return with_digits(_norm_again, (gradients, derivative, left_out), made, trusted)
+
+    def moments(self, weights: jax.Array | None, scale: Any, *, centred: bool) -> ByLeaf:
+        """M² times those of G, unless one of these left its range and M may bring it back."""
+        if any(gradients.batch.num_shards > 1 for _, gradients in self.own.parts):
+            return super().moments(weights, scale, centred=centred)
+        of_own = self.own.moments(weights, scale, centred=centred)[self.leaf]
+        largest = jnp.max(jnp.abs(self.derivative), initial=0)
+        # Where M is 0 so is the moment, if G is finite.
+        least = jnp.min(jnp.where(self.derivative == 0, jnp.inf, jnp.abs(self.derivative)), initial=jnp.inf)
+        most = jnp.max(of_own, initial=0)
+        ordinary = (most >= 2.0**-_FAR) & (most <= 2.0**_FAR) & (largest <= 2.0**_FAR)
+        trusted = ordinary & (least >= largest * 2.0**-_EVEN) & jnp.all(jnp.isfinite(of_own))
+        quick = lambda: jnp.square(self.derivative.astype(of_own.dtype)) * of_own
+        carried = lambda: self.gradients.moments(weights, scale, centred=centred)[self.leaf].astype(
+            of_own.dtype
+        )
+        return {self.leaf: jax.lax.cond(jax.lax.stop_gradient(trusted), quick, carried)}
+
+
+# Moments up to 2**±_FAR, and derivatives that differ by at most 2**_EVEN: what of the squares is lost below the range
+# of float32 is nothing then beside the leaf's largest moment.
+_FAR, _EVEN = 60, 20
 
 
 def _norm_again(held: tuple[PartGradients, jax.Array, jax.Array | None], number: jax.Array) -> jax.Array:
