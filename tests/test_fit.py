@@ -378,6 +378,7 @@ def alone(batch_size):
     ).params  # fmt: skip
 
 
+@pytest.mark.sample(lambda where, batch_size, callback: batch_size == 6 or where == "sharded")
 @pytest.mark.parametrize("callback", [None, lambda *_: None], ids=["compiled", "watched"])
 @pytest.mark.parametrize("batch_size", [4, None, 6])
 @pytest.mark.parametrize("where", ["host", "replicated", "sharded", "another axis"])

@@ -81,6 +81,7 @@ def test_a_derivative_of_the_batch_may_take_a_key():
     assert np.abs(moves[0] - moves[1]).max() > 1e-3
 
 
+@pytest.mark.sample(lambda loss, options: loss is dropped)
 @pytest.mark.parametrize("loss", [dropped, lambda w, x: w @ x])
 @pytest.mark.parametrize("options", [{}, {"inner_steps": 3}, {"batch_size": 4}, {"batch_size": None}])
 def test_both_ways_to_run_draw_the_same(loss, options):

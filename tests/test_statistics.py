@@ -65,6 +65,7 @@ def check(statistics, want, rtol):
         np.testing.assert_allclose(getattr(statistics, name), value, rtol=rtol, err_msg=name)
 
 
+@pytest.mark.sample(lambda form, weights: form == "microbatched" or weights is OTHERS)
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weights", [None, PADDED, OTHERS], ids=["all", "padded", "weighted"])
 def test_each_by_its_definition(form, weights, x64):
@@ -162,6 +163,7 @@ def by_parameters(rows, residuals, damping, weights, *, centred):
     return np.linalg.solve(rows.T @ rows + damping * np.eye(rows.shape[1]), rows.T @ residuals)
 
 
+@pytest.mark.sample(lambda centred, form, weights: form == "factored")
 @pytest.mark.parametrize("centred", [False, True])
 @pytest.mark.parametrize("form", FORMS)
 @pytest.mark.parametrize("weights", [None, PADDED, OTHERS], ids=["all", "padded", "weighted"])

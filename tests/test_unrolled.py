@@ -71,12 +71,14 @@ def problem(name):
     return Problem(LOSSES[name], params, (jnp.asarray(draw(B, STEPS, 5)),))
 
 
+@pytest.mark.sample(lambda name, microbatch_size: microbatch_size is None)
 @pytest.mark.parametrize("microbatch_size", [None, 2])
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_question(name, microbatch_size, x64):
     check_asked(problem(name), microbatch_size)
 
 
+@pytest.mark.sample(lambda name, method: name in ("steps", "both_sides"))
 @pytest.mark.parametrize("method", ["pairs", "block"])
 @pytest.mark.parametrize("name", LOSSES)
 def test_norms_by_either_method(name, method, x64):
