@@ -67,7 +67,7 @@ def test_another_key_for_each_example():
 def test_each_derivative_sees_the_same_masks(derivative):
     method = jgd.descent(dropped, SGD, derivative=derivative)
     got, _ = method.step(method.init(jnp.zeros(2)), X, key=KEY)
-    own = KEY if derivative != "reverse" else jax.random.split(KEY)[0]
+    own = jax.random.split(KEY)[0]
     masks = jax.vmap(lambda key: jax.random.bernoulli(key, 0.5, (2,)))(jax.random.split(own, 6))
     np.testing.assert_allclose(got.params, -0.1 * jnp.mean(X * masks, axis=0), rtol=1e-3)
 
@@ -160,3 +160,13 @@ def test_keys_that_are_missing_or_not_wanted():
     method = jgd.descent(lambda w, x: w @ x, SGD)
     with pytest.raises(ValueError, match="neither the loss nor `reduce` takes one"):
         method.step(method.init(jnp.zeros(2)), X, key=KEY)
+
+
+def test_axes_of_a_keyed_loss():
+    for axes in (0, (None, 0), None):
+        method = jgd.descent(dropped, SGD, in_axes=axes)
+        got, _ = method.step(method.init(jnp.zeros(2)), X, key=KEY)
+        want, _ = jgd.descent(dropped, SGD).step(method.init(jnp.zeros(2)), X, key=KEY)
+        np.testing.assert_array_equal(got.params, want.params)
+    with pytest.raises(ValueError, match="give a tuple"):
+        jgd.descent(dropped, SGD, in_axes=1)

@@ -65,6 +65,9 @@ NONE = {
     ),
     "a softmax of one": lambda w, x: jnp.sum(jax.nn.softmax((x @ w)[None], axis=0) * (x @ w)),
     "a mean of one": lambda w, x: jnp.mean((x @ w)[None], axis=0)[0],
+    "a mean of a parameter": lambda w, x: jnp.sum((w[:1] - w[:1].mean(0)) + x @ w),
+    "a mean of what is given": lambda w, x: jnp.sum((x[:1] - x[:1].mean(0)) + x @ w),
+    "neighbours": lambda w, x: jnp.sum((x @ w)[None].sum(0, keepdims=True) - (x @ w)[None]),
     "itself": lambda w, x: jnp.sum((x @ w) - (x @ w)),
 }
 
@@ -115,6 +118,10 @@ def test_arguments_by_name_are_mapped_as_by_vmap():
     np.testing.assert_allclose(other, jax.vmap(jax.grad(squared), (None, 0, 0))(W, X, Y), rtol=1e-5)
     with pytest.raises(ValueError, match="disagree in length"):
         grads_of(loss)(W, X, y=Y[:3], mask=mask)
+    with pytest.raises(ValueError, match="give the parameters by their place"):
+        grads_of(lambda x, w: jnp.sum(x @ w), argnums=1)(X, w=W)
+    with pytest.raises(ValueError, match="give the parameters by their place"):
+        grads_of(squared)(w=W, x=X, y=Y)
 
 
 # Keys, devices, memory that was given away, modes

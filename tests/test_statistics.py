@@ -9,7 +9,7 @@ import optax
 import oracle
 import pytest
 from cases import Draw
-from jax.sharding import NamedSharding
+from jax.sharding import AxisType, NamedSharding
 from jax.sharding import PartitionSpec as P
 from meshes import mesh_of
 
@@ -215,8 +215,49 @@ def test_as_the_reduction_of_a_method():
         ({"damping": jnp.ones(2)}, "`damping` must be one number"),
         ({"damping": 1.0, "residuals": jnp.ones(3)}, "`residuals` must have shape"),
         ({"damping": 1.0, "weights": -np.ones(B)}, "`weights` must not be negative"),
+        ({"damping": 1.0, "centred": True}, "give `residuals`"),
     ],
 )
 def test_bad_input(options, message):
     with pytest.raises(ValueError, match=message):
         jgd.natural_gradient(jnp.ones((B, 3)), **options)
+
+
+@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0, 1e6])
+def test_more_examples_than_parameters_in_float32(scale):
+    """Most directions of the Gram matrix hold nothing but rounding, which a small damping must not blow up."""
+    draw = Draw(5)
+    rows, residuals = np.float32(scale * draw(64, 8)), np.float32(draw(64))
+    want = by_parameters(np.float64(rows), np.float64(residuals), 1e-3, np.ones(64), centred=False)
+    got = jgd.natural_gradient(jnp.asarray(rows), jnp.asarray(residuals), damping=1e-3)
+    assert np.max(np.abs(got - want)) < 1e-4 * np.max(np.abs(want))
+
+
+def test_a_natural_gradient_on_explicit_axes():
+    params, x = problem(np.float32)
+    mesh = mesh_of(4, kind=AxisType.Explicit)
+    put = lambda tree, *spec: jax.device_put(tree, NamedSharding(mesh, P(*spec)))
+    for weights in (None, OTHERS):
+        ask = lambda p, x, w: jgd.natural_gradient(
+            jgd.per_example_grad(loss, strategy="factored")(p, x), damping=0.3, weights=w
+        )
+        got = jax.jit(ask)(put(params), put(x, "data"), weights if weights is None else put(weights, "data"))
+        want = ask(params, x, weights)
+        jax.tree.map(lambda a, b: np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-5), got, want)
+
+
+def test_the_derivative_of_a_natural_gradient(x64):
+    params, x = problem()
+    of = lambda solve: jax.grad(lambda b: jnp.sum(jnp.sin(solve(b))))(params["b"])
+    power = lambda p, x: loss(p, x) ** 2
+
+    def ours(b):
+        return jgd.natural_gradient(jgd.per_example_grad(power)(params | {"b": b}, x), damping=0.3)["w"]
+
+    def by_hand(b):
+        blocks = jax.vmap(jax.grad(power), (None, 0))(params | {"b": b}, x)
+        rows = jnp.concatenate([leaf.reshape(B, -1) for leaf in jax.tree.leaves(blocks)], axis=1)
+        made = rows.T @ jnp.linalg.solve(rows @ rows.T + 0.3 * jnp.eye(B), jnp.ones(B))
+        return made[4:].reshape(6, 4)  # behind b
+
+    np.testing.assert_allclose(of(ours), of(by_hand), rtol=1e-6)

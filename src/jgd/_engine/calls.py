@@ -138,8 +138,14 @@ def bind_named(
     def by_place(*args: Any) -> Any:
         return loss(*args[:count], **dict(zip(names, args[count:], strict=True)))
 
+    for number in (argnums,) if isinstance(argnums, int) else argnums:
+        if not -count <= number < count:
+            raise ValueError(
+                f"`argnums`={argnums} names argument {number}, but the loss got {count} arguments by their place and "
+                f"{', '.join(names)} by name, which hold the batch: give the parameters by their place"
+            )
     # From the end they would be counted among those given by name.
-    first = lambda number: number % max(count, 1)
+    first = lambda number: number % count
     chosen = first(argnums) if isinstance(argnums, int) else tuple(map(first, argnums))
     own = _axes_by_argument(args, (chosen,) if isinstance(chosen, int) else chosen, in_axes)
     axes = (*own, *[0] * len(names))

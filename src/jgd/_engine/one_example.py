@@ -1,7 +1,7 @@
 """What a loss that was written for a batch does with the one example that it sees."""
 
 from collections.abc import Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax.numpy as jnp
 
@@ -16,7 +16,8 @@ _INSTEAD = (
 
 BATCH_STATISTIC = (
     "`loss` subtracts from an array its mean over an axis of length 1, so that nothing is left, and no gradient comes "
-    f"through. That is a batch statistic, as of batch normalisation, of the ONE example that a loss sees. {_INSTEAD}"
+    "through. Is it a batch statistic, as of batch normalisation? A loss sees ONE example, not a batch. "
+    f"{_INSTEAD}"
 )
 
 
@@ -34,34 +35,56 @@ def note(call: Call, error: Exception) -> str:
     )
 
 
-Source = tuple[
-    Any, bool
-]  # the variable that an array holds the numbers of, and whether a sum was taken on the way
+class _Numbers(NamedTuple):
+    """What an array holds: whose numbers, after which steps, and what they depend on."""
+
+    source: Any
+    is_summed: bool = False
+    is_mean: bool = False
+    of_params: bool = False
+    of_example: bool = False
 
 
-def takes_batch_statistic(jaxpr: Any) -> bool:
-    """Whether an array is taken from itself, by way of a sum over axes of length 1."""
-    return _walk(jaxpr, [(x, False) for x in jaxpr.invars])[0]
+def takes_batch_statistic(jaxpr: Any, params: int, shared: int) -> bool:
+    """Whether an array is taken from its mean over axes of length 1.
+
+    Args:
+        jaxpr: of one example's loss; its inputs are the parameters, what examples share, and the example.
+        params: how many are parameters.
+        shared: how many are shared.
+    """
+    inputs = enumerate(jaxpr.invars)
+    return _walk(
+        jaxpr, [_Numbers(x, of_params=k < params, of_example=k >= params + shared) for k, x in inputs]
+    )[0]
 
 
-def _walk(jaxpr: Any, sources: Sequence[Source]) -> tuple[bool, list[Source]]:
-    """Whether that is so, and what the jaxpr's results hold the numbers of."""
-    of: dict[Any, Source] = dict(zip(jaxpr.invars, sources, strict=True))
-    read = lambda atom: (atom, False) if isinstance(atom, Literal) else of.get(atom, (atom, False))
+def _walk(jaxpr: Any, given: Sequence[_Numbers]) -> tuple[bool, list[_Numbers]]:
+    """Whether that is so, and what the jaxpr's results hold."""
+    of: dict[Any, _Numbers] = dict(zip(jaxpr.invars, given, strict=True))
+    read = lambda atom: _Numbers(atom) if isinstance(atom, Literal) else of.get(atom, _Numbers(atom))
     for eqn in jaxpr.eqns:
+        operands = [read(x) for x in eqn.invars]
         inside = called(eqn)
         if inside is not None:
-            found, results = _walk(inside[0], [read(x) for x in eqn.invars])
+            found, results = _walk(inside[0], operands)
             if found:
                 return True, []
             of.update(zip(eqn.outvars, results, strict=True))
-        elif eqn.primitive is prim.sub_p:
-            (first, summed), (second, also) = map(read, eqn.invars)
-            if first is second and summed != also:
+            continue
+        if eqn.primitive is prim.sub_p:
+            first, second = operands
+            both = first.of_params and first.of_example
+            if first.source is second.source and first.is_mean != second.is_mean and both:
                 return True, []
-        elif _keeps_numbers(eqn):
-            source, summed = read(eqn.invars[0])
-            of[eqn.outvars[0]] = source, summed or eqn.primitive is prim.reduce_sum_p
+        if _keeps_numbers(eqn):
+            first = operands[0]
+            is_summed = first.is_summed or eqn.primitive is prim.reduce_sum_p
+            is_mean = first.is_mean or (is_summed and eqn.primitive in (prim.div_p, prim.mul_p))
+            of[eqn.outvars[0]] = first._replace(is_summed=is_summed, is_mean=is_mean)
+            continue
+        depends = any(x.of_params for x in operands), any(x.of_example for x in operands)
+        of.update({x: _Numbers(x, False, False, *depends) for x in eqn.outvars})
     return False, [read(x) for x in jaxpr.outvars]
 
 

@@ -106,7 +106,7 @@ def trace(call: Call) -> Traced:
 
 def _warn(program: TracedLoss) -> None:
     """Says what a new program shows of a loss that was meant otherwise."""
-    if takes_batch_statistic(program.jaxpr):
+    if takes_batch_statistic(program.jaxpr, len(program.param_avals), program.num_shared):
         warnings.warn(BATCH_STATISTIC, UserWarning, stacklevel=5)
 
 

@@ -211,7 +211,12 @@ class Batches:
         self.in_axes = in_axes
         if self._takes_key:
             self.loss = functools.wraps(loss)(lambda params, *args: loss(params, *args[:-1], key=args[-1]))
-            self.in_axes = None if in_axes is None else (*in_axes, 0)
+            if isinstance(in_axes, int) and in_axes != 0:
+                raise ValueError(
+                    f"`in_axes`={in_axes} would be the axis of the keys too, which have one: give a tuple with an "
+                    "entry for each argument of the loss"
+                )
+            self.in_axes = (*in_axes, 0) if isinstance(in_axes, tuple | list) else in_axes
 
     def __call__(self, params: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, ...]:
         """The batch, its keys included."""
@@ -315,10 +320,12 @@ Slopes = Callable[[Callable[[Any], jax.Array], Any], Any]
 
 def _by_coordinates(objective: Objective, slopes: Slopes) -> Evaluate:
     def evaluate(params: Any, *batch: Any, weights: Any = None, key: Any = None) -> Evaluation:
-        def value_fn(params: Any) -> jax.Array:
-            return objective(params, *batch, weights=weights, key=key)[0]
+        own = None if key is None else jax.random.split(key)[0]  # as where `reduce` has the other
 
-        value, aux = objective(params, *batch, weights=weights, key=key)
+        def value_fn(params: Any) -> jax.Array:
+            return objective(params, *batch, weights=weights, key=own)[0]
+
+        value, aux = objective(params, *batch, weights=weights, key=own)
         return Evaluation(value, slopes(value_fn, params), aux, value_fn)
 
     return evaluate
