@@ -116,7 +116,7 @@ def test_a_run_that_goes_on_draws_what_one_that_never_stopped_does(tmp_path):
 
 def test_an_order_key_is_no_update_key():
     keys = [jax.random.fold_in(KEY, epoch) for epoch in range(50)]
-    own = [jgd._methods.method.key_of_update(KEY, step) for step in range(50)]
+    own = [jgd._methods.method.key_of_update(KEY, jnp.int32(step)) for step in range(50)]
     bits = np.array([jax.random.key_data(key) for key in keys + own])
     assert len(np.unique(bits, axis=0)) == 100
 

@@ -1,6 +1,6 @@
 """What a batch says about its own size: how much of its gradient is noise, and how far the examples agree."""
 
-from typing import Any, NamedTuple, Self
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -114,10 +114,10 @@ class Running(NamedTuple):
         """The weighted means."""
         return BatchStatistics(*(x / self.weight for x in self.sums))
 
-    def after(self, statistics: BatchStatistics, decay: Any) -> Self:
+    def after(self, statistics: BatchStatistics, decay: Any) -> "Running":
         """The sums with one more step's."""
         step = lambda old, new: decay * old + (1 - decay) * new
-        return type(self)(
+        return Running(
             BatchStatistics(*map(step, self.sums, statistics)), step(self.weight, jnp.ones_like(self.weight))
         )
 
