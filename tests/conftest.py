@@ -59,8 +59,8 @@ hypothesis.settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "default")
 def pytest_collection_modifyitems(items):
     """Of a test with `sample(chosen)`, the parameters that `chosen` says no to are slow.
 
-    CI asks these too: `pytest -m "sample and slow"`. With `JGD_SHARE=2` that is a half of them, by their names, which
-    is what CI has time for.
+    CI asks these too: `pytest -m "sample and slow"`. With `JGD_SHARE=3` that is a third of them, by their names,
+    which is what CI has time for.
     """
     share = int(os.environ.get("JGD_SHARE", "1"))
     for item in items:
