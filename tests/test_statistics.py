@@ -223,7 +223,7 @@ def test_bad_input(options, message):
         jgd.natural_gradient(jnp.ones((B, 3)), **options)
 
 
-@pytest.mark.parametrize("scale", [1.0, 10.0, 100.0, 1e6])
+@pytest.mark.parametrize("scale", [1e-25, 1e-10, 1.0, 10.0, 100.0, 1e6])
 def test_more_examples_than_parameters_in_float32(scale):
     """Most directions of the Gram matrix hold nothing but rounding, which a small damping must not blow up."""
     draw = Draw(5)
@@ -261,3 +261,27 @@ def test_the_derivative_of_a_natural_gradient(x64):
         return made[4:].reshape(6, 4)  # behind b
 
     np.testing.assert_allclose(of(ours), of(by_hand), rtol=1e-6)
+
+
+LENGTHS = {  # of the rows' singular values
+    "decaying": np.logspace(0, -6, 64),
+    "two of a kind": np.r_[np.ones(32), np.zeros(32)],
+    "few large ones": np.r_[np.ones(32), np.full(32, 10**-2.6)],
+}
+
+
+@pytest.mark.parametrize("scale", [1e-25, 1.0, 1e8])
+@pytest.mark.parametrize("kind", LENGTHS)
+def test_directions_that_the_gram_matrix_hardly_resolves(kind, scale):
+    """They count as much as the others where the damping is not smaller than the rounding."""
+    rng = np.random.default_rng(0)
+    left, right = (np.linalg.qr(rng.normal(size=(n, 64)))[0] for n in (64, 500))
+    rows = np.float32(scale * (left * LENGTHS[kind]) @ right.T)
+    residuals = np.float32(rng.normal(size=64))
+    wide = np.float64(rows)
+    for share in (1e-4, 1e-2, 1.0):
+        damping = np.float32(max(share * scale**2, 1e-30))
+        want = wide.T @ np.linalg.solve(wide @ wide.T + np.float64(damping) * np.eye(64), residuals)
+        got = np.float64(jgd.natural_gradient(jnp.asarray(rows), jnp.asarray(residuals), damping=damping))
+        allowed = 2e-6 + 4 * np.finfo(np.float32).eps / share  # a solver in float32 has some 1 eps
+        assert np.linalg.norm(got - want) < allowed * np.linalg.norm(want)

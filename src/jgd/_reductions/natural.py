@@ -1,5 +1,6 @@
 """Natural gradients in the space of the examples: one small system, and one weighted sum."""
 
+import math
 from typing import Any
 
 import jax
@@ -12,6 +13,9 @@ from jgd._mesh import like_scalars, placed_by
 from jgd._reductions.arguments import Weights, form_of, weights_of
 from jgd._reductions.linear import sum as sum_
 from jgd._reductions.pairs import gram
+
+# Roundings of the largest eigenvalue below which others are not told from 0.
+_RESOLVED = 8
 
 
 def natural_gradient(
@@ -36,8 +40,9 @@ def natural_gradient(
         weights: `(B,)`, at least 0: of example i the row and r_i are multiplied by √w_i; weight 0 means absent.
 
     Returns:
-        A pytree like the parameters, in their dtypes. What the precision of J Jᵀ does not resolve, directions in which
-        it is below B roundings of its largest eigenvalue, is left out, as for a pseudo-inverse: where P < B, most are.
+        A pytree like the parameters, in their dtypes. Directions in which J Jᵀ + λ is below 8 roundings of the largest
+        eigenvalue are left out, as for a pseudo-inverse; of more than P examples so are those that must be 0. nan where
+        J Jᵀ leaves the range of its dtype.
 
     Raises:
         ValueError: `damping` is negative or no single number, `residuals` or `weights` are not `(B,)`, or `centred`
@@ -61,12 +66,18 @@ def natural_gradient(
         )
     if weights is not None:
         weights = weights_of(weights, form.size, divides=True, may_be_negative=False)
-    return sum_(grads, _coefficients(gram(grads), residuals, damping, weights, centred))
+    rank = sum(math.prod(x.shape) for x in form.leaf_structs)
+    return sum_(grads, _coefficients(gram(grads), residuals, damping, weights, centred, rank))
 
 
 @placed_by(like_scalars)
-def _solved(pairs: jax.Array, residuals: Any, damping: Any, weights: Any, centred: bool) -> jax.Array:
-    """The weights of the sum: √W (√W K √W + λ)⁻¹ √W r, with the mean by W taken off on both sides if `centred`."""
+def _solved(
+    pairs: jax.Array, residuals: Any, damping: Any, weights: Any, centred: bool, rank: int
+) -> jax.Array:
+    """The weights of the sum: √W (√W K √W + λ)⁻¹ √W r, with the mean by W taken off on both sides if `centred`.
+
+    K has at most that rank.
+    """
     size = pairs.shape[0]
     dtype = pairs.dtype
     scale = jnp.ones(size, dtype) if weights is None else jnp.sqrt(weights).astype(dtype)
@@ -81,10 +92,13 @@ def _solved(pairs: jax.Array, residuals: Any, damping: Any, weights: Any, centre
         pairs = take_off(take_off(pairs).T).T
         right = take_off(right)
     weighted, damping = scale[:, None] * pairs * scale, jnp.asarray(damping, dtype)
-    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(weighted))
-    known = values > size * jnp.finfo(dtype).eps * jnp.max(jnp.abs(values), initial=0)
-    inverse = jnp.where(known, 1 / jnp.where(known, values + damping, 1), 0)
-    # Rounding leaves something in directions that are not known, which a small damping would blow up.
+    values, vectors = jnp.linalg.eigh(jax.lax.stop_gradient(weighted))  # in rising order
+    largest, total = jnp.max(values, initial=0), jnp.maximum(values, 0) + damping
+    # Rounding leaves something in directions that hold nothing, which a damping that is not large would blow up.
+    holds = jnp.arange(size) >= size - jnp.minimum(rank, jnp.sum(present) - centred)
+    known = (holds | (damping >= largest)) & (total > _RESOLVED * jnp.finfo(dtype).eps * largest)
+    known = known | jnp.isnan(total)
+    inverse = jnp.where(known, 1 / jnp.where(known, total, 1), 0)
     solve = lambda _, right: vectors @ (inverse * (vectors.T @ right))
     system = lambda x: weighted @ x + damping * x
     made = scale * jax.lax.custom_linear_solve(system, scale * right, solve, symmetric=True)
@@ -93,4 +107,4 @@ def _solved(pairs: jax.Array, residuals: Any, damping: Any, weights: Any, centre
     return jnp.where(present, made, 0)
 
 
-_coefficients = jax.jit(_solved, static_argnums=4)
+_coefficients = jax.jit(_solved, static_argnums=(4, 5))
