@@ -16,10 +16,10 @@ compilation cache (JAX_COMPILATION_CACHE_DIR) is used where one is set: then tim
 
 import argparse
 import dataclasses
-import functools
 import json
 import os
 import queue
+import statistics
 import subprocess
 import sys
 import tempfile
@@ -33,17 +33,16 @@ HERE = Path(__file__).parent
 STORED = HERE / "gpu.json"
 PAGE = HERE.parent / "docs" / "accelerator.md"
 PARTS = ("constants", "times", "precision", "correctness")
-FORMATS = (
-    "float32",
-    "float64",
-    "tf32",
-    "bfloat16",
-)  # tf32: float32 in the device's default precision of products
+# tf32 is float32 in the device's default precision of products.
+FORMATS = ("float32", "float64", "tf32", "bfloat16")
 FLOORS = {"float64": 1e-11, "tf32": 4 * 2.0**-10}  # errors that are allowed whatever those of vmap(grad) are
-MICROBATCH = 4
 GRADIENT = "plain gradient"
 OURS = ("norms", "clipped_sum")
-OTHERS = ("vmap(grad)", f"microbatch {MICROBATCH}", "jax_privacy")
+COLUMNS = (
+    *((quantity, method) for method in ("jgd", "vmap(grad)") for quantity in OURS),
+    ("clipped_sum", "microbatch 4"),
+    ("clipped_sum", "jax_privacy"),
+)
 
 
 # The models
@@ -140,9 +139,7 @@ def find_times(args: argparse.Namespace, name: str) -> None:
     arguments = jax.block_until_ready(jax.device_put((model.params, *model.batch)))
     free = (jax.devices()[0].memory_stats() or {}).get("bytes_limit", 16 << 30)
     programs, built = {}, {}
-    asked = [("sum", GRADIENT), *((q, "jgd") for q in OURS)]
-    asked += [(q, method) for method in OTHERS for q in OURS if method == "vmap(grad)" or q == "clipped_sum"]
-    for quantity, method in asked:
+    for quantity, method in (("sum", GRADIENT), *COLUMNS):
         label = {"part": "times", "model": name, "quantity": quantity, "method": method}
         try:
             function = plain(model) if method == GRADIENT else METHODS[method](model, quantity)
@@ -413,7 +410,7 @@ def line_of(finding: dict[str, Any]) -> str:
             what = f"{finding['model']}: {finding['quantity']} by {finding['method']}"
             if "missing" in finding:
                 return f"{what}: missing: {finding['missing']}"
-            middle = 1e3 * _median(finding["seconds"])
+            middle = 1e3 * statistics.median_high(finding["seconds"])
             build = finding["trace_seconds"] + finding["compile_seconds"]
             return f"{what}: {middle:.3f} ms, {finding['temporary_bytes'] / 2**20:.0f} MiB, built in {build:.1f} s"
         case "kernels":
@@ -429,40 +426,33 @@ def line_of(finding: dict[str, Any]) -> str:
     return json.dumps(finding)
 
 
-def _median(seconds: list[float]) -> float:
-    return sorted(seconds)[len(seconds) // 2]
-
-
 # What one reads
 
 
 def tables(record: dict[str, Any]) -> str:
     """All tables, in Markdown."""
+    import page
+
     found = record["found"]
     of = lambda part: [x for x in found if x["part"] == part]
     where = record["environment"]
     parts = [f"Measured on {where['device']}, jax {where['jax']}."]
     if of("times"):
         builds = where["jobs"] == 1 and not where["cached"]
-        parts += ["### Time and memory", "\n".join(_time_rows(of("times"), builds=builds))]
+        parts += ["### Time and memory", page.markdown(_times(of("times"), builds=builds))]
     if of("constants"):
         row = of("constants")[-1]
         parts += ["### Constants", f"```python\n{row['text'].strip()}\n```"]
     if of("precision"):
-        parts += ["### Precision", "\n".join(_precision_rows(of("precision")))]
+        parts += ["### Precision", page.markdown(_errors(of("precision")), 3)]
     if of("correctness"):
         parts += ["### Correctness", "\n".join(_correctness_lines(of("correctness")))]
     return "\n\n".join(parts)
 
 
-def _time_rows(found: list[dict[str, Any]], *, builds: bool) -> Iterator[str]:
+def _times(found: list[dict[str, Any]], *, builds: bool) -> list[list[str]]:
     """Time, and temporary memory where the plain gradient needs enough of it for a ratio to say something."""
-    columns = [(q, "jgd") for q in OURS]
-    columns += [(q, m) for m in OTHERS for q in OURS if m == "vmap(grad)" or q == "clipped_sum"]
-    yield (
-        "| model | plain, ms | " + " | ".join(f"{q} by {m}" for q, m in columns) + " |" + " built |" * builds
-    )
-    yield "| --- |" + " --: |" * (len(columns) + 1 + builds)
+    rows = [["model", "plain, ms", *(f"{q} by {m}" for q, m in COLUMNS), *["built"] * builds]]
     seen: dict[str, dict[Any, Any]] = {}
     for x in found:
         seen.setdefault(x["model"], {})[x["quantity"], x["method"]] = x
@@ -471,13 +461,13 @@ def _time_rows(found: list[dict[str, Any]], *, builds: bool) -> Iterator[str]:
         base = cells.get(("sum", GRADIENT), {})
         if "seconds" not in base:
             continue
-        row = [model, f"{1e3 * _median(base['seconds']):.2f}"]
-        for column in columns:
+        row = [model, f"{1e3 * statistics.median_high(base['seconds']):.2f}"]
+        for column in COLUMNS:
             cell = cells.get(column, {})
             if "seconds" not in cell:
                 row.append("–")
                 continue
-            ratio = _median(cell["seconds"]) / _median(base["seconds"])
+            ratio = statistics.median_high(cell["seconds"]) / statistics.median_high(base["seconds"])
             memory = cell["temporary_bytes"] / max(base["temporary_bytes"], 1)
             ratios.setdefault(column, []).append(ratio)
             row.append(f"{ratio:.2f}×" + (f", {memory:.2f}×" if base["temporary_bytes"] >= 1 << 20 else ""))
@@ -485,23 +475,17 @@ def _time_rows(found: list[dict[str, Any]], *, builds: bool) -> Iterator[str]:
         ours = cells.get(("clipped_sum", "jgd"), {})
         if builds:
             row.append(f"{build(ours) / build(base):.1f}×" if "seconds" in ours else "–")
-        yield f"| {' | '.join(row)} |"
-    mean = lambda each: functools.reduce(lambda a, b: a * b, each) ** (1 / len(each))
-    cells = [f"{mean(ratios[c]):.2f}×" if len(ratios.get(c, [])) == len(seen) else "–" for c in columns]
-    yield f"| mean | | {' | '.join(cells)} |" + " |" * builds
+        rows.append(row)
+    everywhere = lambda column: len(ratios.get(column, [])) == len(seen)
+    means = [f"{statistics.geometric_mean(ratios[c]):.2f}×" if everywhere(c) else "–" for c in COLUMNS]
+    return [*rows, ["mean", "", *means, *[""] * builds]]
 
 
-def _precision_rows(found: list[dict[str, Any]]) -> Iterator[str]:
+def _errors(found: list[dict[str, Any]]) -> list[list[str]]:
     names = list(found[0]["errors"]["jgd"])
-    yield "| model | format | by | " + " | ".join(names) + " |"
-    yield "| --- | --- | --- |" + " --: |" * len(names)
-    for x in found:
-        for by, errors in x["errors"].items():
-            yield (
-                f"| {x['model']} | {x['format']} | {by} | "
-                + " | ".join(f"{errors[n]:.1e}" for n in names)
-                + " |"
-            )
+    each = ((x["model"], x["format"], by, errors) for x in found for by, errors in x["errors"].items())
+    rows = [[*who, *(f"{errors[name]:.1e}" for name in names)] for *who, errors in each]
+    return [["model", "format", "by", *names], *rows]
 
 
 def _correctness_lines(found: list[dict[str, Any]]) -> Iterator[str]:

@@ -128,8 +128,10 @@ def main() -> None:
         print(f"There is no row for {device.platform!r}.")
         return
     for name, value, other in zip(row._fields, row, stored, strict=True):
-        if not value or not other or name == "tile":
-            print(f"{name:9}  measured {None if name == 'tile' else value}  stored {other}")
+        if name == "tile":  # not measured
+            continue
+        if not value or not other:
+            print(f"{name:9}  measured {value}  stored {other}")
             continue
         print(f"{name:9}  measured {value / 1e9:10.4g}e9  stored {other / 1e9:10.4g}e9  {value / other:.2f}×")
 

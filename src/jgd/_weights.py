@@ -7,14 +7,16 @@ weights of 0, where the derivative says which examples to take in.
 
 import functools
 from collections.abc import Callable
-from typing import Any
+from typing import Any, NamedTuple
 
 import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.custom_derivatives import SymbolicZero
 
+from jgd._engine.factors import sum_squares
 from jgd._engine.gradients import Gradients
+from jgd._engine.moments import deviation_of
 from jgd._engine.norms import Groups, all_together
 
 
@@ -54,6 +56,38 @@ def second_moments(form: Gradients, weights: jax.Array | None, scale: float = 1)
 def norms(form: Gradients, groups: Groups) -> list[jax.Array]:
     """‖g_i‖ of each group of leaves, likewise."""
     return form.map_microbatches(lambda form, _: ((), [norm.length for norm in form.norms(groups)]), None)[1]
+
+
+class AroundMean(NamedTuple):
+    """Of weighted gradients, whose weights s_i add up to 1.
+
+    Attributes:
+        mean: ḡ = Σ s_i g_i, in the accumulators' dtypes.
+        squared_mean: ‖ḡ‖².
+        mean_square: Σ s_i ‖g_i‖².
+        deviation: Σ s_i ‖g_i − ḡ‖².
+    """
+
+    mean: list[jax.Array]
+    squared_mean: jax.Array
+    mean_square: jax.Array
+    deviation: jax.Array
+
+
+def around_mean(form: Gradients, share: jax.Array) -> AroundMean:
+    """The mean, and how far the gradients are from it, of one walk; of another only where these are nearly the same."""
+    whole = all_together(form.leaf_structs)
+
+    def sums_and_squares(form: Any, w: jax.Array) -> tuple[list[jax.Array], tuple[()]]:
+        (norm,) = form.norms(whole)
+        squares = jnp.where(w != 0, jnp.square(norm.length), 0)
+        return [*form.weighted_sum(w), jnp.sum(w * squares)], ()
+
+    walk = lambda form, w: form.map_microbatches(sums_and_squares, w)[0]
+    *mean, mean_square = linear_in_weights(walk, form, share)
+    squared_mean = jnp.sum(jnp.stack([sum_squares(x) for x in mean]))
+    itself = lambda: jnp.sum(jnp.stack([jnp.sum(x) for x in spreads(form, share, 1)]))
+    return AroundMean(mean, squared_mean, mean_square, deviation_of(mean_square, squared_mean, 1, itself))
 
 
 @functools.partial(jax.custom_jvp, nondiff_argnums=(0, 1))

@@ -83,15 +83,14 @@ def _way_of(plan: Plan, leaf: int) -> Way | None:
         is_linear = leaf not in plan.nonlinear
         return "shift" if are_numbers and is_linear and not _overlap(own) else None
     is_alone = len(operands) == 1 and not _overlap([x for x in plan.parts if x.leaf == operands[0]])
-    if is_alone and _back(plan, leaf, operands[0]).is_identity:
+    back = _back(plan, leaf, operands[0]) if is_alone else None
+    if back and back.is_identity:
         return "identity"
     if all(_takes_factors(plan, leaf, k) for k in operands):
         return "factors"
-    if not is_alone or not _back(plan, leaf, operands[0]).is_elementwise:
-        return None
     # The rule of a `custom_vjp` may select something that is not 0.
-    is_linear = leaf not in plan.nonlinear or not _back(plan, leaf, operands[0]).selects
-    return "elementwise" if is_linear else None
+    may_select = leaf not in plan.nonlinear
+    return "elementwise" if back and back.is_elementwise and (may_select or not back.selects) else None
 
 
 def _takes_factors(plan: Plan, leaf: int, operand: int) -> bool:

@@ -97,10 +97,10 @@ class ComputedLeaves:
         return {leaf: x.reshape(self._size, *self.likes[leaf].shape) for leaf, x in made.items()}
 
     def norms(self) -> dict[int, list[Norm]]:
-        bounds = self._sum_bounds()
-        # Not by the bounds: of some direction the way back may leave nothing.
-        are_zero = [gradients.sum_bounds() == 0 for _, gradients in self.parts]
-        lengths = self._lengths(functools.reduce(jnp.logical_and, are_zero))
+        of_parts = [gradients.sum_bounds() for _, gradients in self.parts]
+        bounds = self._sum_bounds(of_parts)
+        # Not by the leaves' bounds: of some direction the way back may leave nothing.
+        lengths = self._lengths(functools.reduce(jnp.logical_and, [x == 0 for x in of_parts]))
         return {leaf: [Norm(x).of_sum(bounds[leaf])] for leaf, x in lengths.items()}
 
     def _lengths(self, are_zero: jax.Array) -> ByLeaf:
@@ -124,11 +124,10 @@ class ComputedLeaves:
         batch = replace(self._batch.with_each(are_zero), room=self._batch.room // _QUICK)
         return batch.mapped(of_tile, self._elements)
 
-    def _sum_bounds(self) -> ByLeaf:
-        """For each leaf and example a size that sums over positions are rounded by, `(B,)`."""
+    def _sum_bounds(self, of_parts: Sequence[jax.Array]) -> ByLeaf:
+        """For each leaf and example a size that sums over positions are rounded by, `(B,)`, from those of the parts."""
         bounds: ByLeaf = {}
-        for part, gradients in self.parts:
-            of_part = gradients.sum_bounds()
+        for (part, _), of_part in zip(self.parts, of_parts, strict=True):
             bounds[part.leaf] = add(bounds[part.leaf], of_part) if part.leaf in bounds else of_part
         # The way back makes of a rounding what it makes of any direction, on average.
         directions = {k: _signs(x.shape) / math.sqrt(x.size or 1) for k, x in self.operands.items()}

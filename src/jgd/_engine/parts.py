@@ -177,9 +177,9 @@ class PartRules:
 
     def batch_gradient(self, data: Sequence[SiteData], weights: jax.Array | None) -> jax.Array:
         """Σ w_i G_i, flat in the order of the leaf's memory."""
-        each = zip(self.rules, data, strict=True)
         if self.is_stacked:
-            return self._block(self._joined([rule.batch_factor(one, weights) for rule, one in each]))
+            return self._block(self.batch_factors(data, weights))
+        each = zip(self.rules, data, strict=True)
         return factors.add([rule.batch_gradient(one, weights) for rule, one in each])
 
     def _block(self, made: Sequence[Factor]) -> jax.Array:
@@ -187,10 +187,10 @@ class PartRules:
         layout = self.layout
         return factors.add([layout.flatten(factors.block(one, layout)) for one in made])
 
-    def batch_factors(self, data: Sequence[SiteData]) -> list[Factor]:
-        """The factors of Σ G_i."""
+    def batch_factors(self, data: Sequence[SiteData], weights: jax.Array | None = None) -> list[Factor]:
+        """The factors of Σ w_i G_i."""
         each = zip(self.rules, data, strict=True)
-        return self._joined([rule.batch_factor(one, None) for rule, one in each])
+        return self._joined([rule.batch_factor(one, weights) for rule, one in each])
 
     # Costs
 

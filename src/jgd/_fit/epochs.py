@@ -13,7 +13,7 @@ from jgd._fit.dispatcher import Dispatcher
 from jgd._fit.history import History, check_history
 from jgd._fit.run_state import RunState
 from jgd._fit.schedule import Pass, Schedule
-from jgd._methods.method import Method, MethodState, key_of_update
+from jgd._methods.method import Method, MethodState, own_key
 
 
 def run_epochs(
@@ -130,8 +130,7 @@ def _epoch(
 
         def update(repeat: jax.Array, carry: Carry) -> Carry:
             state, history = carry
-            own = key_of_update(key, state.step) if method.takes_key else None
-            state, info = method.step(state, *batch, key=own)
+            state, info = method.step(state, *batch, key=own_key(method, key, state))
             saw = History(info.value, info.grad_norm)
             return state, jax.tree.map(lambda all, x: all.at[first + repeat].set(x), history, saw)
 
@@ -166,8 +165,7 @@ def _buffer(
 
     def saw(state: MethodState, examples: Examples) -> History:
         index = None if one.batch_size == examples.size else jnp.arange(one.batch_size)
-        own = key_of_update(key, state.step) if method.takes_key else None
-        _, info = method.step(state, *examples.take(index), key=own)
+        _, info = method.step(state, *examples.take(index), key=own_key(method, key, state))
         return History(info.value, info.grad_norm)
 
     traced, like = jax.make_jaxpr(saw, return_shape=True)(start.state, examples)

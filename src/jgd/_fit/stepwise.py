@@ -17,7 +17,7 @@ from jgd._fit.history import History, NonFiniteError, is_finite, no_history
 from jgd._fit.progress import Report
 from jgd._fit.run_state import RunState
 from jgd._fit.schedule import Schedule
-from jgd._methods.method import Method, MethodState, StepInfo, key_of_update, update
+from jgd._methods.method import Method, MethodState, StepInfo, own_key, update
 
 _AHEAD = 8  # updates that may wait for the device
 
@@ -45,7 +45,7 @@ def run_steps(
         batch = following
         for repeat in range(at.repeats, inner_steps):
             before = state
-            own = _key_of_update(key, state.step) if method.takes_key else None
+            own = own_key(method, key, state)
             state, info = update(method, state, batch.args, batch.weights, own, in_place=in_place)
             record.add(info)
             if check_finite and not is_finite((_values(record.last, batch), state.params)):
@@ -192,7 +192,6 @@ class _Record:
 
 
 _order = jax.jit(order_of, static_argnums=2)
-_key_of_update = jax.jit(key_of_update)
 _take = jax.jit(Examples.take)
 
 

@@ -20,6 +20,7 @@ from jgd._engine.dtypes import accumulation_dtype
 from jgd._engine.trace import trace
 from jgd._gradients import per_example_grad
 from jgd._memory import checked_sizes
+from jgd._methods.keys import ANY_KEY, KeyedLoss, keyed, takes_key, with_any_key, without_key
 from jgd._reductions.linear import mean
 from jgd._reductions.linear import sum as sum_
 
@@ -130,110 +131,45 @@ def evaluation_by(
         )
     if callable(derivative):
         taken = "`derivative`" if takes_key(derivative) else ""
-        return _explained(_by_callable(derivative, has_aux), _without_key(derivative), taken)
+        return _explained(_by_callable(derivative, has_aux), without_key(derivative), taken)
     taken = "the loss" if takes_key(loss, by_name_only=True) else ""
-    batches = Batches(loss, in_axes, has_aux)
-    loss, in_axes = batches.loss, batches.in_axes
-    objective = _objective(loss, in_axes, has_aux, total, batches)
+    of_loss = KeyedLoss(loss, in_axes, has_aux)
+    loss, in_axes = of_loss.loss, of_loss.in_axes
+    objective = _objective(loss, in_axes, has_aux, total, of_loss)
     if derivative == "reverse":
         reduce = _OF_OBJECTIVE[total] if reduce is None else reduce
         taken = taken or ("`reduce`" if takes_key(reduce) else "")
-        question = Reduced(_without_key(reduce)) if autotune is True else autotune
+        question = Reduced(without_key(reduce)) if autotune is True else autotune
         per_example = per_example_grad(
             loss, in_axes=in_axes, has_aux=has_aux,
             microbatch_size=microbatch_size, max_memory=max_memory, autotune=question,
         )  # fmt: skip
         plain = per_example_grad(loss, in_axes=in_axes, has_aux=has_aux, strategy="materialized")
-        gradient = lambda params, *batch: _without_key(reduce)(
-            plain(params, *batches(params, batch, _ANY_KEY()))
+        gradient = lambda params, *batch: without_key(reduce)(
+            plain(params, *of_loss.batch(params, batch, ANY_KEY()))
         )
         return Evaluator(
-            _by_reverse(per_example, objective, reduce, total, batches),
-            {"loss": _with_any_key(objective), "gradient": gradient},
+            _by_reverse(per_example, objective, reduce, total, of_loss),
+            {"loss": with_any_key(objective), "gradient": gradient},
             taken,
         )
     slopes = _forward if derivative == "forward" else _central_difference
-    return _explained(_by_coordinates(objective, slopes), _with_any_key(objective), taken)
+    return _explained(_by_coordinates(objective, slopes), with_any_key(objective), taken)
 
 
 def _explained(evaluate: Evaluate, objective: Callable[..., Any], taken: str) -> Evaluator:
-    reference = lambda params, *batch: evaluate(params, *batch, key=_ANY_KEY() if taken else None)[:2]
+    reference = lambda params, *batch: evaluate(params, *batch, key=ANY_KEY() if taken else None)[:2]
     return Evaluator(evaluate, {"loss": objective, "gradient": reference}, taken)
-
-
-# Keys
-
-_ANY_KEY = functools.partial(jax.random.key, 0)  # where only the program counts
-
-
-def takes_key(fun: Callable[..., Any], *, by_name_only: bool = False) -> bool:
-    """Whether a function has a parameter `key` that nobody has bound: without a default, or with that of None.
-
-    Args:
-        fun: the function.
-        by_name_only: whether it must be one that is given by its name alone, as where others are the batch's.
-    """
-    try:
-        key = inspect.signature(fun).parameters.get("key")
-    except (TypeError, ValueError):  # what has no signature
-        return False
-    kinds = [inspect.Parameter.KEYWORD_ONLY]
-    if not by_name_only:
-        kinds.append(inspect.Parameter.POSITIONAL_OR_KEYWORD)
-    return key is not None and key.kind in kinds and (key.default is key.empty or key.default is None)
-
-
-def _keyed(fun: Callable[..., Any], key: Any) -> Callable[..., Any]:
-    """The function with its key bound, where it takes one."""
-    return functools.partial(fun, key=key) if takes_key(fun) else fun
-
-
-def _without_key(fun: Callable[..., Any]) -> Callable[..., Any]:
-    return _keyed(fun, _ANY_KEY()) if takes_key(fun) else fun
-
-
-def _with_any_key(objective: Callable[..., Any]) -> Callable[..., Any]:
-    return lambda params, *batch: objective(params, *batch, key=_ANY_KEY())
-
-
-class Batches:
-    """Batches for a loss that may take a key: each example then has one of its own, as its last argument.
-
-    Attributes:
-        loss: the loss of such examples.
-        in_axes: its axes.
-    """
-
-    def __init__(self, loss: Loss, in_axes: Any, has_aux: bool) -> None:
-        self._given, self._in_axes, self._has_aux = loss, in_axes, has_aux
-        self._takes_key = takes_key(loss, by_name_only=True)
-        self.loss: Loss = loss
-        self.in_axes = in_axes
-        if self._takes_key:
-            self.loss = functools.wraps(loss)(lambda params, *args: loss(params, *args[:-1], key=args[-1]))
-            if isinstance(in_axes, int) and in_axes != 0:
-                raise ValueError(
-                    f"`in_axes`={in_axes} would be the axis of the keys too, which have one: give a tuple with an "
-                    "entry for each argument of the loss"
-                )
-            self.in_axes = (*in_axes, 0) if isinstance(in_axes, tuple | list) else in_axes
-
-    def __call__(self, params: Any, batch: tuple[Any, ...], key: Any) -> tuple[Any, ...]:
-        """The batch, its keys included."""
-        if not self._takes_key:
-            return batch
-        axes = {"argnums": 0, "in_axes": self._in_axes, "has_aux": self._has_aux}
-        return (*batch, jax.random.split(key, bind(self._given, (params, *batch), **axes).size))
 
 
 Objective = Callable[..., tuple[jax.Array, Any]]
 
 
-def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total, batches: Batches) -> Objective:
+def _objective(loss: Loss, in_axes: Any, has_aux: bool, total: Total, of_loss: KeyedLoss) -> Objective:
     """The objective of a batch: the mean of its losses, or their sum, and the examples' aux."""
 
     def objective(params: Any, *batch: Any, weights: Any = None, key: Any = None) -> tuple[jax.Array, Any]:
-        batch = batches(params, batch, key)
+        batch = of_loss.batch(params, batch, key)
         call = bind(loss, (params, *batch), argnums=0, in_axes=in_axes, has_aux=has_aux)
         if call.size == 0 and total == "mean":
             raise ValueError(
@@ -258,12 +194,12 @@ def _objective_value(values: jax.Array, weights: jax.Array | None, total: Total)
 
 
 def _by_reverse(
-    per_example: Callable[..., Any], objective: Objective, reduce: Any, total: Total, batches: Batches
+    per_example: Callable[..., Any], objective: Objective, reduce: Any, total: Total, of_loss: KeyedLoss
 ) -> Evaluate:
     def evaluate(params: Any, *batch: Any, weights: Any = None, key: Any = None) -> Evaluation:
         own, of_reduce = (None, None) if key is None else jax.random.split(key)
-        grads = per_example(params, *batches(params, batch, own))
-        reduced = _keyed(reduce, of_reduce)
+        grads = per_example(params, *of_loss.batch(params, batch, own))
+        reduced = keyed(reduce, of_reduce)
         gradient = reduced(grads) if weights is None else _reduced(reduced, grads, weights)
         return Evaluation(
             _objective_value(_wide(grads.values), weights, total),
@@ -288,7 +224,7 @@ def _reduced(reduce: Any, grads: Any, weights: jax.Array) -> Any:
 
 def _by_callable(derivative: Callable[..., Any], has_aux: bool) -> Evaluate:
     def value_and_aux(params: Any, *batch: Any, key: Any) -> tuple[Any, Any, Any]:
-        out = _keyed(derivative, key)(params, *batch)
+        out = keyed(derivative, key)(params, *batch)
         if not _is_pair(out) or (has_aux and not _is_pair(out[0])):
             pair = "((value, aux), gradient)" if has_aux else "(value, gradient)"
             raise TypeError(

@@ -162,6 +162,12 @@ def traced_step(method: Method, state: MethodState, batch: tuple[Any, ...], key:
     return _step.trace(method, state, batch, None, key if method.takes_key else None).jaxpr
 
 
+def own_key(method: Method, key: jax.Array, state: MethodState) -> jax.Array | None:
+    """The key of a run's next update; None where nothing takes one."""
+    return key_of_update(key, state.step) if method.takes_key else None
+
+
+@jax.jit
 def key_of_update(key: jax.Array, step: Int[Array, ""]) -> jax.Array:
     """The key of the update after `step` others; none that orders an epoch, which are numbered from 0."""
     return jax.random.fold_in(jax.random.fold_in(key, _UPDATES), step)

@@ -7,9 +7,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
 from jgd import _clipping
-from jgd._engine.factors import sum_squares
-from jgd._engine.moments import deviation_of
-from jgd._engine.norms import all_together
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_examples, like_leaves, like_scalars, placed_by
 from jgd._reductions.arguments import (
@@ -23,7 +20,7 @@ from jgd._reductions.arguments import (
     shares_of,
     weights_of,
 )
-from jgd._weights import linear_in_weights, spreads
+from jgd._weights import around_mean
 from jgd._weights import norms as norms_of_groups
 
 
@@ -246,17 +243,8 @@ def _noise_scale(form):
 @jax.jit
 @placed_by(like_scalars)
 def _noise_scale_of_weighted(form, weights):
-    share, whole = shares_of(weights, form), all_together(form.leaf_structs)
-
-    def sums_and_squares(form, w):
-        (norm,) = form.norms(whole)
-        squares = jnp.where(w != 0, jnp.square(norm.length), 0)
-        return [*form.weighted_sum(w), jnp.sum(w * squares)], ()
-
-    walk = lambda form, w: form.map_microbatches(sums_and_squares, w)[0]
-    *mean, squares = linear_in_weights(walk, form, share)
-    of_mean = jnp.sum(jnp.stack([sum_squares(x) for x in mean]))
-    itself = lambda: jnp.sum(jnp.stack([jnp.sum(x) for x in spreads(form, share, 1)]))
-    trace = deviation_of(squares, of_mean, 1, itself) / one_less(share)
-    signal = of_mean - trace * jnp.sum(jnp.square(share))
+    share = shares_of(weights, form)
+    around = around_mean(form, share)
+    trace = around.deviation / one_less(share)
+    signal = around.squared_mean - trace * jnp.sum(jnp.square(share))
     return NoiseScale(trace / signal, trace, signal)

@@ -6,13 +6,10 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
-from jgd._engine.factors import sum_squares
-from jgd._engine.moments import deviation_of
-from jgd._engine.norms import all_together
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_scalars, placed_by
 from jgd._reductions.arguments import Weights, at_least_two, form_of, one_less, shares_of, weights_of
-from jgd._weights import linear_in_weights, spreads, sums
+from jgd._weights import around_mean, sums
 
 
 class BatchStatistics(NamedTuple):
@@ -153,7 +150,6 @@ def smoothed(
 @jax.jit
 @placed_by(like_scalars)
 def _batch_statistics(form, weights):
-    whole = all_together(form.leaf_structs)
     if weights is None:
         deviation, of_sum = form.deviation_and_squared_sum()
         share = jnp.full(form.size, 1 / form.size, deviation.dtype)
@@ -162,17 +158,7 @@ def _batch_statistics(form, weights):
         mean = [x / form.size for x in sums(form, None)]
     else:
         share = shares_of(weights, form)
-
-        def sums_and_squares(form, w):
-            (norm,) = form.norms(whole)
-            squares = jnp.where(w != 0, jnp.square(norm.length), 0)
-            return [*form.weighted_sum(w), jnp.sum(w * squares)], ()
-
-        walk = lambda form, w: form.map_microbatches(sums_and_squares, w)[0]
-        *mean, mean_square = linear_in_weights(walk, form, share)
-        squared_mean = jnp.sum(jnp.stack([sum_squares(x) for x in mean]))
-        itself = lambda: jnp.sum(jnp.stack([jnp.sum(x) for x in spreads(form, share, 1)]))
-        deviation = deviation_of(mean_square, squared_mean, 1, itself)
+        mean, squared_mean, mean_square, deviation = around_mean(form, share)
     products = form.map_microbatches(lambda form, _: ((), form.dot(mean)), None)[1]
     apart = jnp.where(share != 0, products - squared_mean, 0)
     unbiased = one_less(share)
