@@ -112,6 +112,12 @@ def test_the_limits():
     assert line.orthogonality_test <= 1e-5 * line.norm_test
 
 
+@pytest.mark.parametrize("scale", [1e-15, 1e12])
+def test_gradients_whose_fourth_powers_leave_float32(scale):
+    rows = np.float32(scale * Draw(6)(B, 300))
+    check(jgd.batch_statistics(jnp.asarray(rows)), defined(np.float64(rows), np.ones(B)), 1e-4)
+
+
 def test_running_means_of_a_linear_regression_are_the_closed_form():
     """x ~ N(0, I), y = ⟨w, x⟩ + σε: G = v − w =: d, and tr Σ = (n + 1)‖d‖² + nσ²."""
     n, sigma, steps, size = 4, 0.5, 4000, 8

@@ -6,6 +6,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float, PyTree
 
+from jgd._engine.norms import root
 from jgd._gradients import PerExampleGrads
 from jgd._mesh import like_scalars, placed_by
 from jgd._reductions.arguments import Weights, at_least_two, form_of, one_less, shares_of, weights_of
@@ -21,14 +22,14 @@ class BatchStatistics(NamedTuple):
 
     Attributes:
         trace_covariance: tr Σ, the unbiased estimate of the summed variance of one example's gradient.
-        inner_variance: the unbiased variance of ⟨g_i, ḡ⟩ over the examples.
+        variance_along_mean: the unbiased variance of ⟨g_i, ḡ/‖ḡ‖⟩ over the examples, a part of tr Σ; 0 where ḡ is.
         squared_mean: ‖ḡ‖².
         mean_square: Σ s_i ‖g_i‖².
         share: Σ s_i², which is 1/B without weights.
     """
 
     trace_covariance: Float[Array, ""]
-    inner_variance: Float[Array, ""]
+    variance_along_mean: Float[Array, ""]
     squared_mean: Float[Array, ""]
     mean_square: Float[Array, ""]
     share: Float[Array, ""]
@@ -51,7 +52,7 @@ class BatchStatistics(NamedTuple):
     @property
     def inner_product_test(self) -> jax.Array:
         """Var ⟨g_i, ḡ⟩/(B ‖ḡ‖⁴), at most θ²: ḡ is a direction of descent (Bollapragada, Byrd and Nocedal, 2018)."""
-        return self.inner_variance * self.share / jnp.square(self.squared_mean)
+        return self.variance_along_mean * self.share / self.squared_mean
 
     @property
     def orthogonality_test(self) -> jax.Array:
@@ -160,7 +161,9 @@ def _batch_statistics(form, weights):
         share = shares_of(weights, form)
         mean, squared_mean, mean_square, deviation = around_mean(form, share)
     products = form.map_microbatches(lambda form, _: ((), form.dot(mean)), None)[1]
-    apart = jnp.where(share != 0, products - squared_mean, 0)
+    # In units of ‖ḡ‖: of products of two gradients the squares would leave the range soon.
+    norm = root(squared_mean)
+    apart = jnp.where(share != 0, (products - squared_mean) / jnp.where(norm > 0, norm, 1), 0)
     unbiased = one_less(share)
-    inner = jnp.sum(share * jnp.square(apart)) / unbiased
-    return deviation / unbiased, inner, squared_mean, mean_square, jnp.sum(jnp.square(share))
+    along = jnp.sum(share * jnp.square(apart)) / unbiased
+    return deviation / unbiased, along, squared_mean, mean_square, jnp.sum(jnp.square(share))
