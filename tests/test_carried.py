@@ -244,6 +244,20 @@ def test_norms_of_tiles_of_any_size(case, scale, monkeypatch):
         np.testing.assert_allclose(asked(problem.params, *problem.batch, sizes), want, rtol=1e-5)
 
 
+@pytest.mark.parametrize(("derivative", "scale"), [(1e-25, 1e8), (1e-22, 1e7), (1e20, 1e-5), (1.0, 1.0)])
+def test_moments_whose_derivatives_are_far_from_1(derivative, scale):
+    """Their squares leave float32, and the moments do not."""
+    w, x = jnp.asarray(Draw(1)(6, 4), jnp.float32), jnp.asarray(Draw(2)(B, 6), jnp.float32)
+    loss = lambda p, x: scale * jnp.sum(jnp.tanh(x) @ (p * np.float32(derivative * (1 + MASK))))
+    blocks = np.float64(jax.vmap(jax.grad(loss), (None, 0))(w, x))
+    grads = jgd.per_example_grad(loss, strategy="factored")(w, x)
+    for got, want in (
+        (jgd.second_moment(grads), np.mean(blocks**2, axis=0)),
+        (jgd.variance(grads), np.var(blocks, axis=0, ddof=1)),
+    ):
+        assert np.max(np.abs(got - want)) < 1e-5 * np.max(want)
+
+
 @pytest.mark.parametrize("scale", [1e-30, 1e30])
 def test_a_way_back_that_leaves_nothing_of_one_direction(scale):
     """Signs that the engine tries a way back on may cancel in it: that says nothing of the gradients."""

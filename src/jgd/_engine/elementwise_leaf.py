@@ -69,7 +69,8 @@ class ElementwiseLeaf(CarriedLeaf):
         least = jnp.min(jnp.where(self.derivative == 0, jnp.inf, jnp.abs(self.derivative)), initial=jnp.inf)
         most = jnp.max(of_own, initial=0)
         ordinary = (most >= 2.0**-_FAR) & (most <= 2.0**_FAR) & (largest <= 2.0**_FAR)
-        trusted = ordinary & (least >= largest * 2.0**-_EVEN) & jnp.all(jnp.isfinite(of_own))
+        even = least >= jnp.maximum(largest * 2.0**-_EVEN, 2.0**-_FAR)
+        trusted = ordinary & even & jnp.all(jnp.isfinite(of_own))
         quick = lambda: jnp.square(self.derivative.astype(of_own.dtype)) * of_own
         carried = lambda: self.gradients.moments(weights, scale, centred=centred)[self.leaf].astype(
             of_own.dtype
@@ -77,8 +78,8 @@ class ElementwiseLeaf(CarriedLeaf):
         return {self.leaf: jax.lax.cond(jax.lax.stop_gradient(trusted), quick, carried)}
 
 
-# Moments up to 2**±_FAR, and derivatives that differ by at most 2**_EVEN: what of the squares is lost below the range
-# of float32 is nothing then beside the leaf's largest moment.
+# Moments and derivatives up to 2**±_FAR, and derivatives that differ by at most 2**_EVEN: what of the squares is lost
+# below the range of float32 is nothing then beside the leaf's largest moment.
 _FAR, _EVEN = 60, 20
 
 
