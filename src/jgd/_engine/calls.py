@@ -88,9 +88,9 @@ def bind(
     # The parameters' leaves in the order of `argnums`, which is that of the gradients.
     for number in (*chosen, *(i for i in range(len(args)) if i not in chosen)):
         argument = _argument_name(number, chosen, argnums)
-        check_alive(args[number], argument)
         leaves = tree_flatten_with_path(args[number])[0]
         for (path, leaf), axis in zip(leaves, _leaf_axes(axes[number], args[number], number), strict=True):
+            _check_alive(leaf, argument, path)
             if number in chosen:
                 role, leaf = "params", _check_param(leaf, argument, path)
             elif isinstance(leaf, bool) and axis is None:
@@ -252,11 +252,15 @@ def _batch_first(leaf: Any, axis: int, name: str) -> Any:
 def check_alive(tree: Any, argument: str) -> None:
     """Raises ValueError where an array's memory was given away."""
     for path, leaf in tree_flatten_with_path(tree)[0]:
-        if isinstance(leaf, jax.Array) and is_concrete(leaf) and leaf.is_deleted():
-            raise ValueError(
-                f"{leaf_name(argument, path)} is there no more: it was deleted, or given to a function that "
-                "`jax.jit(..., donate_argnums=...)` lets use its memory. Give what that function returned"
-            )
+        _check_alive(leaf, argument, path)
+
+
+def _check_alive(leaf: Any, argument: str, path: Any) -> None:
+    if isinstance(leaf, jax.Array) and is_concrete(leaf) and leaf.is_deleted():
+        raise ValueError(
+            f"{leaf_name(argument, path)} is there no more: it was deleted, or given to a function that "
+            "`jax.jit(..., donate_argnums=...)` lets use its memory. Give what that function returned"
+        )
 
 
 def on_device(leaf: Any) -> Any:

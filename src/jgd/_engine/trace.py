@@ -147,12 +147,9 @@ def _trace(call: Call, platform: str) -> tuple[TracedLoss, list[Any]]:
     leaves = unplaced((call.param_leaves, call.shared_leaves))
     try:
         jaxpr, captured, (_, aux) = jaxprs.trace_jaxpr(example_loss, *leaves, example_of(call.batch_leaves))
-    except ValueError as error:
-        if signature.has_aux and "unpack" in str(error):
-            raise TypeError("with `has_aux=True` the loss must return a pair `(scalar, aux)`") from error
-        error.add_note(note(call, error))
-        raise
     except Exception as error:
+        if isinstance(error, ValueError) and signature.has_aux and "unpack" in str(error):
+            raise TypeError("with `has_aux=True` the loss must return a pair `(scalar, aux)`") from error
         error.add_note(note(call, error))
         raise
     paths = jax.tree_util.tree_flatten_with_path(call.params)[0]
